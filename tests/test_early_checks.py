@@ -33,6 +33,14 @@ MISTAKES: list[tuple[str, dict[str, str], list[str]]] = [
     ("report", {"run": "missing"}, ["missing"]),
     ("score", {"files": "data.jsonl", "reward": "vadder", "output": "s.jsonl"}, ["vadder", "vader"]),
     ("score", {"files": "missing.json", "reward": "length", "output": "s.jsonl"}, ["missing.json"]),
+    ("dpo", {"model": "taken"}, ["taken", "config.json"]),
+    ("sample", {"prompts": "data.jsonl", "output": "data.jsonl"}, ["--output", "data.jsonl", "--resume"]),
+    ("score", {"files": "data.jsonl", "reward": "length", "output": "data.jsonl"}, ["data.jsonl", "--overwrite"]),
+    ("score", {"files": "data.jsonl", "reward": "absent:f", "output": "s.jsonl"}, ["absent"]),
+    ("ppo", {"reward": "absent:f"}, ["absent"]),
+    ("report", {"run": "taken"}, ["taken", "run.json"]),
+    ("merge", {"adapter": "model", "output": "m"}, ["model", "adapter_config.json", "--model"]),
+    ("push", {"folder": "broken", "repo": "me/it", "yes": "true"}, ["broken", "adapter_config.json", "UTF-8"]),
 ]
 
 
@@ -44,13 +52,16 @@ def test_torch_is_not_imported(tmp_path: Path) -> None:
         (tmp_path / name / "run.json").write_text(json.dumps({"status": status}))
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/thesis.txt").touch()
-    (tmp_path / "model").mkdir()
+    for name, file, text in (("model", "config.json", b"{}"), ("broken", "adapter_config.json", b"\xff")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_bytes(text)
+    (tmp_path / "broken/adapter_model.safetensors").touch()
     words = []
     for verb, wrong, _ in MISTAKES:
         sound = {"prompts": "data.jsonl", "reward": "length"} if verb == "ppo" else {"data": "data.jsonl"}
         sound = {"prompts": "data.jsonl"} if verb == "compare" else sound
-        sound = {} if verb in ("sample", "score", "report") else {**sound, "output": "new"}
-        sound |= {} if verb in ("compare", "report", "score") else {"model": "model"}
+        sound = {} if verb in ("sample", "score", "report", "merge", "push") else {**sound, "output": "new"}
+        sound |= {} if verb in ("compare", "report", "score", "merge", "push") else {"model": "model"}
         words.append([verb, *(f"--{name}={value}" for name, value in (sound | wrong).items())])
     script = (
         "import sys\nfrom prefopt.cli import main\n"

@@ -15,6 +15,7 @@ from methods.test_ppo import ppo, same_bits, stopped
 from prefopt.errors import RunError
 from prefopt.train import checkpoint
 from prefopt.train.checkpoint import Checkpoint
+from prefopt.train.saver import Saver
 from train.test_resume import flip
 
 OPTIONS: dict[str, Any] = {"epochs": 2, "minibatches": 2, "ppo_epochs": 2}  # four steps of four updates
@@ -69,7 +70,7 @@ def test_weights_that_were_measured_stay_good(small: str, tmp_path: Path) -> Non
 
 def save(folder: Path, value: float, done: int = 0) -> None:
     state = {"step": 3, "progress": {"done": done}}
-    checkpoint.save(folder, Checkpoint({"w": torch.tensor([value])}, {}, state), keep_last=2)
+    Saver(folder).save(Checkpoint({"w": torch.tensor([value])}, {}, state), keep_last=2)
 
 
 def test_a_process_that_is_killed_while_it_replaces_one_leaves_that(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import random
@@ -21,7 +22,9 @@ import pytest
 from parallel.ranks import Failure, on_ranks, results, started
 from parallel.test_runs import CASES, MACHINE, OPTIONS, prepared, same, train, weights
 from prefopt.cli import main
-from train.small import pairs, write_rows
+from prefopt.core.ranks import ranks_in
+from prefopt.train.tensor_file import TensorFile
+from train.small import hold_up, pairs, write_rows
 
 QUICK = ["--device", "cpu", "--dtype", "float32", "--progress", "none", "--max-length", "64", "--max-steps", "2"]
 
@@ -87,16 +90,23 @@ LONG = {**OPTIONS, **MACHINE, "max_steps": 40, "epochs": 20, "save_every": 1, "l
 SHARDS = ["none", "full"]
 
 
-def _trains(model: str, data: str, output: str, options: dict[str, Any]) -> tuple[int, str]:
+def _trains(
+    model: str, data: str, output: str, options: dict[str, Any], held_up: tuple[str, ...] = ()
+) -> tuple[int, str]:
+    """``held_up``: files that never get written, see :func:`hold_up`."""
+    if held_up:
+        hold_up(*held_up)
     words = ["dpo", "--model", model, "--data", data, "--output", output]
     for name, value in options.items():
         words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return _typed(words)
 
 
-def run(folder: Path, name: str, size: int, **more: Any) -> list[tuple[Any, Any]]:
+def run(
+    folder: Path, name: str, size: int, held_up: tuple[str, ...] = (), trains: Callable[..., Any] = _trains, **more: Any
+) -> list[tuple[Any, Any]]:
     model, data = prepared(folder, "pairs")
-    return started(size, _trains, model, data, str(folder / name), {**LONG, **more})
+    return started(size, trains, model, data, str(folder / name), {**LONG, **more}, held_up)
 
 
 def trained(folder: Path) -> int:
@@ -152,6 +162,47 @@ def test_killed_at_ten_moments_a_run_ends_with_the_same_bits(shard: str, tmp_pat
     assert [s for s, _ in results(run(tmp_path, "parts", 3, shard=shard, resume=True))] == [0, 0, 0]
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_while_it_writes_its_shard_leaves_the_checkpoint_before(
+    victim: int, tmp_path: Path
+) -> None:
+    options = {"shard": "full", "max_steps": 6, "save_every": 2}
+    assert [s for s, _ in results(run(tmp_path, "whole", 2, **options))] == [0, 0]
+    file = f"optimizer-0000{victim + 1}-of-00002.safetensors"
+    processes = run(tmp_path, "parts", 2, held_up=(".step-00000004.", file), **options)
+    wait(processes, lambda: trained(tmp_path / "parts") > 4)  # training goes on
+    processes[victim][0].kill()
+    found = results(processes)
+    assert found[1 - victim][0] == 2, found
+    kept = sorted(p.name for p in (tmp_path / "parts" / "checkpoints").glob("step-*"))
+    assert kept[-1] == "step-00000002"
+    assert [s for s, _ in results(run(tmp_path, "parts", 2, resume=True, **options))] == [0, 0]
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def _disk_full_on_rank_1(*arguments: Any) -> tuple[int, str]:
+    write = TensorFile.write
+
+    def full(file: TensorFile, path: Path) -> str:
+        if ranks_in().rank == 1 and ".step-00000004." in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, path)
+
+    TensorFile.write = full  # type: ignore[method-assign]
+    return _trains(*arguments)
+
+
+def test_a_disk_that_is_full_for_one_shard_ends_all_ranks_in_one_line(tmp_path: Path) -> None:
+    options = {"shard": "full", "max_steps": 12, "save_every": 4}
+    found = results(run(tmp_path, "out", 2, trains=_disk_full_on_rank_1, **options))
+    assert [status for status, _ in found] == [2, 2], found
+    (line,) = (line for _, text in found for line in text.splitlines())
+    assert "step-00000004: cannot be written (No space left on device)" in line
+    assert 4 <= trained(tmp_path / "out") <= 8 and not list((tmp_path / "out/checkpoints").iterdir())
 
 
 @pytest.mark.slow

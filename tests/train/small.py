@@ -8,6 +8,7 @@ import os
 import random
 import resource
 import sys
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -170,8 +171,10 @@ def _child(
     *,
     commit_seconds: float | None = None,
     largest_file: int | None = None,
+    held_up: tuple[str, ...] | None = None,
 ) -> None:
-    """``commit_seconds``: how often the reference cache commits. ``largest_file``: bytes after which disks are full."""
+    """``commit_seconds``: how often the reference cache commits. ``largest_file``: bytes after which disks are full.
+    ``held_up``: a thread does not get to write files whose path has all of these in it."""
     from prefopt.cli import main
     from prefopt.reference import cache
 
@@ -183,6 +186,24 @@ def _child(
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
     if commit_seconds is not None:
         cache.COMMIT_SECONDS, cache.COMMIT_SHARE = commit_seconds, 0.0
+    if held_up is not None:
+        hold_up(*held_up)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
     sys.exit(main(arguments))
+
+
+def hold_up(*parts: str) -> None:
+    """From here on a thread of this process begins files of checkpoints whose path has all ``parts``, and never ends
+    them."""
+    from prefopt.train import checkpoint
+    from prefopt.train.tensor_file import TensorFile
+
+    def held(path: Path) -> None:
+        if threading.current_thread() is not threading.main_thread() and all(part in str(path) for part in parts):
+            path.write_bytes(b"half")
+            threading.Event().wait()
+
+    tensors, flushed = TensorFile.write, checkpoint.write_flushed
+    TensorFile.write = lambda file, path: held(path) or tensors(file, path)  # type: ignore[method-assign]
+    checkpoint.write_flushed = lambda path, data: held(path) or flushed(path, data)

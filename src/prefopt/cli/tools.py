@@ -15,6 +15,7 @@ from prefopt.config.methods import METHODS
 from prefopt.config.sample import SampleConfig
 from prefopt.config.sweeps import FrontierConfig, MethodsConfig
 from prefopt.core import cache_folder
+from prefopt.core.model_folder import require_adapter
 from prefopt.core.ranks import Ranks, check_ranks
 from prefopt.core.terminal import size, tell, tell_json, tell_lines
 from prefopt.errors import ConfigError
@@ -72,6 +73,7 @@ def cache_clear(config: tools.CacheClearConfig) -> int:
 
 
 def merge(config: tools.MergeConfig) -> int:
+    require_adapter(config.adapter)  # before torch is imported
     from prefopt.model.merge import merge_adapter
     from prefopt.model.precision import DTYPES, resolve_device
 
@@ -161,7 +163,7 @@ def report(config: tools.ReportConfig) -> int:
     if not config.run and not config.comparisons:
         raise ConfigError("there is nothing to report: name output folders, or --comparisons")
     for name in config.run or ():
-        if not Path(name).exists():
+        if not (Path(name).is_file() or any(Path(name).glob("*.json"))):
             runs_of(name)  # refuses it, before torch is imported
     from prefopt.sweeps.report import write_report
 

@@ -60,6 +60,16 @@ def output_errors(path: Path) -> Iterator[None]:
         raise RunError(f"{path}: cannot be written ({reason}); make room or choose another --output") from error
 
 
+OVERWRITE = "name another file, or add --overwrite"
+RESUME = "go on with it by --resume, or name another file"
+
+
+def refuse_existing(path: Path, remedy: str, *, unless: bool) -> None:
+    """Raises :class:`RunError` where the file of ``--output`` is there already, ``unless`` that is wanted."""
+    if path.exists() and not unless:
+        raise RunError(f"--output {path} exists; {remedy}")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically. Raises ``RunError``."""
     with output_errors(path):

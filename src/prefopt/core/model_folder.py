@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefopt.core.files import expanded, one_below
+from prefopt.core.files import expanded, one_below, parsed
 from prefopt.core.hub import fetched
 from prefopt.errors import ModelError
 
@@ -93,12 +93,13 @@ def shard_names(index: Path) -> list[str]:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty where there is none. Raises :class:`ModelError` for anything else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parsed(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
         raise ModelError(
-            f"{path.parent}: {path.name} cannot be read ({error}); download or copy the model again"
+            f"{path.parent}: {path.name} cannot be read ({why}); download or copy the model again"
         ) from error
     if not isinstance(value, dict):
         raise ModelError(f"{path.parent}: {path.name} is not a JSON object; download or copy the model again")

@@ -14,7 +14,7 @@ from typing import Any
 
 from prefopt.config.compare import CompareConfig, is_file
 from prefopt.core.cache_folder import file_hashes
-from prefopt.core.files import output_errors, replace_file
+from prefopt.core.files import OVERWRITE, output_errors, refuse_existing, replace_file
 from prefopt.core.statistics import MIN_PROMPTS, Interval
 from prefopt.data.files.sources import find_sources
 from prefopt.errors import ConfigError, DataError, RunError
@@ -155,8 +155,7 @@ def check_output(config: CompareConfig, data: Sequence[str]) -> None:
     names += [source.path for source in find_sources(data) if source.path is not None]
     if any(name.exists() and name.samefile(path) for name in names):
         raise ConfigError(f"--output {path} is read by this comparison; name another file")
-    if not config.overwrite:
-        raise RunError(f"--output {path} exists; name another file, or add --overwrite")
+    refuse_existing(path, OVERWRITE, unless=config.overwrite)
 
 
 def write_pairs(path: Path, rows: Sequence[dict[str, object]]) -> str:

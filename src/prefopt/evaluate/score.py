@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from prefopt.config.tools import IMPLICIT, ScoreConfig
-from prefopt.core.files import output_errors
+from prefopt.core.files import OVERWRITE, output_errors, refuse_existing
 from prefopt.core.statistics import Interval, rate_interval
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.template import Rendering
@@ -23,7 +23,7 @@ from prefopt.data.group import Group
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.tokenizer import Tokenizer, load_tokenizer
 from prefopt.data.validate import Problem, refuse
-from prefopt.errors import DataError, ModelError, RunError
+from prefopt.errors import DataError, ModelError
 from prefopt.evaluate.win_rate import Floats
 from prefopt.model.architectures import context_length
 from prefopt.model.load import base_and_adapter, load_config, load_model, local_folder
@@ -192,8 +192,7 @@ def run(config: ScoreConfig) -> ScoreResult:
     """Score the files of ``config``. Raises :class:`prefopt.errors.UserError`; the output appears whole or not at
     all."""
     path = Path(config.output)
-    if path.exists() and not config.overwrite:
-        raise RunError(f"--output {path} exists; name another file, or add --overwrite")
+    refuse_existing(path, OVERWRITE, unless=config.overwrite)
     scorer = load_row_scorer(config)
     values: list[float] = []
     agreements: dict[bytes, list[float]] = {}

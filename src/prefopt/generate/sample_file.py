@@ -22,7 +22,16 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from prefopt.core.cache_folder import SAMPLES, clear, sample_entries
-from prefopt.core.files import output_errors, parsed, read_json, remove_leftovers, sync_folder, write_json
+from prefopt.core.files import (
+    RESUME,
+    output_errors,
+    parsed,
+    read_json,
+    refuse_existing,
+    remove_leftovers,
+    sync_folder,
+    write_json,
+)
 from prefopt.core.options import flag
 from prefopt.errors import RunError
 
@@ -56,8 +65,7 @@ class SampleFile:
         if path.is_dir():
             raise RunError(f"--output {path} is a folder; name a file")
         self._found = path.exists()
-        if self._found and not resume:
-            raise RunError(f"--output {path} exists; go on with it by --resume, or name another file")
+        refuse_existing(path, RESUME, unless=resume)
         self._digests = ""
         if self._found:
             self.record = {**_read_record(path), "status": "resumed"}

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.config.methods import method_of
+from prefopt.config.sample import SampleConfig
 from prefopt.config.tools import IMPLICIT, RULES, ScoreConfig, is_model_reward
-from prefopt.core.files import expanded
+from prefopt.core.files import OVERWRITE, RESUME, expanded, one_below, refuse_existing
 from prefopt.core.hub import no_telemetry, why_not_read
 from prefopt.core.ranks import ranks_in, restarted
 from prefopt.data.files.content import look
@@ -34,6 +35,11 @@ def check_before_torch(config: Any) -> None:
     _check_device(config.device)
     if method_of(config) and not config.dry_run and ranks_in().alone:  # several look at it together, later
         check_output(Path(config.output), resume=config.resume or restarted())
+    if isinstance(config, SampleConfig | ScoreConfig) and config.output and not Path(config.output).is_dir():
+        if isinstance(config, ScoreConfig):
+            refuse_existing(Path(config.output), OVERWRITE, unless=config.overwrite)
+        else:
+            refuse_existing(Path(config.output), RESUME, unless=config.resume)
     for option in DATA:
         for source in find_sources(getattr(config, option, None) or []):
             _check_file(source)
@@ -47,8 +53,8 @@ def check_before_torch(config: Any) -> None:
         _check_model(reward)
         return
     known = (*RULES, *([IMPLICIT] if isinstance(config, ScoreConfig) else []))
-    if isinstance(reward, str) and reward not in known and ":" not in reward:
-        load_reward(reward)  # refuses the name
+    if isinstance(reward, str) and reward not in known:
+        load_reward(reward)  # refuses the name, or an absent module
 
 
 def _check_device(name: str | None) -> None:
@@ -77,9 +83,14 @@ def _check_file(source: Source) -> None:
 
 
 def _check_model(name: str | None) -> None:
-    """Refuse what is neither a folder, nor the name of a model in the Hub's cache or on the Hub, nor a file of
+    """Refuse what is neither a model's folder, nor the name of a model in the Hub's cache or on the Hub, nor a file of
     samples."""
-    if name is None or expanded(name).exists():
+    if name is None:
+        return
+    path = expanded(name)
+    if path.is_dir() and not any((path / file).exists() for file in CONFIGS):
+        raise ModelError(f"{name} holds no {' and no '.join(CONFIGS)}: it is no model{one_below(path)}")
+    if path.exists():
         return
     if name.endswith(".jsonl"):
         raise DataError("no such file; check the path", file=name)

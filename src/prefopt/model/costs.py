@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -124,6 +124,23 @@ def free_memory(device: torch.device) -> int:
 
     free, _ = torch.cuda.mem_get_info(device)
     return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+
+
+def host_room() -> int:
+    """Bytes of memory that this process may still take: what the machine has free, or less where a container or a job
+    has a limit (control groups of version 2)."""
+    room = int(psutil.virtual_memory().available)
+    root = Path("/sys/fs/cgroup")
+    with suppress(OSError):
+        own = root / Path("/proc/self/cgroup").read_text().partition("0::")[2].strip().lstrip("/")
+        for group in (own, *own.parents):
+            with suppress(OSError, ValueError):  # no limit is set here: there is no such file, or it says "max"
+                limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+                cached = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)
+                room = min(room, limit + int(cached[1] if cached else 0))
+            if group == root:
+                break
+    return room
 
 
 def memory_of(device: torch.device) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefopt.core.files import MARKS, one_below
+from prefopt.core.files import MARKS, expanded, one_below
 from prefopt.core.hub import no_telemetry, why_not_written
 from prefopt.core.model_folder import ADAPTER_CONFIG, read_object
 from prefopt.core.terminal import size
@@ -124,8 +124,8 @@ def _warnings(folder: Path, files: dict[str, int]) -> list[str]:
             continue
         if seen := personal.search(path.read_text("utf-8", errors="replace")):
             found.append(f"{name} names folders of this machine ({seen[0]}); whoever may read the repository sees them")
-    base = str(read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path", ""))
-    if base and (base.startswith((".", "/", "~")) or Path(base).exists()):
+    base = str(read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+    if base and (base.startswith((".", "/", "~")) or expanded(base).exists()):
         found.append(
             f"{ADAPTER_CONFIG} names its model by a folder of this machine ({base}): put its name on the Hub"
             " there, or merge the adapter first (prefopt merge)"

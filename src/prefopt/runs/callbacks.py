@@ -48,8 +48,8 @@ class RunInfo:
         return self.output.resolve().name
 
     def save(self) -> None:
-        """Write a checkpoint of this step, unless there is one; ``keep_last`` removes older ones. Of several processes
-        any may ask for it; it is written when the hooks of all have returned."""
+        """Write a checkpoint of this step, unless there is one, and wait for it; ``keep_last`` removes older ones. Of
+        several processes any may ask for it; it is written when the hooks of all have returned."""
         if self.keep is not None:
             self.keep()
 
@@ -59,8 +59,8 @@ class RunInfo:
 
 
 class Callback:
-    """Subclass it and override what you need. Hooks are called when a step is complete, with its evaluation and
-    checkpoint: ``on_step`` first. Hooks that draw from torch's random generator change the run.
+    """Subclass it and override what you need. Hooks are called when a step is complete, ``on_step`` first, then that of
+    its evaluation. Hooks that draw from torch's random generator change the run.
     """
 
     def on_start(self, run: RunInfo) -> None:
@@ -73,7 +73,8 @@ class Callback:
         """After an evaluation on held-out rows; metric names as in training."""
 
     def on_checkpoint(self, run: RunInfo, step: int, path: Path) -> None:
-        """After a checkpoint was written to the folder ``path``."""
+        """When the checkpoint of ``step`` is there, in the folder ``path``. It was written while training went on, so
+        that ``run.step`` may be larger; the next one is not begun before the hook has returned."""
 
     def on_end(self, run: RunInfo, status: str) -> None:
         """Once after ``on_start``, before the model is saved; ``status`` is ``trained``, ``interrupted`` or
@@ -109,6 +110,7 @@ class Callbacks:
     _keep: Callable[[], object] = lambda: None
     _asks: bool = False
     _of_steps: bool = True
+    _failed: bool = False
 
     def __post_init__(self) -> None:
         for one in self.many:
@@ -147,19 +149,23 @@ class Callbacks:
         step: int,
         record: Metrics | None = None,
         evaluation: Metrics | None = None,
-        checkpoint: Path | None = None,
     ) -> None:
         """Call the hooks of a complete step."""
         assert self.run is not None
         self.run.step = step
 
         def call() -> None:
-            for hook, value in zip(OF_STEPS, (record, evaluation, checkpoint), strict=True):
+            for hook, value in (("on_step", record), ("on_evaluation", evaluation)):
                 if value is not None:
                     self._call(hook, step, value)
 
         if self._of_steps:
             self._together(call)
+
+    def saved(self, step: int, path: Path) -> None:
+        """Call the hooks of a checkpoint that is there. Not after a hook has failed, which ends the run."""
+        if self._of_steps and not self._failed:
+            self._together(lambda: self._call("on_checkpoint", step, path))
 
     def _ask(self) -> None:
         self._asks = True
@@ -172,6 +178,7 @@ class Callbacks:
             call()
         except CallbackFailed as error:
             if self.world.alone:
+                self._failed = True
                 raise
             failed = error
         if self.world.alone:
@@ -182,6 +189,7 @@ class Callbacks:
         if any(asks):
             self._keep()
         if any(errors):
+            self._failed = True
             raise failed or next(error for error in errors if error is not None)
 
     def _call(self, hook: str, *arguments: object) -> None:

@@ -170,13 +170,22 @@ class Spending:
 
     def note(self, *, together: bool = True) -> None:
         """Write them to ``run.json``, if this process holds the folder. ``together``: all ranks call this."""
+        self.measured(together=together)()
+
+    def measured(self, *, together: bool = True) -> Callable[[], None]:
+        """The costs until now. The function that is returned writes them: with a checkpoint, once that is there."""
         seconds = time.monotonic() - self._started
         now = {**self._costs.to_dict(), "seconds": seconds, "peak_memory_bytes": peak_memory(self._device)}
         if together:
             every = self._world.gather(now)
             self._others = [{n: x for n, x in one.items() if n != "seconds"} for one in every[1:]]
-        if self._folder.taken:
-            self._folder.remember(costs=combine_costs([self._before, now, *self._others]))
+        costs = combine_costs([self._before, now, *self._others])
+
+        def write() -> None:
+            if self._folder.taken:
+                self._folder.remember(costs=costs)
+
+        return write
 
 
 @contextmanager

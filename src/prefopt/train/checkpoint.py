@@ -16,7 +16,6 @@ import base64
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,16 +25,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from prefopt.core.files import aside_of, output_errors, parsed, remove_folder, sync_folder, write_flushed
+from prefopt.core.files import output_errors, parsed, remove_folder, sync_folder, write_flushed
 from prefopt.errors import RunError
 from prefopt.parallel.tensors import local_of, sharded_as, shards_of
 from prefopt.parallel.world import ALONE, World
+from prefopt.train.tensor_file import TensorFile, Tensors
 
 log = logging.getLogger(__name__)
 
-Tensors = Mapping[str, torch.Tensor]
 STATE = "state.json"
 REQUIRED, OPTIONAL = ("weights", "optimizer"), ("reference", "rollouts")  # fields, and names of files
 DAMAGED = (OSError, ValueError, KeyError, TypeError, SafetensorError)
@@ -55,51 +54,42 @@ class Checkpoint:
     rollouts: Tensors | None = None
 
 
-def save(folder: Path, found: Checkpoint, *, keep_last: int, world: World = ALONE) -> Path:
-    """Write a checkpoint and remove all but the newest ``keep_last``, and best weights that none of them names.
+def begin(path: Path, aside: Path) -> None:
+    """Create the folder ``aside`` in which the checkpoint ``path`` is written; removes what killed processes left."""
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(".step-*"):
+            shutil.rmtree(left)
+        aside.mkdir()
 
-    One from within a step is kept in addition, until the next is written. Every rank of ``world`` calls this and writes
-    its own shards; the first one writes everything else, and gives the folder its name when all are done.
+
+def files_of(found: Checkpoint, world: World) -> dict[str, TensorFile]:
+    """The files that this rank writes of a checkpoint, by name: its shards; of the first one also all that is whole."""
+    files = {}
+    for field in (*REQUIRED, *OPTIONAL):
+        tensors = getattr(found, field)
+        if tensors is None:
+            continue
+        # Of shards whose replicas are on other nodes, those of the first node are enough.
+        parts = {n: local_of(t) for n, t in tensors.items() if world.rank < shards_of(t)}
+        if parts or world.first:  # an optimiser that has not moved yet has no tensors
+            ranks = max(map(shards_of, tensors.values()), default=1)
+            shards = [n for n, t in tensors.items() if shards_of(t) > 1]
+            files[_file(field, world.rank, ranks)] = TensorFile.of(parts, shards)
+    return files
+
+
+def commit(aside: Path, path: Path, state: dict[str, Any], keep_last: int, sums: dict[str, str]) -> None:
+    """Write the manifest beside complete files, and rename their folder. All but the newest ``keep_last`` checkpoints
+    are removed, and best weights that none of them names.
+
+    A checkpoint from within a step is kept in addition, until the next is written.
     """
-    path = _path(folder, found.state["step"], found.state["progress"]["done"])
-    aside = world.from_first(aside_of(path))
-    files = {name: getattr(found, name) for name in (*REQUIRED, *OPTIONAL) if getattr(found, name) is not None}
-    sharded = any(shards_of(t) > 1 for t in found.weights.values())
-
-    def begin() -> None:
-        with output_errors(path):
-            folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob(".step-*"):
-                shutil.rmtree(left)
-            aside.mkdir()
-
-    def write() -> dict[str, str]:
-        """This rank's files, with their checksums."""
-        sums = {}
-        with output_errors(path):
-            for name, tensors in files.items():
-                # Of shards whose replicas are on other nodes, those of the first node are enough.
-                parts = {n: local_of(t) for n, t in tensors.items() if world.rank < shards_of(t)}
-                if parts or world.first:  # an optimiser that has not moved yet has no tensors
-                    ranks = max(map(shards_of, tensors.values()), default=1)
-                    file = _file(name, world.rank, ranks)
-                    write_tensors(aside / file, parts, [n for n, t in tensors.items() if shards_of(t) > 1])
-                    sums[file] = _sha256(aside / file)
-        return sums
-
-    world.on_first(begin)
-    every = world.gather(world.together(write)) if sharded else [write() if world.first else {}]
-    sums = {name: digest for one in every for name, digest in one.items()}
-    world.on_first(lambda: _commit(aside, path, found.state, sums, keep_last))
-    return path
-
-
-def _commit(aside: Path, path: Path, state: dict[str, Any], sums: dict[str, str], keep_last: int) -> None:
-    """Write the manifest beside complete files, and rename their folder."""
     folder, replaced = path.parent, path.with_name(f".{path.name}.replaced")
     with output_errors(path):
-        write_flushed(aside / STATE, json.dumps(state).encode())
-        sums = {**sums, STATE: _sha256(aside / STATE)}
+        data = json.dumps(state).encode()
+        write_flushed(aside / STATE, data)
+        sums = {**sums, STATE: hashlib.sha256(data).hexdigest()}
         write_flushed(aside / "manifest.json", json.dumps(sums).encode())
         if path.exists():  # the same weights at an earlier point of the step, or damaged
             path.rename(replaced)
@@ -152,7 +142,7 @@ def newest(
 
 def at(folder: Path, step: int) -> Checkpoint:
     """The checkpoint of the weights after ``step``. Raises :class:`RunError` if it is absent or damaged."""
-    path = _path(folder, step)
+    path = path_of(folder, step)
     try:
         found = _read(path)
         if found.state["progress"].get("done"):
@@ -162,7 +152,7 @@ def at(folder: Path, step: int) -> Checkpoint:
         raise RunError(f"checkpoint {path} cannot be read ({error}); remove the run's folder and train again") from None
 
 
-def _path(folder: Path, step: int, done: int = 0) -> Path:
+def path_of(folder: Path, step: int, done: int = 0) -> Path:
     return folder / (f"step-{step:08d}-{done:04d}" if done else f"step-{step:08d}")
 
 
@@ -214,15 +204,6 @@ class ShardedTensors(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def write_tensors(path: Path, tensors: Tensors, shards: Iterable[str] = ()) -> None:
-    """Write a safetensors file and flush it to disk. ``shards``: the names of those that are parts."""
-    parts = sorted(shards)
-    metadata = {"shards": json.dumps(parts)} if parts else None
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _sha256(path: Path) -> str:
@@ -290,13 +271,13 @@ def _prefix(name: str) -> str:
     return "" if name == "policy" else f"{name}."
 
 
-def save_best(folder: Path, step: int, weights: Mapping[str, torch.Tensor]) -> None:
+def write_best(folder: Path, step: int, weights: TensorFile) -> None:
     """Write the weights of the best evaluation beside the checkpoints."""
     path = _best(folder, step)
     aside = folder / ".best.safetensors"
     with output_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(aside, weights)
+        weights.write(aside)
         aside.replace(path)
 
 

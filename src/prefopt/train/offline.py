@@ -102,7 +102,7 @@ class OfflineRun:
         )
         state = trainer.fit()
         if state.best_step is not None and state.best_step != state.step:
-            policy.masters.load(checkpoint.load_best(trainer.checkpoints, state.best_step))
+            policy.masters.load(checkpoint.load_best(trainer.saver.folder, state.best_step))
             run.say(f"the weights of step {state.best_step} are saved: the best on held-out {self.data.noun}")
         return trainer
 

@@ -49,6 +49,7 @@ from prefopt.train import budget
 from prefopt.train.objective import Objective
 from prefopt.train.optim import Network
 from prefopt.train.policy import Trained, with_base
+from prefopt.train.saver import Saver
 from prefopt.train.source import BatchSource
 from prefopt.train.trainer import Trainer
 
@@ -151,11 +152,11 @@ class Run:
             keep_last=config.keep_last,
             metrics=Metrics(self.folder.path / "metrics.jsonl", writes=self.world.first),
             reporter=self.reporter,
-            checkpoints=self.folder.checkpoints,
+            saver=Saver(self.folder.checkpoints, self.world, self.say),
             stop=self.stop,
             token_budget=token_budget,
             callbacks=self.callbacks,
-            after_save=self.costs.note,
+            measure_costs=self.costs.measured,
             world=self.world,
             lockstep=policy.sharded,
             **more,

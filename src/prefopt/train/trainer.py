@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,17 +21,17 @@ from prefopt.errors import Diverged
 from prefopt.model.costs import out_of_memory
 from prefopt.model.scorer import PackedModel
 from prefopt.parallel.gradients import grad_norm, sum_gradients
-from prefopt.parallel.tensors import whole_tensors
 from prefopt.parallel.world import ALONE, World
 from prefopt.reference.in_memory import TrDpoUpdate
 from prefopt.runs.callbacks import Callbacks, RunInfo
 from prefopt.runs.metrics import Averages, Metrics, Record, note
-from prefopt.train import checkpoint
+from prefopt.train import checkpoint, snapshot
 from prefopt.train.batch import Batch
 from prefopt.train.budget import Speed, fatal_in_shards, smaller_budget
 from prefopt.train.columns import Values
 from prefopt.train.objective import Objective
 from prefopt.train.optim import Network
+from prefopt.train.saver import Saver
 from prefopt.train.source import AuxiliaryLoss, BatchSource
 from prefopt.train.step import Differentiator, Gradients, InMemoryColumns
 
@@ -63,8 +62,9 @@ class Trainer:
     """Trains ``networks`` (the policy first; with PPO actor and critic) on the batches of ``source``.
 
     ``eval_every`` and ``save_every`` count steps; None: each epoch, and :meth:`BatchSource.saves`.
-    ``checkpoints`` is a folder; ``after_save`` is called after each checkpoint. ``movement``: the reference moves, so
-    that losses at different steps are not comparable and no evaluation is the best.
+    ``saver`` writes checkpoints and best weights. ``measure_costs`` returns what records the costs until now, once the
+    checkpoint of this moment is there. ``movement``: the reference moves, so that losses at different steps are not
+    comparable and no evaluation is the best.
 
     Every rank of ``world`` has a trainer and makes the same calls; files and lines are those of the first one (whose
     ``metrics`` and ``reporter`` alone write). ``lockstep``: see :class:`Differentiator`.
@@ -82,7 +82,7 @@ class Trainer:
     keep_last: int
     metrics: Metrics
     reporter: Reporter
-    checkpoints: Path
+    saver: Saver
     stop: StopRequest
     token_budget: int
     reference: InMemoryColumns | None = None
@@ -90,7 +90,7 @@ class Trainer:
     inspect: Inspect | None = None
     movement: TrDpoUpdate | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)
-    after_save: Callable[[], None] = lambda: None
+    measure_costs: Callable[[], Callable[[], None]] = lambda: lambda: None
     state: TrainerState = field(default_factory=TrainerState)
     averages: Averages = field(default_factory=Averages)
     world: World = ALONE
@@ -123,15 +123,21 @@ class Trainer:
             step=state.step,
         )
         self.train_mode()
-        with self.callbacks.around(about, self.keep), self.reporter.bar("train", self.steps, "steps") as bar:
+        with (
+            self.callbacks.around(about, self.keep),
+            self.reporter.bar("train", self.steps, "steps") as bar,
+            self.saver.around(),
+        ):
             while state.step < self.steps and not state.stopped_early:
-                record, saved = self._step()
+                record = self._step()
                 self.metrics.write({"step": state.step, **record})
                 bar.update(state.step, note(record), first=state.step == 1)
                 evaluation = self.evaluate() if self._evaluation_due() else None
+                self.callbacks.done(state.step, record, evaluation)
+                if self.saver.due:
+                    self.saver.settle()
                 if not self.source.draws and self._save_due(state.step):
-                    saved = self.keep()
-                self.callbacks.done(state.step, record, evaluation, saved)
+                    self.keep(due=True)
                 if about.stopping:
                     state.stopped_early = True
                     if self._evaluates and evaluation is None:
@@ -158,10 +164,10 @@ class Trainer:
         within = f", {done} of the updates of the next one made" if done else ""
         self.stop.check(f" after step {self.state.step} of {self.steps}{within}")
 
-    def _step(self) -> tuple[Record, Path | None]:
-        state, source, saved, started = self.state, self.source, None, time.monotonic()
+    def _step(self) -> Record:
+        state, source, started = self.state, self.source, time.monotonic()
         if source.begin(self) and self._save_due(state.step):
-            saved = self.keep()
+            self.keep(due=True)
         while state.done < source.updates:
             begun = time.monotonic()
             batch = source.batch(state.step, state.done)
@@ -181,7 +187,7 @@ class Trainer:
         record = source.end(self, record)
         state.step, state.done, state.records, state.times = state.step + 1, 0, [], {}
         state.seconds += time.monotonic() - started
-        return record, saved
+        return record
 
     def _save_due(self, step: int) -> bool:
         every = self.save_every
@@ -250,7 +256,7 @@ class Trainer:
         """The numbers of an update that all ranks add up, in one message: sums, work, failures and stop requests."""
         if self.world.alone:
             return {"failed": float(error is not None)}
-        mine: dict[str, float] = {"failed": float(error is not None)}
+        mine: dict[str, float] = {"failed": float(error is not None), "written": float(self.saver.written)}
         if found is not None and error is None:
             mine |= found.sums.numbers()
             mine |= {f"work/{n}": x for n, x in self.speed.work(found.packed).items()} if self.speed else {}
@@ -260,6 +266,7 @@ class Trainer:
         totals = self.world.totals(mine)
         signals = [int(n.removeprefix("signal/")) for n, count in totals.items() if n.startswith("signal/") and count]
         self._stop_signal = max(signals, default=None)
+        self.saver.agreed = totals["written"] == self.world.size
         return totals
 
     def _record(
@@ -325,8 +332,7 @@ class Trainer:
         self.reporter.say(f"step {state.step}: held out: {', '.join(note(record))}{best}")
         if better:
             state.best_step, state.best_loss, state.without_gain = state.step, record["loss"], 0
-            best_weights = whole_tensors(self.policy.weights.saved(), keep=self.world.first)
-            self.world.on_first(lambda: checkpoint.save_best(self.checkpoints, state.step, best_weights))
+            self.saver.save_best(state.step, self.policy.weights.saved())
         elif self.movement is None:
             state.without_gain += 1
             patience = self.early_stopping
@@ -335,61 +341,40 @@ class Trainer:
                 self.reporter.say(f"stopping early: no lower loss in {patience} evaluations since {state.best_step}")
         return record
 
-    def keep(self) -> Path | None:
-        """Write a checkpoint, unless one of this state exists."""
-        state = self.state
-        if self._saved == (state.step, state.done):
-            return None
-        state.token_budget = self.token_budget
-        saved = checkpoint.Checkpoint(
-            weights=checkpoint.joined({name: n.weights.saved() for name, n in self.networks.items()}),
-            optimizer=checkpoint.joined(
-                {name: checkpoint.optimizer_tensors(n.optimizer) for name, n in self.networks.items()}
-            ),
-            state={
-                "step": state.step,
-                "progress": asdict(state),
-                **checkpoint.states_of_ranks(self.world),
-                "losses": {name: {k: float(v) for k, v in kept.items()} for name, kept in self.objective.state.items()},
-                "averages": self.averages.to_dict(),
-                "source": self.source.state(),
-            },
-            reference=self.movement.weights.saved() if self.movement is not None else None,
-            rollouts=self.source.tensors(),
-        )
-        path = checkpoint.save(self.checkpoints, saved, keep_last=self.keep_last, world=self.world)
-        self._saved = (state.step, state.done)
-        self.after_save()
-        if self.save_every or self.stop.signal is not None:
-            self.reporter.say(f"checkpoint: {path}")
-        return path
+    def keep(self, *, due: bool = False) -> None:
+        """Write a checkpoint, unless one of this state exists, and wait until it is there. One that is ``due`` is
+        written while training goes on, if it does; callbacks are told of it when it is there."""
+        state, now = self.state, (self.state.step, self.state.done)
+        wait = not due or state.step == self.steps or state.stopped_early
+        if self._saved != now:
+            state.token_budget = self.token_budget
+            step, note_costs = state.step, self.measure_costs()
+
+            def there(path: Path) -> None:
+                note_costs()
+                if self.save_every or self.stop.signal is not None:
+                    self.reporter.say(f"checkpoint: {path}")
+                if due:
+                    self.callbacks.saved(step, path)
+
+            self.saver.save(snapshot.take(self), keep_last=self.keep_last, wait=wait, then=there)
+            self._saved = now
+        elif due:  # a callback asked for it
+            self.callbacks.saved(state.step, checkpoint.path_of(self.saver.folder, *now))
+        if wait:
+            self.saver.settle()
 
     def resume(self) -> None:
         """Load the newest undamaged checkpoint, if there is one."""
-        found = checkpoint.newest(self.checkpoints, self.world)
+        found = checkpoint.newest(self.saver.folder, self.world)
         if found is None:
             self.metrics.forget_after(-1)
-            none = "no checkpoint that is whole" if self.checkpoints.exists() else "no checkpoint yet"
+            none = "no checkpoint that is whole" if self.saver.folder.exists() else "no checkpoint yet"
             self.reporter.say(f"{none}: starting at the first step")
             return
         path, saved = found
-        for name, network in self.networks.items():
-            network.weights.load(checkpoint.part_of(name, saved.weights))
-            checkpoint.restore_optimizer(network.optimizer, checkpoint.part_of(name, saved.optimizer))
-        if (line := checkpoint.restore_random(saved.state, self.world)) is not None:
+        if (line := snapshot.restore(self, saved)) is not None:
             self.reporter.say(line)
-        if self.movement is not None and saved.reference is not None:
-            self.movement.weights.load(saved.reference)
-        for name, kept in saved.state.get("losses", {}).items():
-            now = self.objective.state[name]
-            self.objective.state[name] = {k: now[k].new_tensor(value) for k, value in kept.items()}
-        progress: dict[str, Any] = saved.state["progress"]
-        known = {f.name for f in fields(TrainerState)}
-        self.state = TrainerState(**{name: value for name, value in progress.items() if name in known})
-        # Earlier versions kept the source's state in the trainer's.
-        self.source.restore(saved.state.get("source", progress), saved.rollouts)
-        self.averages = Averages.from_dict(saved.state.get("averages", {}))
-        self.token_budget = self.state.token_budget
         self._saved = (self.state.step, self.state.done)
         self.metrics.forget_after(self.state.step)
         self.reporter.say(f"resumed: {path}")
