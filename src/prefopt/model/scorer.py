@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -34,7 +34,11 @@ from prefopt.model.kernels.head import (
     vocabulary_of,
     wide_dtype,
 )
+from prefopt.model.kernels.shared import segments_tensor
 from prefopt.model.packing import ForwardPass, PackedBatch, PackLayout
+
+if TYPE_CHECKING:
+    from prefopt.model.compiled import CompiledLayers
 
 
 def version_of(dtype: torch.dtype) -> int:
@@ -59,6 +63,7 @@ class PackedModel(torch.nn.Module):
         self.reason = sharing_obstacle(causal, config) if share else "sharing is switched off"
         self.layout = PackLayout(self.reason is None, rope_limit(config))
         self.attention = attention
+        self.compiled: CompiledLayers | None = None
         self.compute_dtype: torch.dtype | None = None  # set where weights are gathered in another dtype than they have
         # All configurations that a layer may read: the model's, its text part's, and those of inner models.
         configs = [causal.config, config, *(m.config for m in causal.modules() if isinstance(m, PreTrainedModel))]
@@ -72,6 +77,23 @@ class PackedModel(torch.nn.Module):
         """Encode every response in a row of its own from now on, for this reason."""
         self.detach_hook()
         self.layout, self.reason = PackLayout(False, self.layout.rope_limit), reason
+
+    def compile_layers(self, *, backend: str = "inductor") -> str:
+        """Compile the layers from now on. Returns a line that says so, or why not."""
+        if not self.layout.share:
+            return f"layers are not compiled: each response is scored separately, since {self.reason}"
+        if self.compiled is None:
+            from prefopt.model.compiled import CompiledLayers  # the compiler takes a second to import
+
+            self.compiled = CompiledLayers(self.model, backend=backend)
+        return f"layers: compiled (torch.compile, {backend}) when they are first used, which takes a minute or two"
+
+    def release(self) -> None:
+        """Restore the model's own attention and layers, for its owner."""
+        self.detach_hook()
+        if self.compiled is not None:
+            self.compiled.release()
+            self.compiled = None
 
     def _try_hook(self) -> str | None:
         """Why the first attention layer cannot take shared prefixes, in one line; None where it can. Two tokens are
@@ -154,12 +176,16 @@ class PackedModel(torch.nn.Module):
         self.count(row)
         body = body_of(causal_model(self.model))
         extra: dict[str, Any] = {}
+        compiled = self.compiled if self.compiled is not None and self.compiled.failure is None else None
         if self.layout.share:
             kernel = self.kernel
             extra = {"position_ids": row.positions[None], "prefix_segments": row.segments, "prefix_kernel": kernel}
-            if kernel == "varlen":
+            if compiled is not None:
+                extra["prefix_segments"] = segments_tensor(row.segments)
+            elif kernel == "varlen":
                 extra["prefix_gather"] = gather_plan(row.segments, row.ids.device)
-        out = body(input_ids=row.ids[None], use_cache=False, return_dict=True, **extra)
+        with compiled.scoring() if compiled is not None else nullcontext():
+            out = body(input_ids=row.ids[None], use_cache=False, return_dict=True, **extra)
         return cast(torch.Tensor, out.last_hidden_state[0])
 
 

@@ -25,7 +25,7 @@ from prefopt.model.precision import MasterWeights
 from prefopt.model.scalar import ScalarScorer, load_scalar, scalar_from
 from prefopt.model.scorer import Scorer, ScoreRequest
 from prefopt.reference.in_memory import InMemoryReference, SwappedWeights
-from prefopt.train.policy import Policy, ScalarPolicy
+from prefopt.train.policy import Policy, ScalarPolicy, compiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +217,8 @@ def _network_critic(config: PpoConfig, kind: str, actor: Policy, source: str, to
     weights = MasterWeights(model, dtype)
     what = "an adapter on a network of its own" if config.lora else "a network of its own"
     scorer = ScalarScorer(model, attention=actor.scorer.attention)
+    if compiles(config, device):
+        scorer.compile_layers()
     return Critic(f"{what}, started from the {kind} model", weights, scorer)
 
 

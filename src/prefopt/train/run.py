@@ -96,6 +96,11 @@ class Run:
         self.loaded.append(policy)
         if self.config.attention != "auto" and policy.scorer.path == "separate":
             raise ConfigError(f"--attention does nothing here: {policy.scorer.reason}; leave it out")
+        if self.config.compile == "on":
+            if policy.scorer.path == "separate":
+                raise ConfigError(f"--compile on does nothing here: {policy.scorer.reason}; leave it out")
+            if getattr(self.config, "router_aux_loss_coef", None) is not None:
+                raise ConfigError("--compile on cannot read routers for --router-aux-loss-coef; leave one of them out")
         return policy
 
     def options(self) -> str:
