@@ -84,7 +84,7 @@ def test_one_graph_for_every_packed_row_without_breaks(monkeypatch: pytest.Monke
 
 
 def lora(model: Any) -> Any:
-    return new_lora(model.requires_grad_(False), rank=2, alpha=4, dropout=0.0, targets="all-linear", task="CAUSAL_LM")
+    return new_lora(model.requires_grad_(False), rank=2, alpha=4, dropout=0.0, targets=["all-linear"], task="CAUSAL_LM")
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

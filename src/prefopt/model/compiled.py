@@ -33,6 +33,20 @@ attention. torch's own limit of 8 is too low for that."""
 log = logging.getLogger(__name__)
 
 
+@contextmanager
+def compiler_settings() -> Iterator[None]:
+    """The compiler's settings, for a forward pass."""
+    with ExitStack() as stack:
+        stack.enter_context(torch._dynamo.config.patch(recompile_limit=VARIANTS))
+        # Else a row as long as the hidden state is wide would be compiled for that length alone.
+        stack.enter_context(torch.fx.experimental._config.patch(use_duck_shape=False))
+        # Else what fails in the backward pass would be compiled there, where nothing can be done about it.
+        stack.enter_context(torch._functorch.config.patch(force_non_lazy_backward_lowering=True))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # by the compiler
+        yield
+
+
 class CompiledLayers:
     """The layers of a model, compiled at their first call. ``backend``: of torch.compile."""
 
@@ -52,19 +66,6 @@ class CompiledLayers:
         for layer in self.layers:
             vars(layer).pop("forward", None)
 
-    @contextmanager
-    def scoring(self) -> Iterator[None]:
-        """The compiler's settings, for a forward pass."""
-        with ExitStack() as stack:
-            stack.enter_context(torch._dynamo.config.patch(recompile_limit=VARIANTS))
-            # Else a row as long as the hidden state is wide would be compiled for that length alone.
-            stack.enter_context(torch.fx.experimental._config.patch(use_duck_shape=False))
-            # Else what fails in the backward pass would be compiled there, where nothing can be done about it.
-            stack.enter_context(torch._functorch.config.patch(force_non_lazy_backward_lowering=True))
-            stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # by the compiler
-            yield
-
     def _run(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         kind = type(layer)  # shards give layers a class of their own
         # Only scoring hands segments over as a tensor. Where one layer fails, the others stay as they are until the
@@ -74,7 +75,8 @@ class CompiledLayers:
                 options: dict[str, Any] = {"dynamic": True, "fullgraph": True, "backend": self.backend}
                 self._functions[kind] = torch.compile(kind.forward, **options)
             try:
-                return self._functions[kind](layer, *args, **kwargs)
+                with compiler_settings():
+                    return self._functions[kind](layer, *args, **kwargs)
             except TorchDynamoException as error:
                 if out_of_memory(error):
                     raise

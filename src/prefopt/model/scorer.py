@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -17,8 +17,9 @@ import torch
 from transformers import PreTrainedModel
 
 from prefopt.errors import ModelError, UserError, first_line
-from prefopt.model.architectures import body_of, causal_model, class_logits, head_weights, rope_limit, sharing_obstacle
+from prefopt.model.architectures import attention_shapes, body_of, causal_model, class_logits, head_weights, rope_limit, sharing_obstacle
 from prefopt.model.costs import Purpose, count_pass, out_of_memory
+from prefopt.model.kernels import flash
 from prefopt.model.kernels.attention import HOOK, TRIAL, HookReached, UnshareableError, gather_plan, kernel_for
 from prefopt.model.kernels.head import (
     Distributions,
@@ -72,11 +73,24 @@ class PackedModel(torch.nn.Module):
         self.attach_hook()
         if self.layout.share and (reason := self._try_hook()):
             self.separate(reason)
+        if self.kernel == "varlen":
+            self._choose_flash()
 
     def separate(self, reason: str) -> None:
         """Encode every response in a row of its own from now on, for this reason."""
         self.detach_hook()
         self.layout, self.reason = PackLayout(False, self.layout.rope_limit), reason
+
+    def _choose_flash(self) -> None:
+        device = next(self.model.parameters()).device
+        try:
+            shapes = attention_shapes(causal_model(self.model).config)
+        except Exception:  # of any kind, from the model's configuration
+            return
+        fitting = [s for s in shapes if s.key_width == s.value_width <= flash.WIDEST and s.key_width % 8 == 0]
+        windows = [s.window for s in fitting if s.window is not None]
+        heads = sorted({(s.heads, s.key_heads, s.key_width) for s in fitting})
+        flash.activate(device, self.dtype, heads, min(windows, default=None))
 
     def compile_layers(self, *, backend: str = "inductor") -> str:
         """Compile the layers from now on. Returns a line that says so, or why not."""
@@ -133,6 +147,11 @@ class PackedModel(torch.nn.Module):
         return kernel_for(next(self.model.parameters()).device, self.dtype, self.attention)
 
     @property
+    def kernel_version(self) -> str:
+        """The kernel with the implementation behind it, where there are several: part of the key of cached values."""
+        return f"varlen, {flash.implementation()}" if self.kernel == "varlen" else self.kernel
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype the model computes in."""
         if self.compute_dtype is not None:
@@ -184,8 +203,7 @@ class PackedModel(torch.nn.Module):
                 extra["prefix_segments"] = segments_tensor(row.segments)
             elif kernel == "varlen":
                 extra["prefix_gather"] = gather_plan(row.segments, row.ids.device)
-        with compiled.scoring() if compiled is not None else nullcontext():
-            out = body(input_ids=row.ids[None], use_cache=False, return_dict=True, **extra)
+        out = body(input_ids=row.ids[None], use_cache=False, return_dict=True, **extra)
         return cast(torch.Tensor, out.last_hidden_state[0])
 
 

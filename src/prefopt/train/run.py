@@ -113,7 +113,7 @@ class Run:
         if scorer.reason and scorer.path == "separate":
             self.say(f"scoring: each response separately, since {scorer.reason}")
         self.say(
-            f"scoring: {scorer.path} ({scorer.kernel}, {str(self.dtype).removeprefix('torch.')}, {self.device});"
+            f"scoring: {scorer.path} ({scorer.kernel_version}, {str(self.dtype).removeprefix('torch.')}, {self.device});"
             f"{twin} rounding {check.noise:.1g} {check.unit}"
         )
 

@@ -5,6 +5,7 @@ The hook receives the packed row's queries, keys and values [1, heads, T, D] and
 
 ``flash-cpu``   tiles of torch's CPU flash attention merged by their log-sum-exp, without copying keys
 ``varlen``      variable-length flash attention on CUDA, keys and values gathered per segment, one call per layer
+``flex``        FlexAttention on CUDA, where flash attention refuses: soft-caps, other head widths
 ``loop``        scaled dot-product attention or plain arithmetic, segment by segment: any device, soft-caps too. In a
                 compiled layer, where segments are no constants, :mod:`prefopt.model.kernels.plain` takes its place
 """
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from prefopt.errors import ModelError
-from prefopt.model.kernels import flash_cpu, plain, varlen
+from prefopt.model.kernels import flash_cpu, flex, plain, varlen
 from prefopt.model.kernels.plain import visible_keys
 from prefopt.model.kernels.shared import KERNELS, How, Kernel, attention_by, compiled_attention
 from prefopt.model.kernels.varlen import WIDEST, has_varlen, occurrences
@@ -60,7 +61,9 @@ def kernel_for(device: torch.device, dtype: torch.dtype, preference: str = "auto
         return "flash-cpu"
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "loop"
-    return "varlen" if has_varlen() and torch.cuda.get_device_capability(device) >= (8, 0) else "loop"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "loop"
+    return "varlen" if has_varlen() else "flex"
 
 
 def shared_attention(
@@ -92,15 +95,20 @@ def shared_attention(
     both = max(width, key.shape[-1])  # multi-head latent attention: pad the narrower, cut the result
     query, key, value = (x if x.shape[-1] == both else F.pad(x, (0, both - x.shape[-1])) for x in (query, key, value))
     if softcap is not None or (prefix_kernel == "varlen" and (both > WIDEST or both % 8)):
-        prefix_kernel = "loop"
-    how = How(scale, sliding_window, softcap)
+        prefix_kernel = "flex" if prefix_kernel in ("varlen", "flex") else "loop"
+    how, row = How(scale, sliding_window, softcap), (query[0], key[0], value[0], s_aux)
+    out: Tensor | None = None
     if isinstance(prefix_segments, Tensor):
-        out = compiled_attention(prefix_kernel, prefix_segments, query[0], key[0], value[0], s_aux, how)[None]
-    elif prefix_kernel == "loop":
-        out = _loop(query, key, value, prefix_segments, scale, sliding_window, softcap, s_aux)
-    else:
+        kernel = "loop" if prefix_kernel == "flex" else prefix_kernel
+        out = compiled_attention(kernel, prefix_segments, *row, how)[None]
+    elif prefix_kernel == "flex" and flex.usable():
+        out = flex.attend(query, key, value, flex.flex_plan(prefix_segments, query.device), how, s_aux)
+    elif prefix_kernel in ("varlen", "flash-cpu"):
         plan = prefix_gather if prefix_kernel == "varlen" else prefix_segments
-        out = attention_by(prefix_kernel, plan, query[0], key[0], value[0], s_aux, how)[None]
+        out = attention_by(prefix_kernel, plan, *row, how)[None]
+    if out is None:
+        assert not isinstance(prefix_segments, Tensor)
+        out = _loop(query, key, value, prefix_segments, scale, sliding_window, softcap, s_aux)
     return out[..., :width], None
 
 

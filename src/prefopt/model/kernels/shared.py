@@ -55,7 +55,7 @@ KERNELS: dict[str, Kernel] = {}
 def attention_by(
     kernel: str, plan: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, how: How
 ) -> Tensor:
-    """Attention of a row with shared prefixes: query [Hq, T, D], key and value [Hk, T, D], sinks [Hq] or none, to
+    """Attention of a row with shared prefixes by a kernel of :data:`KERNELS`: query [Hq, T, D], key and value [Hk, T, D], sinks [Hq] or none, to
     [T, Hq, D], differentiable."""
     found = _SharedAttention.apply(query, key, value, sinks, KERNELS[kernel], plan, how)  # type: ignore[no-untyped-call]
     return cast(Tensor, found)
