@@ -45,9 +45,7 @@ def attended(groups: list[Group], heads: Any, kernel: str, **options: Any) -> to
 @pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
 def test_values_and_gradients(window: int | None, softcap: float | None, sinks: bool) -> None:
     heads = random_heads(sum(g.tokens for g in GROUPS), 4, 2, 12, sinks=sinks)
-    expected = dense_attention(
-        *heads[:3], who_sees_whom(GROUPS, window), scale=0.4, softcap=softcap, sinks=heads[3]
-    )
+    expected = dense_attention(*heads[:3], who_sees_whom(GROUPS, window), scale=0.4, softcap=softcap, sinks=heads[3])
     found = attended(GROUPS, heads, "flex", sliding_window=window, softcap=softcap, scaling=0.4)
     assert flex.usable()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
@@ -86,7 +84,9 @@ def test_it_takes_what_flash_attention_refuses(width: int, monkeypatch: pytest.M
     assert torch.equal(found, attended(GROUPS, heads, "loop"))
 
 
-def test_a_compiler_that_fails_costs_one_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_compiler_that_fails_costs_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def failing(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no kernel\nfor this device")
 

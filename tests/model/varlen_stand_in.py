@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.attention.varlen  # noqa: F401 - it defines the operators
+import torch.nn.attention.varlen
 from torch import Tensor
 
 from prefopt.model.kernels.varlen import WIDEST

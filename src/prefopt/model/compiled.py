@@ -15,13 +15,13 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch._dynamo
 import torch._functorch.config
-import torch.fx.experimental._config
 from torch._dynamo.exc import TorchDynamoException
+from torch.fx.experimental import _config as symbolic_shapes
 
 from prefopt.errors import first_line
 from prefopt.model.architectures import layers_of
@@ -39,7 +39,7 @@ def compiler_settings() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=VARIANTS))
         # Else a row as long as the hidden state is wide would be compiled for that length alone.
-        stack.enter_context(torch.fx.experimental._config.patch(use_duck_shape=False))
+        stack.enter_context(cast(Any, symbolic_shapes).patch(use_duck_shape=False))
         # Else what fails in the backward pass would be compiled there, where nothing can be done about it.
         stack.enter_context(torch._functorch.config.patch(force_non_lazy_backward_lowering=True))
         stack.enter_context(warnings.catch_warnings())
@@ -49,6 +49,8 @@ def compiler_settings() -> Iterator[None]:
 
 class CompiledLayers:
     """The layers of a model, compiled at their first call. ``backend``: of torch.compile."""
+
+    settings = staticmethod(compiler_settings)
 
     def __init__(self, model: torch.nn.Module, *, backend: str = "inductor") -> None:
         self.backend = backend
@@ -75,8 +77,7 @@ class CompiledLayers:
                 options: dict[str, Any] = {"dynamic": True, "fullgraph": True, "backend": self.backend}
                 self._functions[kind] = torch.compile(kind.forward, **options)
             try:
-                with compiler_settings():
-                    return self._functions[kind](layer, *args, **kwargs)
+                return self._functions[kind](layer, *args, **kwargs)
             except TorchDynamoException as error:
                 if out_of_memory(error):
                     raise

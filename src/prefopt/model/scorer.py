@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -17,9 +17,17 @@ import torch
 from transformers import PreTrainedModel
 
 from prefopt.errors import ModelError, UserError, first_line
-from prefopt.model.architectures import attention_shapes, body_of, causal_model, class_logits, head_weights, rope_limit, sharing_obstacle
+from prefopt.model.architectures import (
+    attention_shapes,
+    body_of,
+    causal_model,
+    class_logits,
+    head_weights,
+    rope_limit,
+    sharing_obstacle,
+)
 from prefopt.model.costs import Purpose, count_pass, out_of_memory
-from prefopt.model.kernels import flash
+from prefopt.model.kernels import flash, varlen
 from prefopt.model.kernels.attention import HOOK, TRIAL, HookReached, UnshareableError, gather_plan, kernel_for
 from prefopt.model.kernels.head import (
     Distributions,
@@ -87,7 +95,7 @@ class PackedModel(torch.nn.Module):
             shapes = attention_shapes(causal_model(self.model).config)
         except Exception:  # of any kind, from the model's configuration
             return
-        fitting = [s for s in shapes if s.key_width == s.value_width <= flash.WIDEST and s.key_width % 8 == 0]
+        fitting = [s for s in shapes if s.key_width == s.value_width <= varlen.WIDEST and s.key_width % 8 == 0]
         windows = [s.window for s in fitting if s.window is not None]
         heads = sorted({(s.heads, s.key_heads, s.key_width) for s in fitting})
         flash.activate(device, self.dtype, heads, min(windows, default=None))
@@ -203,7 +211,8 @@ class PackedModel(torch.nn.Module):
                 extra["prefix_segments"] = segments_tensor(row.segments)
             elif kernel == "varlen":
                 extra["prefix_gather"] = gather_plan(row.segments, row.ids.device)
-        out = body(input_ids=row.ids[None], use_cache=False, return_dict=True, **extra)
+        with compiled.settings() if compiled is not None else nullcontext():
+            out = body(input_ids=row.ids[None], use_cache=False, return_dict=True, **extra)
         return cast(torch.Tensor, out.last_hidden_state[0])
 
 

@@ -112,10 +112,8 @@ class Run:
         scorer = policy.scorer
         if scorer.reason and scorer.path == "separate":
             self.say(f"scoring: each response separately, since {scorer.reason}")
-        self.say(
-            f"scoring: {scorer.path} ({scorer.kernel_version}, {str(self.dtype).removeprefix('torch.')}, {self.device});"
-            f"{twin} rounding {check.noise:.1g} {check.unit}"
-        )
+        where = f"{scorer.kernel_version}, {str(self.dtype).removeprefix('torch.')}, {self.device}"
+        self.say(f"scoring: {scorer.path} ({where});{twin} rounding {check.noise:.1g} {check.unit}")
 
     def take_folder(self, same: Mapping[str, tuple[Any, str]], **facts: Any) -> None:
         """Lock the output folder for this run. ``same``: what a resume must not change, name in ``run.json`` to (value,

@@ -19,7 +19,6 @@ from prefopt.errors import first_line
 from prefopt.model.costs import out_of_memory
 from prefopt.model.kernels import plain
 from prefopt.model.kernels.shared import KERNELS, How
-from prefopt.model.kernels.varlen import WIDEST as WIDEST
 
 BEST = {9: ("FA3", "flash_attn_interface"), 10: ("FA4", "flash_attn")}
 """By the major compute capability: the implementation and the package that provides it."""
@@ -70,8 +69,8 @@ def activate(device: torch.device, dtype: torch.dtype, shapes: Sequence[HeadShap
             _refuse(name, first_line(error))
             return
     try:
-        error = max((_error(device, dtype, shape, w) for shape in shapes for w in {None, window}), default=0.0)
-        reason = None if error < ALLOWED else f"it differs by {error:.2g} (relative) from plain arithmetic"
+        worst = max((_error(device, dtype, shape, w) for shape in shapes for w in {None, window}), default=0.0)
+        reason = None if worst < ALLOWED else f"it differs by {worst:.2g} (relative) from plain arithmetic"
     except Exception as failure:
         if out_of_memory(failure):
             raise

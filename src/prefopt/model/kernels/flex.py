@@ -53,8 +53,11 @@ def flex_plan(segments: tuple[Segment, ...], device: torch.device) -> FlexPlan:
     for a, b, first, prefix in segments:
         start[a:b], origin[a:b], end[a:b] = a, first, first + prefix
         position[a:b] = np.arange(prefix, prefix + b - a)
-    columns = [torch.from_numpy(x).to(device, torch.int32, non_blocking=True) for x in (start, origin, end, position)]
-    return FlexPlan(segments, *columns, {})
+
+    def column(x: npt.NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(x).to(device, torch.int32, non_blocking=True)
+
+    return FlexPlan(segments, column(start), column(origin), column(end), column(position), {})
 
 
 def visible_blocks(segments: tuple[Segment, ...], window: int | None) -> tuple[BoolArray, BoolArray]:
@@ -84,7 +87,8 @@ def _block_mask(plan: FlexPlan, window: int | None) -> Any:
         for blocks in visible_blocks(plan.segments, window):
             count, order = blocks.sum(1), np.argsort(~blocks, axis=1, kind="stable")
             lists += [torch.from_numpy(x[None, None]).to(device, torch.int32) for x in (count, order)]
-        plan.masks[window] = BlockMask.from_kv_blocks(
+        make: Callable[..., Any] = BlockMask.from_kv_blocks
+        plan.masks[window] = make(
             *lists, BLOCK_SIZE=BLOCK, mask_mod=_visible(plan, window), seq_lengths=(tokens, tokens)
         )
     return plan.masks[window]
@@ -97,10 +101,13 @@ def _visible(plan: FlexPlan, window: int | None) -> Callable[..., Tensor]:
         own, prefix = (k >= start[q]) & (k <= q), (k >= origin[q]) & (k < end[q])
         return own | prefix
 
+    if window is None:
+        return visible
+
     def near(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return visible(batch, head, q, k) & (position[q] - position[k] < window)
 
-    return visible if window is None else near
+    return near
 
 
 def usable() -> bool:
@@ -113,11 +120,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: FlexPlan, how: How, 
     where torch cannot compile it for this device; a line says why."""
     tokens = query.shape[2]
     rows = [F.pad(x, (0, 0, 0, len(plan.start) - tokens)) for x in (query, key, value)]
-    cap = how.softcap
-
-    def capped(score: Tensor, *_: Tensor) -> Tensor:
-        return torch.tanh(score / cap) * cap
-
     try:
         from torch.nn.attention.flex_attention import AuxRequest
 
@@ -126,7 +128,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: FlexPlan, how: How, 
         with compiler_settings():
             options = {"scale": how.scale, "enable_gqa": query.shape[1] != key.shape[1]}
             mask, aux = _block_mask(plan, how.window), AuxRequest(lse=True)
-            out, more = _attention()(*rows, capped if cap else None, mask, return_aux=aux, **options)
+            out, more = _attention()(*rows, _capped(how.softcap), mask, return_aux=aux, **options)
             lse = more.lse
     except Exception as error:  # of any kind: it is compiled for this device here
         if out_of_memory(error):
@@ -136,7 +138,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: FlexPlan, how: How, 
         return None
     if sinks is not None:
         out = (out.to(lse.dtype) * torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])[..., None]).to(out.dtype)
-    return out[:, :, :tokens].transpose(1, 2)
+    attended: Tensor = out[:, :, :tokens].transpose(1, 2)
+    return attended
+
+
+def _capped(cap: float | None) -> Callable[..., Tensor] | None:
+    if cap is None:
+        return None
+    return lambda score, *_: torch.tanh(score / cap) * cap
 
 
 @cache

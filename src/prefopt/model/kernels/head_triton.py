@@ -28,9 +28,9 @@ class Blocks(NamedTuple):
     width: int = 64
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _logits(
-    hidden,  # type: ignore[no-untyped-def]
+    hidden,
     weight,
     bias,
     rows,
@@ -65,9 +65,9 @@ def _logits(
     return tl.where(columns[None, :] < V, z, -float("inf"))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _forward_kernel(
-    hidden,  # type: ignore[no-untyped-def]
+    hidden,
     weight,
     bias,
     target,
@@ -108,9 +108,9 @@ def _forward_kernel(
     tl.store(chosen + rows, logit, mask=inside & here)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _slope_kernel(
-    hidden,  # type: ignore[no-untyped-def]
+    hidden,
     weight,
     bias,
     target,

@@ -79,7 +79,8 @@ def _scores(query: Tensor, key: Tensor, segment: Segment, how: How) -> tuple[Ten
 
 def _grouped(x: Tensor, key: Tensor) -> Tensor:
     """[Hq, ...] to [Hk, Hq / Hk, ...]."""
-    return x.unflatten(0, (key.shape[0], -1))
+    grouped: Tensor = x.unflatten(0, (key.shape[0], -1))
+    return grouped
 
 
 def _keys(x: Tensor, segment: Segment) -> Tensor:

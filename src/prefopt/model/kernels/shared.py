@@ -55,8 +55,8 @@ KERNELS: dict[str, Kernel] = {}
 def attention_by(
     kernel: str, plan: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, how: How
 ) -> Tensor:
-    """Attention of a row with shared prefixes by a kernel of :data:`KERNELS`: query [Hq, T, D], key and value [Hk, T, D], sinks [Hq] or none, to
-    [T, Hq, D], differentiable."""
+    """Attention of a row with shared prefixes by a kernel of :data:`KERNELS`: query [Hq, T, D], key and value
+    [Hk, T, D], sinks [Hq] or none, to [T, Hq, D], differentiable."""
     found = _SharedAttention.apply(query, key, value, sinks, KERNELS[kernel], plan, how)  # type: ignore[no-untyped-call]
     return cast(Tensor, found)
 
@@ -178,13 +178,16 @@ def _attention_backward(
     by, plan = _planned(kernel, segments, query)
     found = by.backward(grad, query, key, value, out, lse, plan, How(scale, window, softcap))
     of_sinks = query.new_empty(0) if sinks is None else _sink_gradient(grad, out, lse, sinks)
-    return *(x.contiguous() for x in found), of_sinks
+    grad_q, grad_k, grad_v = (x.contiguous() for x in found)
+    return grad_q, grad_k, grad_v, of_sinks
 
 
 @_attention_backward.register_fake
-def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     of_sinks = query.new_empty(0) if sinks is None else torch.empty_like(sinks)
-    return *(x.new_empty(x.shape) for x in (query, key, value)), of_sinks
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), of_sinks
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

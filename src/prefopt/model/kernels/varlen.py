@@ -93,7 +93,7 @@ def _forward_arguments() -> frozenset[str]:
 def has_varlen() -> bool:
     """Whether this torch has the operators."""
     try:
-        import torch.nn.attention.varlen  # noqa: F401 - it defines them
+        import torch.nn.attention.varlen
     except ImportError:
         return False
     return hasattr(torch.ops.torch_attn, "_varlen_attn_backward") and "window_size" in _forward_arguments()
