@@ -2,6 +2,7 @@
 # make quick      set everything up, run the strongest tests: under a minute
 # make test       set everything up, check style and types, run all tests but the slow ones
 # make test-slow  run the tests that take longer
+# make test-triton run the fused head's kernels in Triton's interpreter, which is installed for that: 1 GB
 # make lint       style and types only
 #
 # Everything is installed into .venv in this folder; PYTHON names another interpreter than python3.
@@ -16,7 +17,7 @@ TORCH := $(shell grep "^torch==" constraints.txt)
 # One thread per test process: tensors in tests are small, and two processes use two cores better than threads do.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo quick test test-slow lint setup clean
+.PHONY: demo quick test test-slow test-triton lint setup clean
 
 demo: setup
 	$(BIN)/python -m prefopt demo
@@ -29,6 +30,10 @@ test: lint
 
 test-slow: setup
 	$(PYTEST) -m slow
+
+test-triton: setup
+	$(BIN)/python -m pip install --quiet --no-deps "triton>=3.4"
+	$(PYTEST) tests/model/test_head_triton.py
 
 lint: setup
 	$(BIN)/python -m ruff check .

@@ -7,23 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.attention.varlen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model import varlen_stand_in
 from model.dense import dense_attention, random_heads, who_sees_whom
 from model.oracle import Draw, groups_of_every_kind
 from prefopt.data.group import Group
 from prefopt.errors import ModelError
 from prefopt.model.kernels import flash_cpu
 from prefopt.model.kernels.attention import gather_plan, kernel_for, shared_attention
+from prefopt.model.kernels.shared import segments_tensor
 from prefopt.model.packing import pack
 
 MODULE = torch.nn.Module()
 SHAPES = [(3, 3, 64), (6, 2, 80), (5, 1, 96), (4, 2, 128), (2, 2, 256), (7, 7, 8)]
 
 
-def attend(kernel: str, groups: Sequence[Group], heads: Any, **options: Any) -> torch.Tensor:
+def attend(kernel: str, groups: Sequence[Group], heads: Any, *, compiled: bool = False, **options: Any) -> torch.Tensor:
     """The hook, called as a layer calls it."""
     (row,) = pack(groups).passes
     query, key, value, sinks = heads
@@ -35,7 +36,7 @@ def attend(kernel: str, groups: Sequence[Group], heads: Any, **options: Any) -> 
         key,
         value,
         None,
-        prefix_segments=row.segments,
+        prefix_segments=segments_tensor(row.segments) if compiled else row.segments,
         prefix_kernel=kernel,
         prefix_gather=gather,
         **more,
@@ -131,42 +132,40 @@ def test_bfloat16_stays_near_float64(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 1, 8])
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("shape", [(4, 4, 8), (6, 2, 8)], ids=str)
 def test_variable_length_attention_is_called_as_it_is_documented(
-    shape: tuple[int, int, int], window: int | None, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int, int], sinks: bool, window: int | None
 ) -> None:
     """The real one needs a GPU (test_gpu.py); this one does what its documentation says, anywhere."""
-    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", documented_varlen)
     groups = groups_of_every_kind()
-    heads = random_heads(sum(g.tokens for g in groups), *shape)
+    heads = random_heads(sum(g.tokens for g in groups), *shape, sinks=sinks)
+    before = len(varlen_stand_in.CALLS)
     compare("varlen", groups, heads, window=window, scaling=0.3)
+    assert len(varlen_stand_in.CALLS) == before + 1
 
 
-def documented_varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seq_q: torch.Tensor,
-    cu_seq_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
-) -> torch.Tensor:
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-    assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
-    assert enable_gqa == (query.shape[1] != key.shape[1])
-    left, right = window_size
-    assert right == 0
-    parts = []
-    for q0, q1, k0, k1 in zip(*(x.tolist() for x in (cu_seq_q, cu_seq_q[1:], cu_seq_k, cu_seq_k[1:])), strict=False):
-        distance = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None] - torch.arange(k1 - k0)  # ends together
-        visible = (distance >= 0) & (distance <= left if left >= 0 else True)
-        q, k, v = (x.transpose(0, 1)[None] for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
-        parts.append(dense_attention(q, k, v, visible, scale=scale)[0])
-    return torch.cat(parts)
+@pytest.mark.parametrize("options", [{}, {"scaling": 0.7, "softcap": 2.0}], ids=str)
+@pytest.mark.parametrize("kernel", ["flash-cpu", "varlen", "loop"])
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("window", [None, 8])
+def test_segments_in_a_tensor_as_compiled_layers_hand_them_over(
+    kernel: str, options: dict[str, Any], sinks: bool, window: int | None
+) -> None:
+    groups = groups_of_every_kind()
+    heads = random_heads(sum(g.tokens for g in groups), 4, 2, 16, sinks=sinks)
+    compare(kernel, groups, heads, window=window, compiled=True, **options)
+
+
+@pytest.mark.parametrize("kernel", ["flash-cpu", "varlen", "loop"])
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+def test_the_operator_is_what_the_compiler_expects(kernel: str, sinks: bool) -> None:
+    """Shapes, strides, aliases and gradients as declared, also for symbolic sizes."""
+    query, key, value, s_aux = random_heads(12, 4, 2, 8, sinks=sinks)
+    row = [x.detach()[0].requires_grad_() for x in (query, key, value)]
+    segments = segments_tensor(((0, 5, 0, 0), (5, 9, 0, 3), (9, 12, 0, 3)))
+    asked = (*row, s_aux, segments, kernel, 0.5, 4, 2.0 if kernel == "loop" else None)
+    torch.library.opcheck(torch.ops.prefopt.attention, asked)
 
 
 @pytest.mark.parametrize(

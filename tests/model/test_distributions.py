@@ -12,6 +12,7 @@ from model.oracle import groups_of_every_kind
 from model.test_logprobs import TRANSFORMS, LargestTensor, M, V, inputs
 from prefopt.model.adapter import new_lora
 from prefopt.model.kernels import head as logprobs
+from prefopt.model.kernels import head_device
 from prefopt.model.kernels.head import Distributions, TokenScores, head_scores, logit_scores, token_logprobs
 from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer, ScoreRequest
@@ -42,7 +43,7 @@ def transformed(z: torch.Tensor, scale: float = 1.0, softcap: float | None = Non
 def test_values_and_gradients_are_those_of_the_formula(
     way: str, transform: str, biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logprobs, "_TILE_ELEMENTS", {"cpu": V * 16})
+    monkeypatch.setattr(head_device, "tile_elements", lambda _: V * 16)
     hidden, weight, bias, target = inputs()
     r = torch.randn(M, V, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 3
     other, options = Distributions(V, lambda rows: r[rows].clone()), TRANSFORMS[transform]
@@ -70,7 +71,7 @@ def test_values_and_gradients_are_those_of_the_formula(
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_squares_come_along_with_log_probabilities(transform: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprobs, "_TILE_ELEMENTS", {"cpu": V * 16})
+    monkeypatch.setattr(head_device, "tile_elements", lambda _: V * 16)
     hidden, weight, bias, target = inputs()
     logp, square = token_logprobs(hidden, weight, target, bias=bias, squares=True, **TRANSFORMS[transform])
     z = transformed(hidden @ weight.T + bias, **TRANSFORMS[transform])
@@ -138,7 +139,7 @@ def test_a_model_is_not_far_from_itself() -> None:
 def test_the_logits_of_a_batch_are_never_held(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary = 3000
     monkeypatch.setattr(logprobs, "KEEP_BYTES", 0)
-    monkeypatch.setattr(logprobs, "_TILE_ELEMENTS", {"cpu": 20 * vocabulary})
+    monkeypatch.setattr(head_device, "tile_elements", lambda _: 20 * vocabulary)
     model = build("llama", torch.float32, vocab_size=vocabulary)
     if head == "module":
         model.set_output_embeddings(type("Other", (torch.nn.Linear,), {})(32, vocabulary, bias=False))

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.architectures import build
 from model.oracle import Draw
 from prefopt.model.kernels import head as logprobs
+from prefopt.model.kernels import head_device
 from prefopt.model.kernels.head import module_logprobs, token_logprobs, transformed
 from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer
@@ -40,7 +41,7 @@ def plainly(hidden: Any, weight: Any, target: Any, bias: Any, scale: float = 1.0
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How backward gets its probabilities; with tiles small enough that there are three."""
-    monkeypatch.setattr(logprobs, "_TILE_ELEMENTS", {"cpu": V * 16})
+    monkeypatch.setattr(head_device, "tile_elements", lambda _: V * 16)
     if request.param == "recomputed":
         monkeypatch.setattr(logprobs, "KEEP_BYTES", 0)
     return str(request.param)
@@ -87,7 +88,7 @@ def test_gradients_are_those_of_finite_differences(way: str, transform: str, bia
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_a_module_head_gives_the_same(transform: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprobs, "_TILE_ELEMENTS", {"cpu": V * 16})
+    monkeypatch.setattr(head_device, "tile_elements", lambda _: V * 16)
     hidden, weight, bias, target = inputs()
     head = torch.nn.Linear(H, V, dtype=torch.float64)
     with torch.no_grad():
@@ -159,7 +160,7 @@ class LargestTensor(TorchDispatchMode):
 def test_the_logits_of_a_batch_are_never_held(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary = 3000
     monkeypatch.setattr(logprobs, "KEEP_BYTES", 0)
-    monkeypatch.setattr(logprobs, "_TILE_ELEMENTS", {"cpu": 20 * vocabulary})
+    monkeypatch.setattr(head_device, "tile_elements", lambda _: 20 * vocabulary)
     model = build("llama", torch.float32, vocab_size=vocabulary)
     scorer = Scorer(model)
     if head == "frozen":

@@ -5,63 +5,33 @@ What torch's kernel itself computes is for test_gpu.py; here it is what we hand 
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.attention.varlen as torch_varlen
-import torch.nn.functional as F
 
+from model import varlen_stand_in
 from model.architectures import build
 from model.oracle import groups_of_every_kind
 from prefopt.errors import ModelError
 from prefopt.model import scorer as scorer_module
 from prefopt.model.check import check_scoring, tiny_clone
-from prefopt.model.kernels import attention
-from prefopt.model.kernels.attention import WIDEST, gather_plan, shared_attention
-from prefopt.model.kernels.flash_cpu import gathered, occurrences
+from prefopt.model.kernels import attention, varlen
+from prefopt.model.kernels.attention import gather_plan, shared_attention
+from prefopt.model.kernels.varlen import WIDEST, occurrences, summed
 from prefopt.model.scorer import Scorer
 
 CPU = torch.device("cpu")
+MODULE = torch.nn.Identity()
 # A prompt with three responses, and a group of another one after it.
 SEGMENTS = ((0, 7, 0, 0), (7, 12, 0, 7), (12, 21, 0, 7), (21, 24, 0, 7), (24, 28, 24, 0), (28, 31, 24, 4))
 TOKENS = 31
-_WINDOW_ERROR = {"extra": 0}
-
-
-def plainly(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float,
-    window_size: tuple[int, int],
-) -> torch.Tensor:
-    """Flash attention of one sequence after the other, with the shapes it takes; of torch 2.11, which has no flag."""
-    assert cu_q.dtype == cu_k.dtype == torch.int32
-    assert int(cu_q[-1]) == len(query)
-    assert int(cu_k[-1]) == len(key)
-    assert query.shape[-1] <= WIDEST
-    assert query.shape[-1] % 8 == 0
-    repeat, out = query.shape[1] // key.shape[1], []
-    for (a, b), (c, d) in zip(itertools.pairwise(cu_q.tolist()), itertools.pairwise(cu_k.tolist()), strict=True):
-        q, k, v = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
-        k, v = (x.repeat_interleave(repeat, 0) for x in (k, v))
-        at, left = torch.arange(d - c - (b - a), d - c)[:, None], window_size[0] + _WINDOW_ERROR["extra"]
-        seen = (torch.arange(d - c)[None] <= at) & ((window_size[0] < 0) | (at - torch.arange(d - c)[None] <= left))
-        out.append(F.scaled_dot_product_attention(q, k, v, seen, scale=scale).transpose(0, 1))
-    return torch.cat(out)
 
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The CPU takes the way of CUDA."""
-    monkeypatch.setattr(torch_varlen, "varlen_attn", plainly)
+    varlen_stand_in.CALLS.clear()
     monkeypatch.setattr(
         scorer_module, "kernel_for", lambda device, dtype, wish="auto": "loop" if wish == "loop" else "varlen"
     )
@@ -77,7 +47,7 @@ def attended(tensors: list[torch.Tensor], kernel: str, window: int | None = None
     """Output and gradients."""
     gather = gather_plan(SEGMENTS, CPU) if kernel == "varlen" else None
     options: Any = {"prefix_segments": SEGMENTS, "prefix_kernel": kernel, "prefix_gather": gather}
-    out, _ = shared_attention(torch.nn.Identity(), *tensors, None, sliding_window=window, **options)
+    out, _ = shared_attention(MODULE, *tensors, None, sliding_window=window, **options)
     weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
     return out, *torch.autograd.grad((out * weights).sum(), tensors)
 
@@ -92,36 +62,57 @@ def test_the_same_as_the_loop(
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_grouped_heads_are_flagged_where_the_version_of_torch_has_the_flag(stand_in: pytest.MonkeyPatch) -> None:
-    flags = []
+@pytest.mark.parametrize("flag", [True, False])
+def test_grouped_heads_are_flagged_where_the_version_of_torch_has_the_flag(
+    flag: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = varlen._forward_arguments()
+    asked: list[dict[str, Any]] = []
 
-    def newer(*arguments: Any, scale: float, window_size: tuple[int, int], enable_gqa: bool = False) -> torch.Tensor:
-        flags.append(enable_gqa)
-        return plainly(*arguments, scale=scale, window_size=window_size)
+    def older(*arguments: Any, **options: Any) -> Any:
+        asked.append(options)
+        grouped = {"enable_gqa": arguments[0].shape[1] != arguments[1].shape[1]}
+        return varlen_stand_in.forward(*arguments, **{**options, **grouped})
 
-    attended(drawn(4, 2, 8), "varlen")  # without the flag
-    stand_in.setattr(torch_varlen, "varlen_attn", newer)
+    monkeypatch.setattr(varlen, "_forward_arguments", lambda: names if flag else names - {"enable_gqa"})
+    monkeypatch.setattr(torch.ops.torch_attn, "_varlen_attn", older)
     attended(drawn(4, 2, 8), "varlen")
     attended(drawn(4, 4, 8), "varlen")
-    assert flags == [True, False]
+    assert [options.get("enable_gqa") for options in asked] == ([True, False] if flag else [None, None])
 
 
 @pytest.mark.parametrize("width", [12, WIDEST + 8])
 def test_head_widths_that_flash_attention_refuses_take_the_loop(stand_in: pytest.MonkeyPatch, width: int) -> None:
-    def refusing(*_: Any, **__: Any) -> torch.Tensor:
-        raise AssertionError("flash attention was asked")
-
-    stand_in.setattr(torch_varlen, "varlen_attn", refusing)
     tensors = drawn(2, 2, width)
     for found, wanted in zip(attended(tensors, "varlen"), attended(tensors, "loop"), strict=True):
         assert torch.equal(found, wanted)
+    assert not varlen_stand_in.CALLS
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_sinks_are_exact(window: int | None) -> None:
+    """In float64, against a sink as a column of scores, and against differences of values."""
+    sinks = torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    tensors = [x.detach()[:, :, :12].clone().requires_grad_() for x in drawn(4, 2, 8)]
+    segments = ((0, 5, 0, 0), (5, 9, 0, 3), (9, 12, 0, 3))
+
+    def values(kernel: str, *leaves: torch.Tensor) -> torch.Tensor:
+        gather = gather_plan(segments, CPU) if kernel == "varlen" else None
+        more: Any = {"prefix_segments": segments, "prefix_kernel": kernel, "prefix_gather": gather}
+        return shared_attention(MODULE, *leaves[:3], None, sliding_window=window, s_aux=leaves[3], **more)[0]
+
+    leaves = (*tensors, sinks)
+    found, wanted = values("varlen", *leaves), values("loop", *leaves)
+    assert varlen_stand_in.CALLS
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda *x: values("varlen", *x), leaves, fast_mode=True)
 
 
 def test_values_wider_than_keys_are_not_cut() -> None:
     query, key, value = drawn(2, 2, 8)
     wide = torch.cat([value, value * 2], -1)
-    out, _ = shared_attention(torch.nn.Identity(), query, key, wide, None, prefix_segments=SEGMENTS)
-    half, _ = shared_attention(torch.nn.Identity(), query, key, value, None, prefix_segments=SEGMENTS)
+    out, _ = shared_attention(MODULE, query, key, wide, None, prefix_segments=SEGMENTS)
+    half, _ = shared_attention(MODULE, query, key, value, None, prefix_segments=SEGMENTS)
     torch.testing.assert_close(out, torch.cat([half, half * 2], -1))
 
 
@@ -131,10 +122,9 @@ def test_gradients_of_a_prefix_are_added_in_order_and_rounded_once(responses: in
     wide = torch.randn(6, 3, requires_grad=True)
     upstream = torch.randn(len(index), 3)
     (plain,) = torch.autograd.grad(wide.index_select(0, index), wide, upstream)
-    (ours,) = torch.autograd.grad(gathered(wide, index, occurrences(index)), wide, upstream)
+    ours = summed(upstream, 6, occurrences(index), torch.float32)
     assert torch.equal(ours, plain), "in float32 the bits are those of torch on the CPU"
-    narrow = wide.detach().bfloat16().requires_grad_()
-    (found,) = torch.autograd.grad(gathered(narrow, index, occurrences(index)), narrow, upstream.bfloat16())
+    found = summed(upstream.bfloat16(), 6, occurrences(index), torch.bfloat16)
     truth = upstream.bfloat16().float().view(responses + 1, 6, 3).sum(0)
     assert torch.equal(found, truth.bfloat16())
 
@@ -146,7 +136,7 @@ def test_the_loop_rounds_the_gradient_of_a_prefix_once() -> None:
     tensors = [torch.randn(1, 2, 44, 8).bfloat16().requires_grad_() for _ in range(3)]
 
     def values(leaves: list[torch.Tensor]) -> torch.Tensor:
-        out, _ = shared_attention(torch.nn.Identity(), *leaves, None, prefix_segments=segments)
+        out, _ = shared_attention(MODULE, *leaves, None, prefix_segments=segments)
         (grad,) = torch.autograd.grad(out.sum(), leaves[2])
         return grad[:, :, :4].double()
 
@@ -167,26 +157,14 @@ class TestTheLoadCheck:
         check_scoring(scorer, groups_of_every_kind())
 
     def test_stops_a_window_that_is_off(self, scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(_WINDOW_ERROR, "extra", 3)
+        monkeypatch.setitem(varlen_stand_in.FAULTS, "window", 3)
         with pytest.raises(ModelError, match=r"small copy"):
             check_scoring(scorer, groups_of_every_kind())
 
     def test_stops_gradients_that_are_wrong_in_narrow_types_alone(
         self, scorer: Scorer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        class Louder(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-                return x.clone()
-
-            @staticmethod
-            def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-                return grads[0] * (1.5 if grads[0].dtype == torch.bfloat16 else 1.0)
-
-        def louder(*arguments: Any, **options: Any) -> torch.Tensor:
-            return Louder.apply(plainly(*arguments, **options))  # type: ignore[no-any-return,no-untyped-call]
-
-        monkeypatch.setattr(torch_varlen, "varlen_attn", louder)
+        monkeypatch.setitem(varlen_stand_in.FAULTS, "gradients", 1.5)
         with pytest.raises(ModelError, match=r"gradients by the fast attention kernel .* give --attention loop"):
             check_scoring(scorer, groups_of_every_kind())
 

@@ -291,6 +291,23 @@ def gradient_checkpointing(place: Place) -> None:
     assert layers(gradient_checkpointing=True) > layers()
 
 
+def compile_layers(place: Place) -> None:
+    """``auto`` compiles on CUDA alone."""
+    from prefopt.model.compiled import CompiledLayers
+
+    def compiled_calls(**options: Any) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            calls: list[int] = []
+            run, begin = CompiledLayers._run, Scorer.compile_layers
+            patch.setattr(Scorer, "compile_layers", lambda self: begin(self, backend="eager"))
+            patch.setattr(CompiledLayers, "_run", lambda *a, **k: calls.append(1) or run(*a, **k))
+            place.run(beta=0.35, **options)
+        return len(calls)
+
+    assert compiled_calls(compile="on") > 0
+    assert compiled_calls() == compiled_calls(compile="off") == 0
+
+
 def attention(place: Place) -> None:
     kernels = []
     with pytest.MonkeyPatch.context() as patch:
@@ -401,6 +418,7 @@ SHOWN: dict[str, Callable[[Place], None]] = {
     "token_budget": token_budget,
     "gradient_checkpointing": gradient_checkpointing,
     "attention": attention,
+    "compile": compile_layers,
     "seed": seed,
     "shard": shard,
     "deterministic": deterministic,

@@ -204,6 +204,11 @@ class RunOptions(MachineOptions, ProgressOptions):
     attention: Literal["auto", "loop"] = option(
         "auto", "attention kernel; loop: one call per segment, as a reference to compare with"
     )
+    compile: Literal["auto", "on", "off"] = option(
+        "auto",
+        "compile the model's layers with torch.compile: faster steps after a minute or two; auto: on CUDA where Triton"
+        " is installed, without --deterministic and --attention loop",
+    )
     shard: Literal["auto", "none", "full", "hybrid"] = option(
         "auto",
         "of several processes (prefopt launch, torchrun): none, every one has the whole model; full, each has a part of"

@@ -47,6 +47,12 @@ def body_of(model: PreTrainedModel) -> torch.nn.Module:
     return body if body is not model else inner
 
 
+def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The blocks that transformers never splits: the layers of a model."""
+    names = set(getattr(causal_model(model), "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
 def checkpoint_activations(model: torch.nn.Module) -> None:
     """Recompute layers in the backward pass; transformers does so in training mode alone."""
     causal: Any = causal_model(model)

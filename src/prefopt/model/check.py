@@ -244,7 +244,7 @@ def _checked_clone(scorer: PackedModel) -> float | None:
                 f"{type(model).__name__}: packed scoring differs from the model's own forward by {error:.1e}"
                 " (relative) on a small copy; please report this architecture"
             )
-        if scorer.layout.share and scorer.kernel == "varlen":
+        if scorer.layout.share and scorer.kernel in ("varlen", "flex"):
             check_kernel(clone, _random_groups(), next(model.parameters()).device, scorer.dtype, head)
     return error
 

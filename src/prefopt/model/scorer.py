@@ -11,14 +11,23 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from transformers import PreTrainedModel
 
 from prefopt.errors import ModelError, UserError, first_line
-from prefopt.model.architectures import body_of, causal_model, class_logits, head_weights, rope_limit, sharing_obstacle
+from prefopt.model.architectures import (
+    attention_shapes,
+    body_of,
+    causal_model,
+    class_logits,
+    head_weights,
+    rope_limit,
+    sharing_obstacle,
+)
 from prefopt.model.costs import Purpose, count_pass, out_of_memory
+from prefopt.model.kernels import flash, varlen
 from prefopt.model.kernels.attention import HOOK, TRIAL, HookReached, UnshareableError, gather_plan, kernel_for
 from prefopt.model.kernels.head import (
     Distributions,
@@ -34,7 +43,11 @@ from prefopt.model.kernels.head import (
     vocabulary_of,
     wide_dtype,
 )
+from prefopt.model.kernels.shared import segments_tensor
 from prefopt.model.packing import ForwardPass, PackedBatch, PackLayout
+
+if TYPE_CHECKING:
+    from prefopt.model.compiled import CompiledLayers
 
 
 def version_of(dtype: torch.dtype) -> int:
@@ -69,6 +82,7 @@ class PackedModel(torch.nn.Module):
         self.reason = sharing_obstacle(causal, config) if share else "sharing is switched off"
         self.layout = PackLayout(self.reason is None, rope_limit(config))
         self.attention = attention
+        self.compiled: CompiledLayers | None = None
         self.compute_dtype: torch.dtype | None = None  # set where weights are gathered in another dtype than they have
         self.shards: HeldElsewhere | None = None  # set where the parameters are empty outside of ``gathered``
         # All configurations that a layer may read: the model's, its text part's, and those of inner models.
@@ -78,6 +92,8 @@ class PackedModel(torch.nn.Module):
         self.attach_hook()
         if self.layout.share and (reason := self._try_hook()):
             self.separate(reason)
+        if self.kernel == "varlen":
+            self._choose_flash()
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -90,6 +106,34 @@ class PackedModel(torch.nn.Module):
         """Encode every response in a row of its own from now on, for this reason."""
         self.detach_hook()
         self.layout, self.reason = PackLayout(False, self.layout.rope_limit), reason
+
+    def _choose_flash(self) -> None:
+        device = next(self.model.parameters()).device
+        try:
+            shapes = attention_shapes(causal_model(self.model).config)
+        except Exception:  # of any kind, from the model's configuration
+            return
+        fitting = [s for s in shapes if s.key_width == s.value_width <= varlen.WIDEST and s.key_width % 8 == 0]
+        windows = [s.window for s in fitting if s.window is not None]
+        heads = sorted({(s.heads, s.key_heads, s.key_width) for s in fitting})
+        flash.activate(device, self.dtype, heads, min(windows, default=None))
+
+    def compile_layers(self, *, backend: str = "inductor") -> str:
+        """Compile the layers from now on. Returns a line that says so, or why not."""
+        if not self.layout.share:
+            return f"layers are not compiled: each response is scored separately, since {self.reason}"
+        if self.compiled is None:
+            from prefopt.model.compiled import CompiledLayers  # the compiler takes a second to import
+
+            self.compiled = CompiledLayers(self.model, backend=backend)
+        return f"layers: compiled (torch.compile, {backend}) when they are first used, which takes a minute or two"
+
+    def release(self) -> None:
+        """Restore the model's own attention and layers, for its owner."""
+        self.detach_hook()
+        if self.compiled is not None:
+            self.compiled.release()
+            self.compiled = None
 
     def _try_hook(self) -> str | None:
         """Why the first attention layer cannot take shared prefixes, in one line; None where it can. Two tokens are
@@ -127,6 +171,11 @@ class PackedModel(torch.nn.Module):
         if not self.layout.share:
             return str(self._attention_before[0])
         return kernel_for(next(self.model.parameters()).device, self.dtype, self.attention)
+
+    @property
+    def kernel_version(self) -> str:
+        """The kernel with the implementation behind it, where there are several: part of the key of cached values."""
+        return f"varlen, {flash.implementation()}" if self.kernel == "varlen" else self.kernel
 
     @property
     def dtype(self) -> torch.dtype:
@@ -172,12 +221,16 @@ class PackedModel(torch.nn.Module):
         self.count(row)
         body = body_of(causal_model(self.model))
         extra: dict[str, Any] = {}
+        compiled = self.compiled if self.compiled is not None and self.compiled.failure is None else None
         if self.layout.share:
             kernel = self.kernel
             extra = {"position_ids": row.positions[None], "prefix_segments": row.segments, "prefix_kernel": kernel}
-            if kernel == "varlen":
+            if compiled is not None:
+                extra["prefix_segments"] = segments_tensor(row.segments)
+            elif kernel == "varlen":
                 extra["prefix_gather"] = gather_plan(row.segments, row.ids.device)
-        out = body(input_ids=row.ids[None], use_cache=False, return_dict=True, **extra)
+        with compiled.settings() if compiled is not None else nullcontext():
+            out = body(input_ids=row.ids[None], use_cache=False, return_dict=True, **extra)
         return cast(torch.Tensor, out.last_hidden_state[0])
 
 

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from prefopt.core.terminal import size
-from prefopt.model.architectures import causal_model
+from prefopt.model.architectures import causal_model, layers_of
 from prefopt.model.costs import memory_of
 from prefopt.model.precision import MasterWeights, kept_in_float32
 from prefopt.model.scorer import PackedModel
@@ -129,12 +129,6 @@ class ShardedWeights(MasterWeights):
         """Forget what was gathered, so that shards may be changed."""
         for module in _sharded(self.scorer):
             module.reshard()
-
-
-def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The blocks that transformers never splits: the layers of a model."""
-    names = set(getattr(causal_model(model), "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def _sharded(scorer: torch.nn.Module) -> Iterator[FSDPModule]:

@@ -55,12 +55,9 @@ _ADAPTER_IRRELEVANT = frozenset(
 def space_of(identity: Identity, scorer: Scorer, device: torch.device) -> SpaceKey:
     """The space of the values that ``scorer`` gives for the reference ``identity``."""
     dtype = str(scorer.dtype).removeprefix("torch.")
-    kernel, kind = scorer.kernel, device.type
+    kernel, kind = scorer.kernel_version, device.type
     if device.type == "cuda":
-        flash = f"torch {torch.__version__}"
-        if (of := getattr(torch.nn.attention, "current_flash_attention_impl", None)) is not None:  # since torch 2.12
-            flash = f"{of() or 'FA2'} of {flash}"
-        kernel, kind = f"{kernel}, {flash}", f"cuda, {torch.cuda.get_device_name(device)}"
+        kernel, kind = f"{kernel} of torch {torch.__version__}", f"cuda, {torch.cuda.get_device_name(device)}"
     return SpaceKey(identity, dtype, scorer.path, kernel, kind, version_of(scorer.dtype))
 
 

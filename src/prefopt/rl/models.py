@@ -29,7 +29,7 @@ from prefopt.model.scorer import PackedModel, Scorer, ScoreRequest
 from prefopt.parallel.tensors import local_of
 from prefopt.parallel.world import ALONE, World
 from prefopt.reference.in_memory import InMemoryReference, SwappedWeights
-from prefopt.train.policy import Policy, ScalarPolicy
+from prefopt.train.policy import Policy, ScalarPolicy, compiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +263,8 @@ def _network_critic(
     weights = MasterWeights(model, dtype)
     what = "an adapter on a network of its own" if config.lora else "a network of its own"
     scorer = ScalarScorer(model, attention=actor.scorer.attention)
+    if compiles(config, device):
+        scorer.compile_layers()
     apart = None
     if actor.sharded:
         from prefopt.parallel.gathered import shard_like

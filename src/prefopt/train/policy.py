@@ -105,6 +105,7 @@ class Trained(Generic[AnyScorer]):
         total = sum(p.numel() for p in self.scorer.model.parameters())
         if not config.lora:
             trained -= tower_weights(causal_model(self.scorer.model))
+        compiled = self.scorer.compile_layers() if compiles(config, self.device) else None
         if not world.alone:
             from prefopt.parallel.gathered import shard_with_copy
             from prefopt.parallel.shard import choose, shard
@@ -122,6 +123,8 @@ class Trained(Generic[AnyScorer]):
         where = [f": adapters of rank {config.lora_rank} on {targets}" for targets in self.adapters.values()]
         if not world.alone:
             where.append(f"; {why}")
+        if compiled is not None:
+            where.append(f"; {compiled}")
         return f"training {trained:,} of {total:,} weights{' (LoRA)' if config.lora else ''}{''.join(where)}"
 
     def save(self, folder: Path, tokenizer: Tokenizer, *, writes: bool = True) -> None:
@@ -131,7 +134,7 @@ class Trained(Generic[AnyScorer]):
 
     def release(self) -> None:
         """Restore the model's own attention and gradient flags, for a model given in Python."""
-        self.scorer.detach_hook()
+        self.scorer.release()
         self.masters.release()
 
 
@@ -199,6 +202,20 @@ class ScalarPolicy(Trained[ScalarScorer]):
         scorer = self.scorer if self.sharded else ScalarScorer(whole)
         scorer.model = whole
         save_model(folder, scorer, MasterWeights(whole, wide), tokenizer)
+
+
+def compiles(config: Options, device: torch.device) -> bool:
+    """What ``--compile`` comes to. A run that must resume to the same bits is not compiled by ``auto``: generated code
+    may depend on the shapes that it was first made for. Nor is one with a load-balancing loss, which reads the routers
+    inside of layers."""
+    if config.compile != "auto":
+        return config.compile == "on"
+    reads_routers = getattr(config, "router_aux_loss_coef", None) is not None
+    if device.type != "cuda" or config.deterministic or config.attention == "loop" or reads_routers:
+        return False
+    from torch.utils._triton import has_triton
+
+    return bool(has_triton())
 
 
 def _loaded_in(config: Options, dtype: torch.dtype) -> torch.dtype:

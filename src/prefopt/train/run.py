@@ -97,6 +97,11 @@ class Run:
         self.loaded.append(policy)
         if self.config.attention != "auto" and policy.scorer.path == "separate":
             raise ConfigError(f"--attention does nothing here: {policy.scorer.reason}; leave it out")
+        if self.config.compile == "on":
+            if policy.scorer.path == "separate":
+                raise ConfigError(f"--compile on does nothing here: {policy.scorer.reason}; leave it out")
+            if getattr(self.config, "router_aux_loss_coef", None) is not None:
+                raise ConfigError("--compile on cannot read routers for --router-aux-loss-coef; leave one of them out")
         return policy
 
     def options(self) -> str:
@@ -108,10 +113,8 @@ class Run:
         scorer = policy.scorer
         if scorer.reason and scorer.path == "separate":
             self.say(f"scoring: each response separately, since {scorer.reason}")
-        self.say(
-            f"scoring: {scorer.path} ({scorer.kernel}, {str(self.dtype).removeprefix('torch.')}, {self.device});"
-            f"{twin} rounding {check.noise:.1g} {check.unit}"
-        )
+        where = f"{scorer.kernel_version}, {str(self.dtype).removeprefix('torch.')}, {self.device}"
+        self.say(f"scoring: {scorer.path} ({where});{twin} rounding {check.noise:.1g} {check.unit}")
 
     def take_folder(self, same: Mapping[str, tuple[Any, str]], **facts: Any) -> None:
         """Lock the output folder for this run. ``same``: what a resume must not change, name in ``run.json`` to (value,

@@ -1,20 +1,19 @@
 """Attention over shared prefixes for any transformers model, through its attention hook.
 
 The hook receives the packed row's queries, keys and values [1, heads, T, D] and the segments of
-:mod:`prefopt.model.packing`. Three kernels compute the same:
+:mod:`prefopt.model.packing`. These kernels compute the same, with windows and sinks:
 
-``flash-cpu``   tiles of torch's CPU flash attention merged by their log-sum-exp, forward and backward in one autograd
-                function, without copying keys; exact sinks and windows
+``flash-cpu``   tiles of torch's CPU flash attention merged by their log-sum-exp, without copying keys
 ``varlen``      variable-length flash attention on CUDA, keys and values gathered per segment, one call per layer
-``loop``        scaled dot-product attention or plain arithmetic, segment by segment: any device, soft-caps too
+``flex``        FlexAttention on CUDA, where flash attention refuses: soft-caps, other head widths
+``loop``        scaled dot-product attention or plain arithmetic, segment by segment: any device, soft-caps too. In a
+                compiled layer, where segments are no constants, :mod:`prefopt.model.kernels.plain` takes its place
 """
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
-from collections.abc import Callable
-from typing import Any, cast
+from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +21,14 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from prefopt.errors import ModelError
-from prefopt.model.kernels.flash_cpu import FlashShared, gathered, occurrences
+from prefopt.model.kernels import flash_cpu, flex, plain, varlen
+from prefopt.model.kernels.plain import visible_keys
+from prefopt.model.kernels.shared import KERNELS, How, Kernel, attention_by, compiled_attention
+from prefopt.model.kernels.varlen import WIDEST, has_varlen, occurrences
 from prefopt.model.packing import Segment
 
 # An unregistered mask function makes transformers build no [T, T] mask at all; the name must not contain "flash".
 HOOK = "prefopt_shared"
-
-WIDEST = 256
-"""Largest head width of variable-length flash attention; widths are multiples of 8."""
 
 TRIAL = "trial"
 """In place of a kernel: only test whether a layer's attention is supported; see :class:`HookReached`."""
@@ -62,8 +61,9 @@ def kernel_for(device: torch.device, dtype: torch.dtype, preference: str = "auto
         return "flash-cpu"
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "loop"
-    has_varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
-    return "varlen" if has_varlen and torch.cuda.get_device_capability(device) >= (8, 0) else "loop"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "loop"
+    return "varlen" if has_varlen() else "flex"
 
 
 def shared_attention(
@@ -73,7 +73,7 @@ def shared_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    prefix_segments: tuple[Segment, ...] | None = None,
+    prefix_segments: tuple[Segment, ...] | Tensor | None = None,
     prefix_kernel: str = "loop",
     prefix_gather: dict[str, Any] | None = None,
     scaling: float | None = None,
@@ -83,7 +83,8 @@ def shared_attention(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """The hook. Returns [1, T, heads, D] and no weights. Raises :class:`NotCausalError`, and :class:`UnshareableError`
+    """The hook. Returns [1, T, heads, D] and no weights. In a compiled layer ``prefix_segments`` is a tensor, see
+    :func:`prefopt.model.kernels.shared.segments_tensor`. Raises :class:`NotCausalError`, and :class:`UnshareableError`
     for arguments that would otherwise be ignored."""
     if prefix_segments is None:
         raise UnshareableError(f"{type(module).__name__} does not hand its keyword arguments to its attention")
@@ -93,16 +94,21 @@ def shared_attention(
     width, scale = value.shape[-1], scaling if scaling is not None else query.shape[-1] ** -0.5
     both = max(width, key.shape[-1])  # multi-head latent attention: pad the narrower, cut the result
     query, key, value = (x if x.shape[-1] == both else F.pad(x, (0, both - x.shape[-1])) for x in (query, key, value))
-    if prefix_kernel == "varlen" and (s_aux is not None or prefix_gather is None or both > WIDEST or both % 8):
-        prefix_kernel = "loop"
-    if softcap is not None or prefix_kernel == "loop":
+    if softcap is not None or (prefix_kernel == "varlen" and (both > WIDEST or both % 8)):
+        prefix_kernel = "flex" if prefix_kernel in ("varlen", "flex") else "loop"
+    how, row = How(scale, sliding_window, softcap), (query[0], key[0], value[0], s_aux)
+    out: Tensor | None = None
+    if isinstance(prefix_segments, Tensor):
+        kernel = "loop" if prefix_kernel == "flex" else prefix_kernel
+        out = compiled_attention(kernel, prefix_segments, *row, how)[None]
+    elif prefix_kernel == "flex" and flex.usable():
+        out = flex.attend(query, key, value, flex.flex_plan(prefix_segments, query.device), how, s_aux)
+    elif prefix_kernel in ("varlen", "flash-cpu"):
+        plan = prefix_gather if prefix_kernel == "varlen" else prefix_segments
+        out = attention_by(prefix_kernel, plan, *row, how)[None]
+    if out is None:
+        assert not isinstance(prefix_segments, Tensor)
         out = _loop(query, key, value, prefix_segments, scale, sliding_window, softcap, s_aux)
-    elif prefix_kernel == "varlen":
-        assert prefix_gather is not None
-        out = _varlen(query, key, value, prefix_gather, scale, sliding_window)
-    else:
-        row = (query[0], key[0], value[0], s_aux, prefix_segments, scale, sliding_window)
-        out = FlashShared.apply(*row)[None]  # type: ignore[no-untyped-call]
     return out[..., :width], None
 
 
@@ -162,14 +168,6 @@ def _keys(x: Tensor, start: int, stop: int, origin: int, prefix: int) -> Tensor:
     return torch.cat([x[:, :, origin : origin + prefix], own], 2) if prefix else own
 
 
-def visible_keys(rows: int, columns: int, window: int | None, device: torch.device) -> Tensor:
-    """Which of ``columns`` keys each of the last ``rows`` positions sees: bool [rows, columns], bottom-right causal."""
-    q = torch.arange(columns - rows, columns, device=device)[:, None]
-    k = torch.arange(columns, device=device)[None, :]
-    mask = k <= q
-    return mask if window is None else mask & (q - k < window)
-
-
 def gather_plan(segments: tuple[Segment, ...], device: torch.device) -> dict[str, Any]:
     """Arguments of ``varlen``, made once per pass: the row of every segment's keys, and both cumulative lengths."""
     rows = [
@@ -194,18 +192,11 @@ def gather_plan(segments: tuple[Segment, ...], device: torch.device) -> dict[str
     }
 
 
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, gather: dict[str, Any], scale: float, window: int | None
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+def _segments(segments: tuple[Segment, ...], _: torch.device) -> tuple[Segment, ...]:
+    return segments
 
-    attend = cast(Callable[..., Tensor], varlen_attn)
-    # The window counts the keys to the left of the query; transformers counts the query too.
-    left = -1 if window is None else window - 1
-    keys, values = (gathered(x[0].transpose(0, 1), gather["index"], gather["sums"]) for x in (key, value))
-    # Grouped heads need no flag in torch 2.11; later versions want it.
-    has_flag = "enable_gqa" in inspect.signature(attend).parameters
-    grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if has_flag else {}
-    queries = query[0].transpose(0, 1).contiguous()
-    lengths = (gather["cu_q"], gather["cu_k"], gather["max_q"], gather["max_k"])
-    return attend(queries, keys, values, *lengths, scale=scale, window_size=(left, 0), **grouped)[None]
+
+KERNELS["flash-cpu"] = Kernel(_segments, flash_cpu.forward, flash_cpu.backward)
+KERNELS["loop"] = Kernel(_segments, plain.forward, plain.backward)
+# Each layer of a compiled model asks for the same plan, forward and backward.
+KERNELS["varlen"] = Kernel(lru_cache(maxsize=4)(gather_plan), varlen.forward, varlen.backward)

@@ -2,18 +2,14 @@
 
 Each tile of keys gives an output and the log-sum-exp of its scores; the merged output weighs the tiles by
 ``exp(lse_tile - lse)``. Backward needs no merging: given the *merged* output and log-sum-exp, every tile's backward
-yields its exact share of the gradients, since it recomputes probabilities as ``exp(score - lse)``. One autograd
-function does both, so no log-sum-exp is differentiated.
-
-A sink is a key with score s and value zero: ``lse' = logaddexp(lse, s)``, ``out' = out exp(lse - lse')``. In
-backward its score receives ``-exp(s - lse') * (grad_out . out')``.
+yields its exact share of the gradients, since it recomputes probabilities as ``exp(score - lse)``.
 
 Grouped heads share keys without a copy: key heads become the batch of the kernel, and the queries that share one
 become its heads, along which the keys have stride zero.
 
 For many short responses to one prompt the prompt's keys for adjoining responses are one tile, and short responses of
 one length are one batch. Gradients of a prefix's keys are added in the order of the segments, in float32, and rounded
-once; torch's own backward of a gather adds them in the tensor's dtype, on CUDA in any order.
+once.
 """
 
 from __future__ import annotations
@@ -21,11 +17,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from prefopt.model.kernels.shared import How
 from prefopt.model.packing import Segment
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -123,62 +120,47 @@ def _back(x: Tensor, heads: int) -> Tensor:
     return cast(Tensor, x.unflatten(0, (heads, -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2))
 
 
-class FlashShared(torch.autograd.Function):
-    """Attention of a row with shared prefixes, forward and backward."""
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], how: How
+) -> tuple[Tensor, Tensor]:
+    """See :class:`prefopt.model.kernels.shared.Kernel`."""
+    memory = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
+    out = memory.transpose(0, 1)
+    lse = query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
+    own, prefixes = tiles_of(segments, how.window)
+    for tile in own:
+        out[:, tile.queries], lse[:, tile.queries] = _tile_forward(query, key, value, tile, how.scale)
+    for tile in prefixes:
+        at = tile.queries
+        out[:, at], lse[:, at] = _merge(out[:, at], lse[:, at], *_tile_forward(query, key, value, tile, how.scale))
+    return memory, lse
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        sinks: Tensor | None,
-        segments: tuple[Segment, ...],
-        scale: float,
-        window: int | None,
-    ) -> Tensor:
-        """query [Hq, T, D], key and value [Hk, T, D], sinks [Hq] or none; returns [T, Hq, D]."""
-        memory = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
-        out = memory.transpose(0, 1)
-        lse = query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
-        own, prefixes = tiles_of(segments, window)
-        for tile in own:
-            out[:, tile.queries], lse[:, tile.queries] = _tile_forward(query, key, value, tile, scale)
-        for tile in prefixes:
-            at = tile.queries
-            out[:, at], lse[:, at] = _merge(out[:, at], lse[:, at], *_tile_forward(query, key, value, tile, scale))
-        if sinks is not None:
-            total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-            out.copy_(out.to(lse.dtype) * torch.exp(lse - total)[..., None])
-            lse = total
-        ctx.save_for_backward(query, key, value, sinks, memory, lse)
-        ctx.plan = (segments, scale, window)
-        return memory
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, sinks, out, lse = ctx.saved_tensors
-        segments, scale, window = ctx.plan
-        wide = lse.dtype
-        grad = grads[0].transpose(0, 1)
-        result = out.transpose(0, 1)
-        # Without a window the tiles of a segment's own keys cover the row once: they are written, the others added.
-        make = torch.empty if window is None else torch.zeros
-        grad_q = make(query.shape, dtype=query.dtype)
-        grad_k, grad_v = make(key.shape, dtype=wide), make(value.shape, dtype=wide)
-        heads = key.shape[0]
-        own, prefixes = tiles_of(segments, window)
-        for tile in (*own, *prefixes):
-            dq, dk, dv = _tile_backward(grad, query, key, value, result, lse, tile, scale)
-            _put(grad_q, tile.queries, _back(dq, heads), tile.causal)
-            for total, part in ((grad_k, dk), (grad_v, dv)):
-                one = part.sum(1, dtype=wide, keepdim=True) if part.shape[1] > 1 else part
-                _put(total, tile.keys, _back(one, heads), tile.causal)
-        grad_s = None
-        if sinks is not None and ctx.needs_input_grad[3]:
-            weight = torch.exp(sinks.to(wide)[:, None] - lse)
-            grad_s = -(weight * (grad.to(wide) * result.to(wide)).sum(-1)).sum(-1).to(sinks.dtype)
-        return grad_q, grad_k.to(key.dtype), grad_v.to(value.dtype), grad_s, None, None, None
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    segments: tuple[Segment, ...],
+    how: How,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :class:`prefopt.model.kernels.shared.Kernel`."""
+    grad, out = grad.transpose(0, 1), out.transpose(0, 1)
+    # Without a window the tiles of a segment's own keys cover the row once: they are written, the others added.
+    make = torch.empty if how.window is None else torch.zeros
+    grad_q = make(query.shape, dtype=query.dtype)
+    grad_k, grad_v = make(key.shape, dtype=lse.dtype), make(value.shape, dtype=lse.dtype)
+    heads = key.shape[0]
+    own, prefixes = tiles_of(segments, how.window)
+    for tile in (*own, *prefixes):
+        dq, dk, dv = _tile_backward(grad, query, key, value, out, lse, tile, how.scale)
+        _put(grad_q, tile.queries, _back(dq, heads), tile.causal)
+        for total, part in ((grad_k, dk), (grad_v, dv)):
+            one = part.sum(1, dtype=lse.dtype, keepdim=True) if part.shape[1] > 1 else part
+            _put(total, tile.keys, _back(one, heads), tile.causal)
+    return grad_q, grad_k.to(key.dtype), grad_v.to(value.dtype)
 
 
 def _put(total: Tensor, rows: Rows, part: Tensor, first: bool) -> None:
@@ -222,39 +204,3 @@ def _merge(out: Tensor, lse: Tensor, more: Tensor, lse_more: Tensor) -> tuple[Te
     total = torch.logaddexp(lse, lse_more)
     a, b = (torch.exp(x - total)[..., None] for x in (lse, lse_more))
     return (out.to(total.dtype) * a + more.to(total.dtype) * b).to(out.dtype), total
-
-
-Sums = tuple[tuple[Tensor, Tensor], ...]
-"""For the first, second, ... occurrence of a row in an index: rows and positions. Rows within a pair differ, so that
-adding one pair after the other is deterministic."""
-
-
-def occurrences(index: Tensor) -> Sums:
-    """The occurrences of each row in ``index``; see :data:`Sums`.
-
-    >>> [[x.tolist() for x in pair] for pair in occurrences(torch.tensor([0, 1, 0, 2, 0]))]
-    [[[0, 1, 2], [0, 1, 3]], [[0], [2]], [[0], [4]]]
-    """
-    rows, order = index.sort(stable=True)
-    starts = torch.searchsorted(rows, rows)
-    times = torch.arange(len(rows)) - starts
-    return tuple((rows[times == k], order[times == k]) for k in range(int(times.max()) + 1 if len(rows) else 0))
-
-
-def gathered(x: Tensor, index: Tensor, sums: Sums) -> Tensor:
-    """``x`` [T, ...] at ``index``, as ``index_select`` gives it; ``sums`` from :func:`occurrences`."""
-    return cast(Tensor, _Gathered.apply(x, index, sums))  # type: ignore[no-untyped-call]
-
-
-class _Gathered(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, sums: Sums) -> Tensor:
-        ctx.shape, ctx.dtype, ctx.sums = x.shape, x.dtype, sums
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        total = grads[0].new_zeros(ctx.shape, dtype=torch.promote_types(ctx.dtype, torch.float32))
-        for rows, places in ctx.sums:
-            total[rows] = total[rows] + grads[0][places].to(total.dtype)
-        return total.to(ctx.dtype), None, None

@@ -27,7 +27,7 @@ compared with the reference's to a few thousandths.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -38,12 +38,10 @@ from transformers import PreTrainedModel
 
 from prefopt.errors import ModelError
 from prefopt.model.architectures import body_of, class_logits, logit_transforms
+from prefopt.model.kernels.head_device import aligned, fused_head, tiles
 
 KEEP_BYTES = 256 * 2**20
 """Largest [M, V] that is kept between forward and backward."""
-
-_TILE_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
-"""Logits of one tile; on a GPU a tile must be tall enough to keep its matrix product compute-bound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +78,13 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target: hidden [M, H], weight [V, H], target [M], bias [V] -> float32 or float64 [M].
 
-    With ``squares`` also the log of the sum over the vocabulary of squared probabilities [M], without gradient.
+    With ``squares`` also the log of the sum over the vocabulary of squared probabilities [M], without gradient. On CUDA
+    narrow heads take fused kernels (:mod:`prefopt.model.kernels.head_triton`).
     """
+    if (fused := fused_head(hidden, weight, bias, scale, softcap)) is not None:
+        from prefopt.model.kernels.head_triton import fused_logprobs
+
+        return fused_logprobs(hidden, fused, target, squares=squares)
     arguments = (hidden, weight, bias, target, scale, softcap, squares, torch.is_grad_enabled())
     return cast(tuple[Tensor, Tensor], _HeadLogprobs.apply(*arguments))  # type: ignore[no-untyped-call]
 
@@ -150,14 +153,6 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def tiles(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
-    """Even tiles of rows, small enough for their logits."""
-    height = max(16, _TILE_ELEMENTS.get(device.type, 2**25) // vocabulary)
-    height = -(-rows // -(-rows // height)) if rows else 1  # even tiles
-    for start in range(0, rows, height):
-        yield slice(start, min(start + height, rows))
-
-
 def transformed(z: Tensor, scale: float, softcap: float | None) -> Tensor:
     """Logits after scale and soft-cap."""
     if scale != 1.0:
@@ -168,7 +163,11 @@ def transformed(z: Tensor, scale: float, softcap: float | None) -> Tensor:
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Logits [rows, V], accumulated in float32 or float64 where the device can."""
     if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
-        z = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        if len(weight) % 8 == 0:
+            z = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        else:
+            z = aligned(len(hidden), len(weight), torch.float32, hidden.device)
+            torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=z)
     else:
         z = torch.mm(hidden, weight.t()).to(wide_dtype(hidden.dtype))
     return z if bias is None else z.add_(bias)
@@ -205,7 +204,8 @@ class _HeadLogprobs(torch.autograd.Function):
             if ctx.kept is not None:
                 ctx.kept[part] = _slope(z, lse[part], target[part], 1.0, None)
             elif ctx.slope is not None:
-                ctx.slope[part] = _slope(z, lse[part], target[part], scale, softcap).to(hidden.dtype) @ weight
+                slope = _slope(z, lse[part], target[part], scale, softcap)
+                ctx.slope[part] = _narrowed(slope, hidden.dtype) @ weight
         if grad:
             ctx.save_for_backward(hidden, weight, bias, target, lse)
         ctx.mark_non_differentiable(square)
@@ -225,7 +225,7 @@ class _HeadLogprobs(torch.autograd.Function):
             else:
                 z = transformed(head_logits(hidden[part], weight, bias), ctx.scale, ctx.softcap)
                 z = _slope(z, lse[part], target[part], ctx.scale, ctx.softcap)
-                slope = z.mul_(g[part, None]).to(hidden.dtype)
+                slope = _narrowed(z.mul_(g[part, None]), hidden.dtype)
             gradients.add(part, slope)
         ctx.kept = None
         return *gradients.rounded(), *(None,) * 5
@@ -273,7 +273,7 @@ class _HeadScores(torch.autograd.Function):
             slope.sub_(r.sub_(ref_lse[part, None]).exp_().mul_(g_kl[part, None]))
             if ctx.softcap is not None:
                 slope *= 1 - (z / ctx.softcap) ** 2
-            gradients.add(part, slope.mul_(ctx.scale).to(hidden.dtype))
+            gradients.add(part, _narrowed(slope.mul_(ctx.scale), hidden.dtype))
         return *gradients.rounded(), *(None,) * 4
 
 
@@ -306,6 +306,13 @@ class HeadGradients:
         """The three gradients in the dtypes of their tensors; None for those not wanted."""
         dtype = self._weight.dtype
         return self._grad_h, *(None if g is None else g.to(dtype) for g in (self._grad_w, self._grad_b))
+
+
+def _narrowed(slope: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tile [rows, V] in ``dtype``."""
+    if slope.is_cuda and slope.shape[1] % 8:
+        return aligned(slope.shape[0], slope.shape[1], dtype, slope.device).copy_(slope)
+    return slope.to(dtype)
 
 
 def _slope(z: Tensor, lse: Tensor, target: Tensor, scale: float, softcap: float | None) -> Tensor:
