@@ -89,12 +89,12 @@ EFFECTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shift", [0.0, 1.0, 1.5])
+@pytest.mark.parametrize("shift", [0.0, 1.5])
 @pytest.mark.parametrize("effect", list(EFFECTS))
 def test_the_rate_at_equal_length_is_unbiased_whatever_the_shape_of_the_effect(effect: str, shift: float) -> None:
     """Equal models; lengths differ by ``shift`` deviations. The straight line alone reads up to 60 %."""
     rng, rates, held = np.random.default_rng(12), [], []
-    for _ in range(1000):
+    for _ in range(400):
         z = rng.normal(shift, 1, (300, 1))
         won = rng.random(z.shape) < 1 / (1 + np.exp(-EFFECTS[effect](z)))
         found = length_controlled(won * 1.0, 50 * z)
@@ -102,7 +102,7 @@ def test_the_rate_at_equal_length_is_unbiased_whatever_the_shape_of_the_effect(e
         rates.append((found.rate.mean, found.linear.mean))
         held.append(not found.rate.excludes(0.5))
     ours, linear = np.mean(rates, 0)
-    assert abs(ours - 0.5) < 0.015 and 0.935 <= np.mean(held) <= 0.98
+    assert abs(ours - 0.5) < 0.015 and 0.92 <= np.mean(held) <= 0.985
     if effect == "levels off at once" and shift == 1.5:
         assert linear > 0.58
 

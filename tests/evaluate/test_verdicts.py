@@ -54,7 +54,7 @@ def test_what_is_said_of_a_rate_agrees_with_its_interval_and_its_p() -> None:
         return "\n".join(PairResult("x", "y", win_rate(outcomes), None).lines())
 
     assert "no difference is shown: the interval just excludes 50 %, but p is above 5 %" in lines(60)
-    assert "if there is one, 80 to 1,578 prompts would show it" in lines(60)
+    assert "if there is one, 73 to 2,601 prompts would show it" in lines(60)
     assert re.search(r"showing it takes at least \d+ prompts, and there may be none", lines(52))
     assert "x is better by this judge" in lines(80) and "reaches" not in lines(80)
     assert lines(0, tied=100).endswith("no difference is shown")

@@ -31,7 +31,7 @@ Needed = tuple[int, int | None]
 
 LEVEL, POWER = 0.05, 0.8
 """Chance of a verdict on equal models, and the chance of one that the number of prompts in advice is for."""
-PLAUSIBLE = 0.8
+PLAUSIBLE = 0.85
 """Level of the interval of the difference that advice on prompts is a range over."""
 
 
