@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import log_expit
 
 from prefopt import theory
 from prefopt.losses.pairs import dpo, ipo
@@ -80,6 +82,36 @@ def test_rewards_of_one_class_have_one_optimum_and_one_representative(seed: int,
     kept = theory.representative(reward, ref, beta)
     np.testing.assert_allclose(theory.log_partition(ref, kept, beta), 0, atol=1e-12)
     np.testing.assert_allclose(theory.implied_reward(one, ref, beta), kept, **CLOSE)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_choices_by_strengths_by_rewards_and_by_the_sigmoid_are_one(seed: int) -> None:
+    """p_i / (p_i + p_j) with p = exp r, and log(e^a / (e^a + e^b)) = log(1 / (1 + e^(b - a))) = log sigma(a - b)."""
+    reward = np.random.default_rng(seed).normal(0, 2, 5)
+    strength = np.exp(reward)
+    shares = strength[:, None] / (strength[:, None] + strength[None, :])
+    np.testing.assert_allclose(theory.bradley_terry(reward), shares, **CLOSE)
+    difference = reward[:, None] - reward[None, :]
+    np.testing.assert_allclose(np.log(shares), np.log(1 / (1 + np.exp(-difference))), **CLOSE)
+    np.testing.assert_allclose(np.log(shares), log_expit(difference), **CLOSE)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_reward_models_loss_is_the_likelihood_of_the_choices_and_dpos_with_the_policys_reward(seed: int) -> None:
+    """Over a data set of one prompt's pairs, one by one."""
+    rng = np.random.default_rng(seed)
+    reward, (logp, ref) = rng.normal(0, 2, 5), (theory.normalised(rng.normal(0, 1, 5)) for _ in range(2))
+    pairs = [tuple(rng.choice(5, 2, replace=False)) for _ in range(200)]
+    weight = np.zeros((5, 5))
+    for chosen, rejected in pairs:
+        weight[chosen, rejected] += 1 / len(pairs)
+    e = np.exp(reward)
+    each = [-math.log(e[chosen] / (e[chosen] + e[rejected])) for chosen, rejected in pairs]
+    assert theory.reward_model_loss(reward, weight) == pytest.approx(np.mean(each), rel=1e-12)
+    own = 0.3 * (logp - ref)
+    assert theory.dpo_loss(logp, ref, weight, 0.3) == pytest.approx(theory.reward_model_loss(own, weight), rel=1e-14)
+    with_z = theory.implied_reward(logp, ref, 0.3, log_z=1.7)
+    assert theory.reward_model_loss(with_z, weight) == pytest.approx(theory.reward_model_loss(own, weight), rel=1e-12)
 
 
 @given(SEEDS)

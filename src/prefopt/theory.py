@@ -8,6 +8,7 @@ it can be. The way from the objective of RLHF to the loss of DPO, with the numbe
     pi*(y) = ref(y) exp(r(y) / beta) / Z                            (4)    optimal_logp, log_partition
     r(y) = beta log(pi*(y) / ref(y)) + beta log Z                   (5)    implied_reward
     p(y1 > y2) = sigma(r(y1) - r(y2)), where log Z cancels          (6)    bradley_terry
+    -E log sigma(r(y1) - r(y2))                                     (2)    reward_model_loss
     -E log sigma(beta log-ratio(y1) - beta log-ratio(y2))           (7)    dpo_loss
 
 >>> ref, reward = normalised([0.0, 1.0, 2.0]), np.array([1.0, 0.0, 0.0])
@@ -134,10 +135,15 @@ def pair_weights(preference: Floats, drawn: Floats) -> FloatArray:
     return mu[:, None] * mu[None, :] * _array(preference)
 
 
+def reward_model_loss(reward: Floats, weight: Floats) -> float:
+    """The sum over pairs of -w[i, j] log p(i > j) = -w[i, j] log sigma(r_i - r_j), of rewards [Y] (equation 2)."""
+    r = _array(reward)
+    return float(-(_array(weight) * log_expit(r[:, None] - r[None, :])).sum())
+
+
 def dpo_loss(logp: Floats, ref: Floats, weight: Floats, beta: float) -> float:
-    """The sum over pairs of -w[i, j] log sigma(beta (h_i - h_j)), h = log pi - log ref [Y] (equation 7)."""
-    h = beta * (_array(logp) - _array(ref))
-    return float(-(_array(weight) * log_expit(h[:, None] - h[None, :])).sum())
+    """The loss of a reward model whose reward is the policy's own, beta log(pi / ref) (equation 7)."""
+    return reward_model_loss(implied_reward(logp, ref, beta), weight)
 
 
 def dpo_gradient(logp: Floats, ref: Floats, weight: Floats, beta: float) -> FloatArray:

@@ -12,9 +12,10 @@ import pytest
 import prefopt
 from evaluate.small import write_run
 from prefopt.core.statistics import mean_interval
+from prefopt.evaluate.length_control import length_controlled
 from prefopt.evaluate.result import PairResult, findings
 from prefopt.evaluate.samples import SampleStats
-from prefopt.evaluate.win_rate import length_controlled, win_rate
+from prefopt.evaluate.win_rate import win_rate
 from train.small import dpo, write_model, write_rows
 
 PROMPTS = 200

@@ -147,7 +147,7 @@ def dpo_plan() -> list[tuple[dict[str, Any], str, list[str], str | None]]:
     same: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         "sigmoid": ("dpo", {}, []),
         "hinge": ("hinge", {}, []),
-        "ipo": ("ipo", {}, []),
+        "ipo": ("ipo", {}, ["average=true"]),
         "exo_pair": ("exo", e, said),
         "nca_pair": ("nca", {}, []),
         "robust": ("robust", e, said),
@@ -180,7 +180,8 @@ def dpo_plan() -> list[tuple[dict[str, Any], str, list[str], str | None]]:
     for alpha in (0.0, 0.4, 1.0):
         plan.append(({"ld_alpha": alpha, "beta": 0.3}, "ld_dpo", ["beta=0.3", f"alpha={alpha}"], None))
     for theirs in ("sigmoid", "ipo", "nca_pair"):
-        plan.append(({"loss_types": [theirs], "use_weighting": True}, same[theirs][0], ["beta=0.1"], "wpo"))
+        ours, _, options = same[theirs]
+        plan.append(({"loss_types": [theirs], "use_weighting": True}, ours, ["beta=0.1", *options], "wpo"))
     sums: dict[str, Any] = {"loss_types": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
     sum_options = ["beta=0.1", "bco.shift=false", "average=tokens"]
     plan.append((sums, "dpo:0.8,bco:0.2,nll:1", sum_options, None))

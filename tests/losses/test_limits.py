@@ -29,7 +29,7 @@ AT_ZERO: dict[str, float] = {
     "bco": 2 * LN2,
     "apo_zero": 1.0,
     "apo_down": 1.0,
-    "sppo_hard": 1 / (2 * 0.1**2),
+    "sppo_hard": 1 / (2 * 0.001**2),
     "kto": 0.5,
     "bco_unpaired": LN2,
     "apo_zero_unpaired": 0.5,
@@ -57,7 +57,7 @@ def test_values_at_zero_log_ratio(name: str, value: float, divergence: str) -> N
     loss = LOSSES[name]
     options: dict[str, Value] = {"divergence": divergence} if loss.on_difference else {}
     output = loss(at_zero(), loss.start(), **options)
-    expected = torch.full_like(output.numerator_R, value) * (output.weight_R if name == "beta_dpo" else 1)
+    expected = torch.full_like(output.numerator_R, value)
     torch.testing.assert_close(output.numerator_R, expected, rtol=1e-14, atol=1e-14)
 
 
@@ -109,7 +109,10 @@ BY_HAND: list[tuple[str, dict[str, Value], float]] = [
     ("tdpo", {"version": "1"}, soft(0.1 * (5 - (8 - 3)))),
     ("tdpo", {"alpha": 0.5}, soft(0.1 * (5 - 0.5 * (8 - 3)))),
     ("rpo", {"nll_weight": 0.5}, soft(0.1 * 5) + 0.5 * 20 / 10),
-    ("ipo", {"average": False}, (5 - 5) ** 2),
+    ("ipo", {}, (5 - 5) ** 2),
+    ("ipo", {"average": True, "beta": 1.0}, (-2 / 10 + 7 / 4 - 0.5) ** 2),
+    ("simpo", {}, soft(2 * (-20 / 10 + 16 / 4) - 0.5)),
+    ("sppo_hard", {"beta": 0.1}, (-2 - 5) ** 2 + (-7 + 5) ** 2),
     ("cpo", {}, soft(0.1 * -4) + 20 / 10),
     ("cpo", {"average": False}, soft(0.1 * -4) + 20),
     ("slic_hf", {}, 1 + 20 - 16 + 0.1 * 20),
@@ -365,6 +368,17 @@ def test_beta_follows_the_batch_and_leaves_out_what_is_far() -> None:
     assert output.state["deviation"].item() == pytest.approx(0.1 * h.std().item())
     low = LOSSES["beta_dpo"](tensors, state | {"mean": torch.tensor(1e4, dtype=torch.float64)}, beta=0.1)
     assert low.metrics["beta"][0].item() == pytest.approx(1e-3)
+
+
+@for_each([(filter,) for filter in ("nearest", "drawn")])
+def test_pairs_with_equal_margins_are_left_out_together_or_not_at_all(filter: str) -> None:
+    """In the first step policy and reference are equal: no pair is an outlier. A draw takes some all the same."""
+    output = LOSSES["beta_dpo"](at_zero(), LOSSES["beta_dpo"].start(), filter=filter)
+    assert output.weight_R.sum() == (6 if filter == "nearest" else 4)
+    h = torch.tensor([0.0, 0.0, 3.0, 3.0, -80.0], dtype=torch.float64)
+    tensors = {f"{side}_{name}_P": 0 * h for side in ("chosen", "rejected") for name in ("logp", "ref_logp")}
+    kept = LOSSES["beta_dpo"](tensors | {"chosen_logp_P": h}, LOSSES["beta_dpo"].start(), keep=0.6).weight_R
+    assert kept.tolist() == ([1, 1, 1, 1, 0])
 
 
 def test_sorted_losses_are_one_sided_comparisons_of_distributions() -> None:

@@ -12,6 +12,7 @@ import pytest
 from prefopt.cli import main
 from prefopt.losses.common import WEIGHTINGS
 from prefopt.losses.declare import LOSSES
+from prefopt.losses.published import PUBLISHED, published
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
@@ -60,6 +61,17 @@ def test_everything_about_one(capsys: pytest.CaptureFixture[str]) -> None:
         assert found.formula in shown and found.when in shown, name
         for o in found.options:
             assert f"{o.name}: {o.help}" in shown and o.expects in shown, (name, o.name)
+
+
+def test_defaults_elsewhere_are_shown_beside_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    known = {name: {o.name for o in found.options} for name, found in {**LOSSES, **WEIGHTINGS}.items()}
+    for name, options in PUBLISHED.items():
+        assert options.keys() <= known[name], name
+    assert main(["losses", "sppo_hard"]) == 0
+    assert "default: 0.001; paper: 0.001 (eta 1000); TRL: 0.1)" in " ".join(capsys.readouterr().out.split())
+    page = (DOCS / "methods.md").read_text("utf-8")
+    assert "| `average` | true or false | false | false | true |" in page, "ipo: the paper's, not TRL's"
+    assert published("plackett_luce", "beta") == (None, None)
 
 
 def test_an_unknown_loss_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from losses.inputs import mean
 from losses.variants import for_each
 from prefopt.losses.common import LossOutput
 from prefopt.losses.pairs import dpo
-from prefopt.losses.ranking import EXACT, plackett_luce
+from prefopt.losses.ranking import plackett_luce
 
 
 def run(reward: list[list[float]], tiers: list[list[int]], beta: float = 1.0) -> LossOutput:
@@ -39,15 +39,6 @@ def over_orders(reward: list[float], tiers: list[int]) -> float:
     return sum(one_by_one(reward, o) for o in orders if [tiers[i] for i in o] == sorted(tiers))
 
 
-def breslow(reward: list[float], tiers: list[int]) -> float:
-    chance = 1.0
-    for level in sorted(set(tiers))[:-1]:
-        left = sum(math.exp(r) for r, t in zip(reward, tiers, strict=True) if t >= level)
-        tied = [math.exp(r) for r, t in zip(reward, tiers, strict=True) if t == level]
-        chance *= math.factorial(len(tied)) * math.prod(e / left for e in tied)
-    return chance
-
-
 REWARDS = [0.3, -1.2, 2.0, 0.9, -0.4, 1.1]
 
 
@@ -66,19 +57,42 @@ def test_ties_are_the_sum_over_their_orders(tiers: tuple[int, ...]) -> None:
     assert output.weight_R.item() == (len(set(tiers)) > 1)
 
 
-@pytest.mark.parametrize("tiers", [[0, 0, 0, 0, 1, 1], [1, 0, 0, 2, 0, 0], [0, 1, 1, 1, 1, 2], [0, 1, 2, 2, 2, 2]])
-def test_up_to_four_tied_are_exact(tiers: list[int]) -> None:
-    output = run([REWARDS], [tiers])
-    assert math.exp(-output.numerator_R.item()) == pytest.approx(over_orders(REWARDS, tiers), rel=1e-12)
+@pytest.mark.parametrize(
+    "tiers", [[0, 0, 0, 0, 1, 1], [1, 0, 0, 2, 0, 0], [0, 1, 1, 1, 1, 2], [0, 0, 0, 0, 0, 1], [1, 0, 1, 1, 1, 1, 2]]
+)
+@pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
+def test_any_number_of_tied_is_exact_in_values_and_gradients(tiers: list[int], scale: float) -> None:
+    """Against the sum over all orders, differentiated."""
+    values = scale * torch.tensor([*REWARDS, -2.0][: len(tiers)], dtype=torch.float64)
+    results = []
+    for enumerated in (True, False):
+        leaf = values.clone().requires_grad_()
+        if enumerated:
+            orders = [o for o in itertools.permutations(range(len(tiers))) if [tiers[i] for i in o] == sorted(tiers)]
+            ordered = leaf[torch.tensor(orders)]
+            loss = -(ordered - ordered.flip(1).logcumsumexp(1).flip(1)).sum(1).logsumexp(0)
+        else:
+            zero, group = torch.zeros_like(leaf), torch.zeros(len(tiers), dtype=torch.long)
+            loss = plackett_luce(leaf, zero, torch.tensor(tiers), group, beta=1.0).numerator_R[0]
+        results.append((loss, *torch.autograd.grad(loss, leaf)))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("tiers", [[0, 0, 0, 0, 0, 1], [1, 0, 1, 1, 1, 1, 2]])
-def test_more_take_breslows_approximation_which_is_below(tiers: list[int]) -> None:
-    assert EXACT == 4
-    reward = [*REWARDS, -2.0][: len(tiers)]
-    got = math.exp(-run([reward], [tiers]).numerator_R.item())
-    assert got == pytest.approx(breslow(reward, tiers), rel=1e-12)
-    assert got < over_orders(reward, tiers)
+def test_many_tied_are_exact() -> None:
+    """Against inclusion and exclusion: the chance that none of the later ones comes before the last of the tied."""
+    reward = torch.linspace(-1, 1.5, 13, dtype=torch.float64)
+    e = reward.exp()
+    subsets = torch.tensor(list(itertools.product([0.0, 1.0], repeat=12)), dtype=torch.float64)
+    chance = ((-1) ** subsets.sum(1) * e[12] / (e[12] + subsets @ e[:12])).sum()
+    found = run([reward.tolist()], [[0] * 12 + [1]])
+    assert found.numerator_R.item() == pytest.approx(-math.log(chance), rel=1e-9)
+
+
+def test_equal_rewards_count_orders() -> None:
+    """Of five tied and one below, all six are first, or last, with the same chance; of 200, one in 201."""
+    for tied in (5, 50, 300):
+        output = run([[0.3] * (tied + 1)], [[0] * tied + [1]])
+        assert output.numerator_R.item() == pytest.approx(math.log(tied + 1), rel=1e-11)
 
 
 def test_a_best_few_list_is_the_marginal_over_the_others() -> None:

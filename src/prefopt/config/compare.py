@@ -14,7 +14,7 @@ from prefopt.config.training import MachineOptions, ProgressOptions
 from prefopt.core.options import flag, option, options
 from prefopt.errors import ConfigError
 
-_OF_VOTES = {"votes", *READING, "seed", "json", "progress"}
+_OF_VOTES = {"votes", *READING, "json", "progress"}
 _OF_DRAWING = ("num", "max_new_tokens", "temperature")
 _OF_READING = (*READING, "on_bad_row")
 _OF_MACHINES = tuple(field.name for field in fields(MachineOptions))

@@ -20,7 +20,8 @@ from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.layouts import LAYOUTS
 from prefopt.errors import ConfigError, DataError, ModelError
 from prefopt.evaluate.judges import Judge, Question, ScoredVote, load_judge, vote_with_empty
-from prefopt.evaluate.result import CompareResult, PairResult, check_output, findings, write_pairs
+from prefopt.evaluate.length_control import length_controlled
+from prefopt.evaluate.result import CompareResult, PairResult, check_output, correct_pairs, findings, write_pairs
 from prefopt.evaluate.samples import (
     CompareInputs,
     Rows,
@@ -33,19 +34,12 @@ from prefopt.evaluate.samples import (
     prompt_numbers,
     prompt_rows,
     sample_stats,
+    sampling_model,
 )
 from prefopt.evaluate.score import read_rows
+from prefopt.evaluate.strengths import bradley_terry, connected_groups, win_counts
 from prefopt.evaluate.tasks import Harness, TaskScore, changes, read_task_results
-from prefopt.evaluate.win_rate import (
-    Floats,
-    Ints,
-    bradley_terry,
-    connected_groups,
-    length_controlled,
-    tier_outcome,
-    win_counts,
-    win_rate,
-)
+from prefopt.evaluate.win_rate import Floats, Ints, tier_outcome, win_rate
 from prefopt.model.environment import hardware
 from prefopt.model.load import base_and_adapter
 from prefopt.model.precision import resolve_device, resolve_dtype
@@ -96,10 +90,11 @@ def run(config: CompareConfig, inputs: CompareInputs | None = None) -> CompareRe
     if task_scorer is not None:
         scores = {name: task_scorer(name) for name in names}
         versus = [replace(pair, tasks=changes(scores[pair.first], scores[pair.second])) for pair in versus]
+    versus = correct_pairs(versus)
     return CompareResult(
         judge.name,
         versus,
-        _strengths(config, names, games, versus, notes),
+        _strengths(names, games, versus, notes),
         stats,
         output,
         notes,
@@ -157,10 +152,16 @@ def _sample_stats(config: CompareConfig, name: str, rows: Rows, notes: list[str]
     kl, held_out = None, None
     if config.reference is not None:
         reference = inputs.load(config.reference, config)
-        if not is_file(name) and inputs.load(name, config).tokenizer.get_vocab() != reference.tokenizer.get_vocab():
+        policy = sampling_model(Path(name), config) if is_file(name) else inputs.load(name, config)
+        if policy is None:
+            what = "its KL is by the log-probabilities in the file, which sampling rounded otherwise than scoring does"
+            notes.append(f"{name}: the model that drew it was not found: {what}")
+        elif policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
             raise ModelError(f"--reference {config.reference}: its tokenizer is not that of {name}: no KL is defined")
-        kl = kl_to_reference(rows, reference, seed=config.seed)
-        reference.release()
+        kl = kl_to_reference(rows, reference, policy, seed=config.seed)
+        for model in (reference, policy):
+            if model is not None:
+                model.release()
     if config.held_out is not None and not is_file(name):
         model = inputs.load(name, config)
         layout: dict[str, Any] = {"format": config.format, "columns": config.column_words}
@@ -174,7 +175,6 @@ def _sample_stats(config: CompareConfig, name: str, rows: Rows, notes: list[str]
 
 
 def _strengths(
-    config: CompareConfig,
     names: Sequence[str],
     games: list[tuple[int, int, int, float]],
     versus: Sequence[PairResult],
@@ -190,7 +190,7 @@ def _strengths(
             " comparisons says how far apart they are"
         )
         return {}
-    return dict(zip(names, bradley_terry(wins, seed=config.seed), strict=True))
+    return dict(zip(names, bradley_terry(wins), strict=True))
 
 
 def _task_scorer(config: CompareConfig, inputs: CompareInputs) -> Callable[[str], list[TaskScore]] | None:
@@ -223,7 +223,8 @@ def _compare_votes(config: CompareConfig) -> CompareResult:
         versus.append(PairResult(*pair, win_rate(outcomes), length_controlled(outcomes, longer)))
         games += [(i, k, keys[vote.prompt], vote.outcome) for vote in of_pair]
     notes: list[str] = []
-    return CompareResult("people", versus, _strengths(config, names, games, versus, notes), {}, notes=notes)
+    versus = correct_pairs(versus)
+    return CompareResult("people", versus, _strengths(names, games, versus, notes), {}, notes=notes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,12 +15,13 @@ from typing import Any
 from prefopt.config.compare import CompareConfig, is_file
 from prefopt.core.cache_folder import file_hashes
 from prefopt.core.files import OVERWRITE, output_errors, refuse_existing, replace_file
-from prefopt.core.statistics import MIN_PROMPTS, Interval
+from prefopt.core.statistics import MIN_PROMPTS, Interval, p_text
 from prefopt.data.files.sources import find_sources
 from prefopt.errors import ConfigError, DataError, RunError
+from prefopt.evaluate.length_control import LengthControlled
 from prefopt.evaluate.samples import SampleStats
-from prefopt.evaluate.tasks import TaskChange
-from prefopt.evaluate.win_rate import LengthControlled, WinRate, swapped
+from prefopt.evaluate.tasks import TaskChange, corrected_changes
+from prefopt.evaluate.win_rate import LEVEL, WinRate, corrected, swapped
 from prefopt.runs.diagnose import Change, Finding, change
 from prefopt.runs.history import History, read_history
 
@@ -44,7 +45,8 @@ class PairResult:
         """The second model against the first, without tasks."""
         equal = self.equal_length
         if equal is not None:
-            equal = replace(equal, rate=swapped(equal.rate, 1.0))  # the slope is the same
+            # The slope is the same.
+            equal = replace(equal, rate=swapped(equal.rate, 1.0), linear=swapped(equal.linear, 1.0))
         categories = {name: rate.swapped() for name, rate in self.categories.items()}
         longer = swapped(self.longer, 0.0)
         return PairResult(self.second, self.first, self.rate.swapped(), equal, categories, self.empty, longer)
@@ -62,18 +64,40 @@ class PairResult:
         if r.rate is None:
             yield f"  {r.prompts} prompts are too few for a win rate; give at least {MIN_PROMPTS}, better 100"
         else:
-            yield f"  win rate {_percent(r.rate)}, a tie counting half; sign test p = {r.p:.2g}"
+            yield f"  win rate {_percent(r.rate)}, a tie counting half; {test_words(r)}"
             if (equal := self.equal_length) is not None:
                 why = ": one model's responses are longer in every comparison" if equal.rate is None else ""
                 yield f"  at equal length {_percent(equal.rate)}{why}"
-            yield f"  {_no_difference(r) if r.verdict == 'not shown' else f'{self.first} is {r.verdict} by this judge'}"
+                if equal.differs:
+                    yield f"  at equal length {_percent(equal.linear)} if length counted in proportion"
+            yield f"  {_no_difference(r) if r.verdict == 'not shown' else _difference(self.first, r)}"
         if (x := self.longer) is not None:
             yield f"  difference of length {x.mean:+.0f} characters [{x.low:+.0f}, {x.high:+.0f}]"
         for task in self.tasks:
             yield f"  {task.line()}"
         for name, c in self.categories.items():
-            rate = f"{c.prompts} prompts, too few for a rate" if c.rate is None else _percent(c.rate)
-            yield f"  {name}: {rate}"
+            if c.rate is None:
+                yield f"  {name}: {c.prompts} prompts, too few for a rate"
+            else:
+                verdict = "no difference is shown" if c.verdict == "not shown" else f"{self.first} is {c.verdict}"
+                yield f"  {name}: {_percent(c.rate)}, {test_words(c)}: {verdict}"
+
+
+def correct_pairs(pairs: Sequence[PairResult]) -> list[PairResult]:
+    """The verdicts on pairs of models corrected for their number, those on categories for that of all categories of all
+    pairs, and those on tasks likewise."""
+    rates = corrected([pair.rate for pair in pairs])
+    categories = iter(corrected([rate for pair in pairs for rate in pair.categories.values()]))
+    tasks = iter(corrected_changes([task for pair in pairs for task in pair.tasks]))
+    return [
+        replace(
+            pair,
+            rate=rate,
+            categories={name: next(categories) for name in pair.categories},
+            tasks=[next(tasks) for _ in pair.tasks],
+        )
+        for pair, rate in zip(pairs, rates, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +141,37 @@ class CompareResult:
             yield from ("", f"written: {self.output}")
 
 
+def test_words(r: WinRate) -> str:
+    """The p-value of a rate, and the one corrected for the number of comparisons."""
+    assert r.p is not None and r.p_holm is not None
+    among = f", among {r.comparisons} comparisons {p_text(r.p_holm)} (Holm)" if r.comparisons > 1 else ""
+    return f"sign-flip test {p_text(r.p)}{among}"
+
+
+def _difference(first: str, r: WinRate) -> str:
+    assert r.rate is not None
+    unsure = "" if r.rate.excludes(0.5) else "; the interval reaches 50 % as it allows for outcomes that none had"
+    return f"{first} is {r.verdict} by this judge{unsure}"
+
+
 def _no_difference(r: WinRate) -> str:
-    if r.rate is not None and r.rate.excludes(0.5):
-        return "no difference is shown: the interval excludes 50 %, but the sign test does not agree"
-    if r.needed is None or r.needed <= r.prompts:
-        return "no difference is shown"
-    return f"no difference is shown; if it is as large as it looks, about {r.needed:,} prompts would show it"
+    assert r.rate is not None and r.p is not None
+    why = ""
+    if r.p <= LEVEL:
+        why = f": p is below 5 % by itself, but not among {r.comparisons} comparisons"
+    elif r.rate.excludes(0.5):
+        why = ": the interval just excludes 50 %, but p is above 5 %"
+    return f"no difference is shown{why}{_advice(r)}"
+
+
+def _advice(r: WinRate) -> str:
+    """How many prompts would show a difference."""
+    if r.needed is None:
+        return ""
+    least, most = r.needed
+    if most is None:
+        return f"; if there is one, showing it takes at least {least:,} prompts, and there may be none"
+    return f"; if there is one, {least:,} to {most:,} prompts would show it"
 
 
 def _percent(i: Interval | None) -> str:

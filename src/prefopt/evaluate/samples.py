@@ -22,6 +22,7 @@ from prefopt.config.compare import CompareConfig, is_file
 from prefopt.config.data import READING
 from prefopt.config.sample import SampleConfig
 from prefopt.core.cache_folder import SAMPLES, acquired, cache_errors, file_hashes, samples_folder, space_lock, used
+from prefopt.core.model_folder import base_of, is_adapter
 from prefopt.core.statistics import Interval, mean_interval
 from prefopt.core.terminal import Reporter
 from prefopt.data.comparisons import open_comparisons, parse_comparisons, read_comparisons
@@ -29,11 +30,11 @@ from prefopt.data.files.sources import find_sources
 from prefopt.data.group import Group
 from prefopt.data.load import load_groups
 from prefopt.data.validate import Problem, refuse, refused_rows
-from prefopt.errors import CacheError, DataError, ModelError
+from prefopt.errors import CacheError, DataError, ModelError, UserError
 from prefopt.evaluate.score import response_logprobs
 from prefopt.evaluate.win_rate import Floats, Ints
 from prefopt.generate.model_io import SampledModel, renderer_for
-from prefopt.generate.sample_file import sample_file_error
+from prefopt.generate.sample_file import read_record, sample_file_error
 from prefopt.methods.sample import run as sample
 from prefopt.records import Comparison
 from prefopt.rewards import Reward
@@ -116,6 +117,21 @@ def _read(path: Path) -> Rows:
     if bad := next((row for row in rows if not row.responses), None):
         raise DataError("has no response; prefopt sample draws some", file=str(path), row=bad.row)
     return rows
+
+
+def sampling_model(path: Path, config: CompareConfig) -> SampledModel | None:
+    """The model that ``prefopt sample`` drew a file with, where its record names folders of this machine and they still
+    hold that model."""
+    try:
+        record = read_record(path)
+        name, adapter = record["options"]["model"], record["options"].get("adapter")
+        folders = [name, *([adapter] if adapter else []), *([base_of(name)] if is_adapter(name) else [])]
+        if not all(Path(folder).is_dir() for folder in folders):
+            return None
+        model = SampledModel(name, adapter=adapter, device=config.device, dtype=config.dtype)
+        return model if model.identity().digest == record["model"] else None
+    except (UserError, OSError, KeyError, TypeError):  # no record, or none of a file of samples
+        return None
 
 
 def check_same_prompts(samples: Mapping[str, Rows]) -> None:
@@ -219,12 +235,17 @@ def repetition(text: str, n: int = 4) -> float:
     return 1 - len(ngrams) / ngrams.total() if ngrams else 0.0
 
 
-def kl_to_reference(rows: Sequence[Comparison], reference: SampledModel, *, seed: int = 0) -> KlEstimate | None:
+def kl_to_reference(
+    rows: Sequence[Comparison], reference: SampledModel, policy: SampledModel | None = None, *, seed: int = 0
+) -> KlEstimate | None:
     """The KL of the model that drew these samples to ``reference``, which must have the same tokens; None for one
     prompt.
 
-    Raises :class:`DataError` where samples lack token ids or log-probabilities, or were not drawn from the model's own
-    distribution, and :class:`ModelError` where a token is none of the reference's.
+    ``policy`` is the model that drew them: the same code then scores both models, so that their rounding is alike, and
+    the KL of a model to itself is 0 in any precision. Without it the samples' own log-probabilities are used: in
+    bfloat16, sampling and scoring round differently by tenths of a nat per response. Raises :class:`DataError` where
+    samples lack token ids or log-probabilities, or were not drawn from the model's own distribution, and
+    :class:`ModelError` where a token is none of the reference's.
     """
     for row in rows:
         if not all(name in row.extra for name in ("token_ids", "logprobs", "sampling_logprobs")):
@@ -242,7 +263,10 @@ def kl_to_reference(rows: Sequence[Comparison], reference: SampledModel, *, seed
         groups.append(Group.from_sequences(sequences, row=row.row, pairs=()))
     if max(int(c.ids.max()) for g in groups for c in g.continuations) >= len(reference.tokenizer):
         raise ModelError(f"--reference {reference.name}: its vocabulary lacks tokens of the samples")
-    logps = np.concatenate([_numbers(row, "logprobs") for row in rows])
+    if policy is None:
+        logps = np.concatenate([_numbers(row, "logprobs") for row in rows])
+    else:
+        logps = response_logprobs(policy.scorer, groups, TOKEN_BUDGET)
     log_ratio = logps - response_logprobs(reference.scorer, groups, TOKEN_BUDGET)
     k3 = np.expm1(-log_ratio) + log_ratio
     prompts = np.repeat(prompt_numbers(row.prompt_key for row in rows), [len(row.responses) for row in rows])

@@ -5,15 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import ndtr
 
 from prefopt.core.files import parsed
+from prefopt.core.statistics import holm, p_text
 from prefopt.errors import ConfigError, DataError, RunError, first_line
-from prefopt.evaluate.win_rate import Z95
+from prefopt.evaluate.win_rate import LEVEL
 from prefopt.model.supported import safe_attention
 
 
@@ -33,7 +35,8 @@ class TaskScore:
 @dataclass(frozen=True, slots=True)
 class TaskChange:
     """A metric of two models. ``difference``: first minus second; ``error``: its standard error, ``paired`` by question
-    where values by question are known, else as of independent runs."""
+    where values by question are known, else as of independent runs. ``p_holm``: the p-value corrected for
+    ``comparisons`` made together, see :func:`corrected_changes`."""
 
     task: str
     metric: str
@@ -44,15 +47,25 @@ class TaskChange:
     paired: bool
     questions: int | None
     higher_is_better: bool | None
+    p_holm: float | None = None
+    comparisons: int = 1
+
+    @property
+    def p(self) -> float | None:
+        """Two-sided p-value of the difference by the normal distribution; None without a standard error."""
+        if self.error is None:
+            return None
+        return float(2 * ndtr(-abs(self.difference) / self.error)) if self.error else float(not self.difference)
 
     @property
     def verdict(self) -> str:
         """Whether the first model is better or worse at 5 %."""
-        if self.error is None:
+        p = self.p if self.p_holm is None else self.p_holm
+        if p is None:
             return "without a standard error: nothing is shown"
         if self.higher_is_better is None:
             return "which way is better is open"
-        if abs(self.difference) <= Z95 * self.error:
+        if p > LEVEL:
             return "no difference is shown"
         return "better" if (self.difference > 0) == self.higher_is_better else "worse"
 
@@ -61,7 +74,13 @@ class TaskChange:
         error = "" if self.error is None else f" ± {self.error:.3f}"
         count = "" if self.questions is None else f", {self.questions:,} questions"
         values = f"{self.first:.3f} against {self.second:.3f}, {self.difference:+.3f}{error}{count}"
-        return f"{self.task} {self.metric}: {values}: {self.verdict}"
+        return f"{self.task} {self.metric}: {values}{self.test_words()}: {self.verdict}"
+
+    def test_words(self) -> str:
+        """The p-value that the verdict is based on; nothing without a standard error."""
+        p = self.p if self.p_holm is None else self.p_holm
+        among = f" among {self.comparisons} comparisons (Holm)" if self.comparisons > 1 else ""
+        return "" if p is None else f", {p_text(p)}{among}"
 
 
 class Harness:
@@ -160,6 +179,13 @@ def changes(first: Sequence[TaskScore], second: Sequence[TaskScore]) -> list[Tas
     """The change of each metric that both have."""
     others = {(s.task, s.metric): s for s in second}
     return [_change(a, b) for a in first if (b := others.get((a.task, a.metric))) is not None]
+
+
+def corrected_changes(found: Sequence[TaskChange]) -> list[TaskChange]:
+    """Changes tested together, with Holm's p-values; those without a standard error are not tested."""
+    tested = [p for change in found if (p := change.p) is not None]
+    p_values = iter(holm(tested))
+    return [c if c.p is None else replace(c, p_holm=next(p_values), comparisons=len(tested)) for c in found]
 
 
 def _change(a: TaskScore, b: TaskScore) -> TaskChange:

@@ -68,7 +68,7 @@ class SampleFile:
         refuse_existing(path, RESUME, unless=resume)
         self._digests = ""
         if self._found:
-            self.record = {**_read_record(path), "status": "resumed"}
+            self.record = {**read_record(path), "status": "resumed"}
             before = self.record["options"]
             if changed := [n for n in options if n not in FREE and before.get(n) != options[n]]:
                 listed = ", ".join(f"{flag(n)} was {before.get(n)!r} and is {options[n]!r}" for n in changed)
@@ -158,7 +158,7 @@ class SampleFile:
 def sample_file_error(path: Path) -> str | None:
     """How a file of samples differs from what its record says was written; None where it does not."""
     try:
-        return _altered(path, _read_record(path))
+        return _altered(path, read_record(path))
     except (OSError, RunError):
         return "has no .run.json that can be read"
 
@@ -197,7 +197,9 @@ def _record_path(path: Path) -> Path:
     return path.with_name(path.name + ".run.json")
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
+    """The record beside a file of samples: options, and digests of model and prompts. Raises :class:`RunError`."""
+
     def check(found: dict[str, Any]) -> dict[str, Any]:
         dict(found["options"])
         rows = found.get("rows", 1)

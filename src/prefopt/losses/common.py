@@ -204,13 +204,17 @@ class Weighting:
         return {o.name: o.default for o in self.options}
 
 
-def wpo(output: LossOutput, chosen_wpo_P: Tensor, rejected_wpo_P: Tensor, *, clip: bool = False) -> LossOutput:
+def wpo(output: LossOutput, chosen_wpo_P: Tensor, rejected_wpo_P: Tensor, *, clip: bool = True) -> LossOutput:
     r"""Weighted preference optimisation, Zhou et al. 2024 (arXiv 2406.11827), equation 2 with aligned weights.
 
     The weight of a pair is :math:`\exp(c_w + c_l)`, c the mean over tokens of :math:`\log(\pi(y_t)/\sum_v \pi(v)^2)`:
     1 where every token is as likely as a token drawn from the policy is on average. The loss is not divided by the sum
     of weights: pairs that the policy would not write count less. ``clip`` caps the weight at 1, as the authors' code
     does.
+
+    On pairs of another model weights are small, and so are loss and gradient: a 24th of dpo's on a sample of ours. Adam
+    does not see the scale, but gradients that ``--max-grad-norm`` would clip for dpo are not clipped here; lower it
+    where single batches dominate.
     """
     weight = (chosen_wpo_P + rejected_wpo_P).detach().to(output.numerator_R.dtype).exp()
     if clip:
@@ -226,7 +230,7 @@ WEIGHTINGS = {
         paper="Zhou et al. 2024 (WPO), arXiv 2406.11827, equation 2",
         when="Pairs written by another model: pairs that the policy would not write count less.",
         inputs=("chosen_wpo_P", "rejected_wpo_P"),
-        options=(loss_option("clip", "cap the weight at 1, as the authors' code does", default=False),),
+        options=(loss_option("clip", "cap the weight at 1, as the authors' code does", default=True),),
         function=wpo,
     )
 }

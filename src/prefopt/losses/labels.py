@@ -18,7 +18,7 @@ UNDESIRABLE = loss_option("undesirable_weight", "weight of undesirable responses
 
 @loss(
     formula="lambda (1 - sigmoid(+-beta (s - z))), + where desirable, z = max(0, mean s of mismatched responses)",
-    paper="Ethayarajh et al. 2024 (KTO), arXiv 2402.01306, equation 7",
+    paper="Ethayarajh et al. 2024 (KTO), arXiv 2402.01306, equation 7 of version 1 (later versions number anew)",
     when="Thumbs up and down, without pairs. Weight the labels so that both count about the same.",
     options=(BETA, DESIRABLE, UNDESIRABLE),
     whole_batch=True,
@@ -34,11 +34,12 @@ def kto(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> LossOutput:
-    r"""Kahneman-Tversky optimisation, Ethayarajh et al. 2024 (arXiv 2402.01306), equation 7.
+    r"""Kahneman-Tversky optimisation, Ethayarajh et al. 2024 (arXiv 2402.01306), equation 7 of version 1.
 
     z estimates KL(policy || reference) by the mean log-ratio over the batch of responses to other prompts, clamped at
     0, without gradient. The mean of the losses is over all responses of the batch, so that lambda_D times the number of
-    desirable responses should be 1 to 4/3 times lambda_U times that of undesirable ones (equation 8).
+    desirable responses should be 1 to 4/3 times lambda_U times that of undesirable ones (equation 8 of version 1; TRL's
+    bounds too). Versions from the second on write the same loss as :math:`\lambda_y - v(x, y)`.
     """
     reward = beta * (logp_N - ref_logp_N)
     z = beta * (mismatched_logp_N - mismatched_ref_logp_N).detach().mean().clamp(min=0)

@@ -54,19 +54,20 @@ def dpo(margin_P: Tensor, target_P: Target) -> Tensor:
         loss_option("beta", "tau of the paper: the target margin is 1 / (2 beta)", above=0),
         loss_option(
             "average",
-            "log-ratios as means over tokens (as TRL does; its authors confirmed that the paper ran this) or, false,"
-            " as sums (the paper's formula, and the original DPO repository)",
+            "log-ratios as means over tokens (as TRL does; its authors confirmed that the paper ran this); false: as"
+            " sums (the paper's formula, and the original DPO repository). With means take a beta of about 1",
         ),
     ),
 )
 def ipo(
-    implied_2P: Tensor, logp_2P: Tensor, length_2P: Tensor, *, beta: float = 0.1, average: bool = True
+    implied_2P: Tensor, logp_2P: Tensor, length_2P: Tensor, *, beta: float = 0.1, average: bool = False
 ) -> LossOutput:
     r"""Identity Preference Optimization, Azar et al. 2023 (arXiv 2310.12036), equation 17.
 
     :math:`(h - 1/(2\beta))^2`. Sources disagree on the scale of h: the formula has sums over tokens, TRL divides each
-    log-ratio by its length and says that the authors confirmed it. ``average`` chooses; beta has another meaning in
-    each (an average of 5 nats per token, for beta 0.1, is a lot).
+    log-ratio by its length and says that the authors confirmed it. ``average`` chooses, and beta has another meaning in
+    each: 0.1 is a target of 5 nats for the sum, about as far as dpo's loss goes with the same beta, but of 5 nats for
+    every token with averages, which no policy reaches without leaving the reference behind. So the default is the sum.
     """
     mean_2P = implied_2P / length_2P if average else implied_2P
     return pair_output((mean_2P[0] - mean_2P[1] - 1 / (2 * beta)) ** 2, *(beta * mean_2P), *logp_2P)
@@ -104,13 +105,15 @@ def rpo(
     paper="Chowdhury, Kini, Natarajan 2024 (rDPO), arXiv 2403.00409",
     when="A known fraction e of the labels is flipped at random: the expected loss is that on clean labels.",
     options=(loss_option("label_smoothing", "e, the fraction of flipped labels", at_least=0, below=0.5),),
-    notes="For e above 0 the loss falls without bound as the margin grows: stop early.",
+    notes="For e above 0 the loss falls without bound as the margin grows, by beta e / (1 - 2 e) a nat of h: stop"
+    " early, or take dpo with label_smoothing, which has a minimum.",
 )
 def robust(margin_P: Tensor, *, label_smoothing: float = 0.1) -> Tensor:
     r"""Provably robust DPO, Chowdhury et al. 2024 (arXiv 2403.00409).
 
     :math:`[(1-e) L(w, l) - e L(l, w)]/(1-2e)` with DPO's L: an unbiased estimate of the loss on clean labels where a
-    fraction e of them is flipped at random; dpo for e = 0. Unbounded below for e > 0.
+    fraction e of them is flipped at random; dpo for e = 0, TRL's default. Unbounded below for e > 0, as published: a
+    floor would make it biased, which is what it is for.
     """
     e = label_smoothing
     return (-(1 - e) * F.logsigmoid(margin_P) + e * F.logsigmoid(-margin_P)) / (1 - 2 * e)
@@ -193,7 +196,12 @@ def ld_dpo(
     ),
 )
 def exo(margin_P: Tensor, *, label_smoothing: float = 0.001) -> Tensor:
-    """Efficient exact optimisation, EXO-pref, Ji et al. 2024 (arXiv 2402.00856), equation 16 with two responses."""
+    r"""Efficient exact optimisation, EXO-pref, Ji et al. 2024 (arXiv 2402.00856), equation 16 with two responses.
+
+    The target margin is :math:`\log((1-e)/e)`: 6.9 for an e of 0.001, which TRL takes too where none is given. The
+    authors' code has log-probabilities of 0 and -10 in place of those of 1 - e and e: an e of 4.5e-5 and a target
+    of 10.
+    """
     log_q, log_other = F.logsigmoid(margin_P), F.logsigmoid(-margin_P)
     return log_q.exp() * (log_q - math.log1p(-label_smoothing)) + log_other.exp() * (
         log_other - math.log(label_smoothing)
@@ -351,11 +359,15 @@ def apo_down(chosen_reward_P: Tensor, rejected_reward_P: Tensor) -> Tensor:
     formula="(s(w) - 1/(2 beta))^2 + (s(l) + 1/(2 beta))^2",
     paper="Wu et al. 2024 (SPPO), arXiv 2405.00675, equation 4.7 with hard labels",
     when="Rounds of self-play on the model's own samples: each response has a target, so that neither diverges.",
-    options=(loss_option("beta", "1 / eta of the paper: the targets are +-1 / (2 beta)", above=0),),
+    options=(loss_option("beta", "1 / eta of the paper, whose eta is 1000: targets are +-1 / (2 beta)", above=0),),
+    notes="Targets of 500 nats are out of reach: the gradient is the same for all pairs, and the learning rate and the"
+    " number of steps decide how far the policy goes. A beta of 0.1 has targets of 5 nats.",
 )
-def sppo_hard(chosen_log_ratio_P: Tensor, rejected_log_ratio_P: Tensor, *, beta: float = 0.1) -> Tensor:
+def sppo_hard(chosen_log_ratio_P: Tensor, rejected_log_ratio_P: Tensor, *, beta: float = 0.001) -> Tensor:
     r"""Self-play preference optimisation with hard labels, Wu et al. 2024 (arXiv 2405.00675), equation 4.7.
 
-    The probability of winning is 1 for the chosen and 0 for the rejected response, where the paper estimates it.
+    The probability of winning is 1 for the chosen and 0 for the rejected response, where the paper estimates it. The
+    two squares are added, as in TRL; the authors' code takes half of that, which is another learning rate for plain
+    gradient descent and the same for Adam and RMSprop, unless gradients are clipped.
     """
     return (chosen_log_ratio_P - 0.5 / beta) ** 2 + (rejected_log_ratio_P + 0.5 / beta) ** 2

@@ -20,6 +20,7 @@ from prefopt.core.plugins import load_function, load_plugin, plugins
 from prefopt.errors import ConfigError
 from prefopt.losses.common import WEIGHTINGS, LossOutput, Weighting
 from prefopt.losses.declare import LOSSES, Loss, Value, declared
+from prefopt.losses.published import published
 
 State = dict[str, dict[str, Tensor]]
 Reader = TypeVar("Reader", bound=Loss | Weighting)
@@ -261,7 +262,10 @@ def describe_loss(name: str) -> str:
         lines += ["", "Options:"]
     for o in found.options:
         only = f"; only with {condition(o)}" if o.only else ""
-        lines += _wrapped(f"{o.name}: {o.help} ({o.expects}; default: {o.default_text}{only})", "  ", "    ")
+        paper, trl = published(found.name, o.name)
+        elsewhere = (f"; paper: {paper}" if paper else "") + (f"; TRL: {trl}" if trl else "")
+        text = f"{o.name}: {o.help} ({o.expects}; default: {o.default_text}{elsewhere}{only})"
+        lines += _wrapped(text, "  ", "    ")
     return "\n".join([*lines, "", details(found).replace(":math:`", "`").replace("``", "`")]).rstrip()
 
 

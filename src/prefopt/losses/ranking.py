@@ -15,10 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefopt.losses.common import BETA, DIVERGENCE, LossOutput, accuracy, implied
+from prefopt.losses.common import BETA, DIVERGENCE, LossOutput, accuracy, implied, log1m_exp
 from prefopt.losses.declare import loss
-
-EXACT = 4  # 4 tied responses have 24 orders, summed over 15 subsets; 5 would have 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +42,7 @@ def stages(tier_N: Sequence[int], group_N: Sequence[int]) -> Iterator[Stage]:
     paper="Rafailov et al. 2023, arXiv 2305.18290, appendix A.3; ties by the marginal over their orders",
     when="Rankings or scores of three and more responses: a loss on the order, not on pairs. dpo for K = 2.",
     options=(BETA, *DIVERGENCE),
-    notes=f"Tiers of more than {EXACT} use Breslow's approximation. The last tier adds nothing: a top-k list fits.",
+    notes="The last tier adds nothing: a top-k list fits.",
 )
 def plackett_luce(
     logp_N: Tensor,
@@ -61,11 +59,12 @@ def plackett_luce(
     With rewards :math:`r = \beta s`, responses are drawn one by one without replacement, each with probability
     proportional to :math:`e^r`; without ties the loss is :math:`-\sum_k [r_{(k)} - \log\sum_{j\ge k}e^{r_{(j)}}]`.
 
-    Responses of one tier are tied: their order is unknown, and the probability is the sum over all orders (exact for up
-    to four; a recursion over subsets). A larger tier T uses Breslow's approximation,
-    :math:`|T|! \prod_{i\in T}e^{r_i}/\sum_j e^{r_j}` with all remaining responses in each denominator, which is never
-    above the exact one. The orders within the last tier sum to 1: with all other responses in a last tier, a top-k list
-    has its marginal probability.
+    Responses of one tier are tied: their order is unknown, and the probability is the sum over all orders, exact for
+    any number of them. With :math:`\lambda_i = e^{r_i}` of the tied and :math:`\Lambda` the sum over all later
+    responses, it is :math:`\int_0^1 \prod_i (1 - u^{\lambda_i/\Lambda})\,du`: draws without replacement come in the
+    order of independent exponential times with rates :math:`\lambda`, and u is the chance that all later ones take
+    longer. The orders within the last tier sum to 1: with all other responses in a last tier, a top-k list has its
+    marginal probability.
 
     ``tier_N`` and ``group_N`` are read on the CPU: leave them there. A group of one tier has weight 0. The accuracy of
     a group is that of its ordered pairs.
@@ -77,38 +76,35 @@ def plackett_luce(
     for tied in sorted({len(s.tier) for s in found}):
         same = [s for s in found if len(s.tier) == tied]
         members = reward[_index([s.tier for s in same], reward.device)]
-        total = _log_sum(reward, [s.later for s in same])
-        probability = _exact(members, total) if tied <= EXACT else _breslow(members, total)
+        probability = _all_before(members - _log_sum(reward, [s.later for s in same])[:, None])
         numerator = numerator.index_add(0, _index([s.group for s in same], reward.device), -probability)
     weight = torch.zeros_like(numerator.detach())
     weight[_index(sorted({s.group for s in found}), weight.device)] = 1.0
     return LossOutput(numerator, weight, _metrics(reward.detach(), logp_N.detach(), found, len(weight)))
 
 
-def _exact(reward_SD: Tensor, later_S: Tensor) -> Tensor:
-    """Log-probability [S] that D responses, in any order, come before those whose rewards' log-sum-exp is given.
+def _all_before(ahead_SD: Tensor) -> Tensor:
+    """Log-probability [S] that D tied responses, in any order, come before all later ones; ``ahead_SD``: their rewards
+    less the log-sum-exp of those of the later ones.
 
-    For a set U of the D, the probability that all of U come before the later ones is the sum over i in U of that of i
-    being first of all, times that of U without i.
+    One is ahead with the logistic of its value. For several the integral over u is taken in x = log(-log u), where the
+    logarithm of what is integrated, x - e^x + sum over i of log(1 - exp(-e^(x + ahead_i))), is concave: its maximum
+    lies between 0 and log(1 + D), and the tails fall at least like e^x and exp(-e^x). So the trapezoidal rule over a
+    fixed range converges exponentially; its step is for rounding of float64, also where all of D are alike.
     """
-    tied = reward_SD.shape[1]
-    before: dict[frozenset[int], Tensor] = {frozenset(): torch.zeros_like(later_S)}
-    total: dict[frozenset[int], Tensor] = {frozenset(): later_S}
-    for size in range(1, tied + 1):
-        for members in map(frozenset, itertools.combinations(range(tied), size)):
-            first = []
-            for i in sorted(members):
-                others = members - {i}
-                first.append(F.logsigmoid(reward_SD[:, i] - total[others]) + before[others])
-            before[members] = torch.stack(first).logsumexp(0)
-            one = min(members)
-            total[members] = torch.logaddexp(total[members - {one}], reward_SD[:, one])
-    return before[frozenset(range(tied))]
+    tied = ahead_SD.shape[1]
+    if tied == 1:
+        return F.logsigmoid(ahead_SD[:, 0])
+    dtype = ahead_SD.dtype if ahead_SD.device.type == "mps" else torch.float64  # which mps does not have
+    step = min(0.25 / math.log1p(tied), 0.7 / math.sqrt(1 + tied))
+    span = torch.arange(-38.0, math.log1p(tied) + 4, step, dtype=dtype, device=ahead_SD.device)
+    terms_SX = _log_taken(span + ahead_SD.to(dtype)[:, :, None]).sum(1) + span - span.exp()
+    return (terms_SX.logsumexp(1) + math.log(step)).to(ahead_SD.dtype)
 
 
-def _breslow(reward_SD: Tensor, later_S: Tensor) -> Tensor:
-    total_S = torch.logaddexp(reward_SD.logsumexp(1), later_S)
-    return math.lgamma(reward_SD.shape[1] + 1) + (reward_SD - total_S[:, None]).sum(1)
+def _log_taken(x: Tensor) -> Tensor:
+    """log(1 - exp(-e^x)), with its limits x below and 0 above."""
+    return torch.where(x < -36, x, log1m_exp(-x.clamp(-36, 8).exp()))
 
 
 def _log_sum(values: Tensor, sets: Sequence[Sequence[int]]) -> Tensor:

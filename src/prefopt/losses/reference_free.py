@@ -63,13 +63,14 @@ def unlikelihood(logp_2P: Tensor, length_2P: Tensor, *, alpha: float = 0.5, aver
     when="No memory or time for a reference. Sensitive to the learning rate: watch a benchmark beside the margin.",
     options=(
         loss_option("beta", "scale of the mean log-probability; the paper used 2 to 10", above=0),
-        loss_option("gamma", "target margin; the paper used 0.3 to 1.6 times beta", at_least=0),
+        loss_option("gamma", "target margin; a quarter to a half of beta is usual", at_least=0),
     ),
 )
-def simpo(logp_2P: Tensor, length_2P: Tensor, target_P: Target, *, beta: float = 2.0, gamma: float = 1.0) -> LossOutput:
+def simpo(logp_2P: Tensor, length_2P: Tensor, target_P: Target, *, beta: float = 2.0, gamma: float = 0.5) -> LossOutput:
     """SimPO, Meng et al. 2024 (arXiv 2405.14734), equation 6.
 
-    The option of their code is gamma / beta; TRL's is gamma, as here.
+    The option of their code is gamma / beta, by default 0.25; TRL's is gamma, as here, by default 0.5. Both are a gamma
+    of 0.5 at beta 2. Raise it with beta.
     """
     reward_2P = beta * logp_2P / length_2P
     return pair_output(logistic(reward_2P[0] - reward_2P[1] - gamma, label=target_P), *reward_2P, *logp_2P)
@@ -87,7 +88,7 @@ def simpo(logp_2P: Tensor, length_2P: Tensor, target_P: Target, *, beta: float =
     notes="p^-alpha grows without bound as p falls: beyond exp(30) it continues as a straight line.",
 )
 def alphapo(
-    logp_2P: Tensor, length_2P: Tensor, target_P: Target, *, beta: float = 2.0, alpha: float = 0.25, gamma: float = 1.0
+    logp_2P: Tensor, length_2P: Tensor, target_P: Target, *, beta: float = 2.0, alpha: float = 0.25, gamma: float = 0.5
 ) -> LossOutput:
     """AlphaPO, Gupta et al. 2025 (arXiv 2501.03884)."""
     reward_2P = beta * implied(logp_2P / length_2P, "alpha", alpha)

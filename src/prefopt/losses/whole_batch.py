@@ -122,7 +122,8 @@ def beta_dpo(
     r"""DPO with a beta per batch, Wu et al. 2024 (arXiv 2407.08639).
 
     :math:`m \leftarrow \mu m + (1-\mu)\overline h`, then :math:`b = \beta(1 + \alpha(\overline h_{kept} - m))`, at
-    least 0.001 and without gradient, and :math:`-\log\sigma(b h)` over the kept pairs; the others have weight 0.
+    least 0.001 and without gradient, and :math:`-\log\sigma(b h)` over the kept pairs; the others have weight 0. Pairs
+    with equal h are kept or left out together, so that the first step, where all h are 0, uses the whole batch.
 
     Sources differ in two places. The paper measures :math:`\beta h`, its code h, as here: alpha of the paper is
     alpha / beta here. The code draws the pairs that count without replacement, with probabilities proportional to
@@ -137,9 +138,10 @@ def beta_dpo(
     deviation = momentum * state["deviation"] + (1 - momentum) * spread
     count = max(1, int(keep * len(seen) + 1e-9))
     far = (seen - mean).abs() if filter == "nearest" else _draw(seen, mean, deviation, state["batches"])
-    kept = torch.topk(far, count, largest=False).indices
-    weight = torch.zeros_like(difference.detach()).index_fill(0, kept, 1.0)
-    used = (beta * (1 + alpha * (seen[kept].mean() - mean))).clamp(min=BETA_FLOOR).to(difference.dtype)
+    # All that are as near as the last kept one count: in the first step of a run all h are 0, and none is an outlier.
+    kept = far <= torch.kthvalue(far, count).values
+    weight = kept.to(difference.dtype)
+    used = (beta * (1 + alpha * ((seen * kept).sum() / kept.sum() - mean))).clamp(min=BETA_FLOOR).to(difference.dtype)
     numerator = weight * logistic(used * difference, label=target_P)
     rewards = beta * log_ratio_2P
     metrics = {"beta": used.expand_as(weight), "kept": weight}

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.core.files import read_json
+from prefopt.core.statistics import Interval, p_text
 from prefopt.data.comparisons import read_comparisons
+from prefopt.evaluate.length_control import LengthControlled
 from prefopt.evaluate.result import check_pairs
 from prefopt.evaluate.tasks import TaskChange
 from prefopt.records import Comparison
@@ -67,25 +69,31 @@ def comparison_report(found: Json) -> dict[str, Any]:
 
 
 def _sentence(versus: Json, judge: str) -> str:
-    """The verdict on two models, supported by the interval and the sign test."""
+    """The verdict on two models, with the numbers that support it."""
     rate, first, second = versus["rate"], versus["first"], versus["second"]
     bounds = _bounds(rate["rate"])
     if bounds is None:
         return f"{rate['prompts']} prompts are too few to say whether {first} is better than {second}"
     mean, low, high = bounds
-    numbers = f"win rate {mean:.1%}, 95 % interval {low:.1%} to {high:.1%}, {rate['prompts']} prompts, judge {judge}"
+    numbers = f"win rate {mean:.1%}, 95 % interval {low:.1%} to {high:.1%}, {_test(rate)}"
+    numbers += f", {rate['prompts']} prompts, judge {judge}"
     if rate["verdict"] == "not shown":
         return f"No difference between {first} and {second} is shown ({numbers})"
     return f"{first} is {rate['verdict']} than {second} ({numbers})"
 
 
 def _rates(versus: Json) -> Iterator[Json]:
-    """Rows of the table of win rates. ``bounds`` are None for too few prompts."""
+    """Rows of the table of win rates. ``bounds`` are None for too few prompts, ``in_proportion`` where it does not
+    differ from the rate at equal length."""
     pair = f"{versus['first']} against {versus['second']}"
+    in_proportion: Bounds | None = None
     if (equal := versus["equal_length"]) is None:
         at_equal_length: Bounds | str = "too few" if versus["rate"]["rate"] is None else "all are equally long"
     else:
         at_equal_length = _bounds(equal["rate"]) or "not measurable: one model's are always the longer ones"
+        found = {name: None if equal[name] is None else Interval(**equal[name]) for name in ("rate", "slope", "linear")}
+        if LengthControlled(**found).differs:
+            in_proportion = _bounds(equal["linear"])
     of_category = {f"{pair}: {category}": rate for category, rate in versus["categories"].items()}
     for name, rate in {pair: versus["rate"], **of_category}.items():
         yield {
@@ -94,8 +102,14 @@ def _rates(versus: Json) -> Iterator[Json]:
             "counts": f"{rate['wins']} / {rate['ties']} / {rate['losses']}",
             "bounds": _bounds(rate["rate"]),
             "at_equal_length": at_equal_length if name == pair else "-",
-            "p": rate["p"],
+            "in_proportion": in_proportion if name == pair else None,
+            "test": "" if rate["p"] is None else _test(rate),
         }
+
+
+def _test(rate: Json) -> str:
+    among = rate["comparisons"]
+    return p_text(rate["p"]) + (f", among {among} comparisons {p_text(rate['p_holm'])} (Holm)" if among > 1 else "")
 
 
 def _bounds(interval: Json | None) -> Bounds | None:

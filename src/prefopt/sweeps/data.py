@@ -124,7 +124,13 @@ class Measure:
         lengths: list[Any] = [row.extra["tokens"] for row in rows]
         reward = mean_interval([float(np.mean(s)) for s in scores], seed=config.seed)
         length = float(np.mean([n for many in lengths for n in many]))
-        gap = None if best_of is not None else kl_to_reference(rows, self._reference, seed=config.seed)
+        gap = None
+        if best_of is None:
+            policy = SampledModel(
+                name, adapter=adapter, device=config.device, dtype=config.dtype, given=model, tokenizer=tokenizer
+            )
+            gap = kl_to_reference(rows, self._reference, policy, seed=config.seed)
+            policy.release()
         kl, kl_se = (None, None) if gap is None else (gap.k1.mean, gap.error)
         return Measurement(reward.mean, (reward.low, reward.high), kl, kl_se, length)
 
