@@ -175,7 +175,7 @@ def backend_errors(name: str, config: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # every backend has errors of its own
-        if how is None or isinstance(error, ModelError):
+        if how is None or isinstance(error, UserError):
             raise
         why = f"and cannot be read here: {first_line(error)}; give"
         if isinstance(error, ImportError):
