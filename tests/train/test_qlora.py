@@ -193,4 +193,6 @@ def test_a_packed_checkpoint_trains_under_an_adapter_alone(model: str, tmp_path:
     assert abs(steps(tmp_path / "adapter")[0]["loss"] - math.log(2)) < 1e-5
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(ModelError, match="its weights cannot train: add --lora"):
-        prefopt.ppo(folder, rows, output=tmp_path / "ppo", reward="length", device="cpu", progress="none")
+        prefopt.ppo(
+            folder, rows, output=tmp_path / "ppo", reward="length", device="cpu", max_new_tokens=3, progress="none"
+        )
