@@ -215,7 +215,13 @@ def test_identities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("mps", torch.float32, "0.50", "--quantise nf4: bitsandbytes has no mps; take --device cuda or cpu"),
         ("cpu", torch.float64, "0.50", "--quantise nf4 computes in float32 or bfloat16: leave --dtype float64 out"),
-        ("cpu", torch.float32, None, 'not installed: pip install "prefopt\\[quantise\\]"; --quantise none'),
+        ("cpu", torch.float32, None, "--quantise nf4: bitsandbytes is not installed: pip install .*; --quantise none"),
+        (
+            "cpu",
+            torch.float32,
+            "0.49.0",
+            "bitsandbytes is installed as 0.49.0, and must be 0.50.2 or newer: pip install",
+        ),
     ],
 )
 def test_what_cannot_be_quantised_is_one_line(

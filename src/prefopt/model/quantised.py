@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from packaging.version import Version
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -27,7 +28,7 @@ from prefopt.model.architectures import causal_model
 from prefopt.model.lora_targets import KINDS, weight_matrices
 from prefopt.model.supported import quantisation_of
 
-BACKEND, EXTRA = "bitsandbytes", 'pip install "prefopt[quantise]"'
+BACKEND, OLDEST, EXTRA = "bitsandbytes", "0.50.2", 'pip install --upgrade "prefopt[quantise]"'
 SETTINGS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},
@@ -61,10 +62,12 @@ def check_quantisable(quantise: str | None, config: Any, name: str, device: torc
         raise ConfigError(f"--quantise {quantise}: {BACKEND} has no {device.type}; take --device cuda or cpu")
     if dtype == torch.float64:
         raise ConfigError(f"--quantise {quantise} computes in float32 or bfloat16: leave --dtype float64 out")
-    if installed_version(BACKEND) is None:
-        raise ConfigError(
-            f"--quantise {quantise} needs {BACKEND}, which is not installed: {EXTRA}; --quantise none does without"
+    installed = installed_version(BACKEND)
+    if installed is None or Version(installed) < Version(OLDEST):
+        found = (
+            "is not installed" if installed is None else f"is installed as {installed}, and must be {OLDEST} or newer"
         )
+        raise ConfigError(f"--quantise {quantise}: {BACKEND} {found}: {EXTRA}; --quantise none does without")
 
 
 def quantised_loading(
