@@ -1,6 +1,6 @@
 """What 4 and 8 bits cost in bytes and in accuracy: counts of one layer of an 8 B Llama, and distances on real text.
 
-    python benchmarks/quantised.py --model tiny-imdb --data imdb/test.jsonl.gz
+python benchmarks/quantised.py --model tiny-imdb --data imdb/test.jsonl.gz
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def measure_distance(name: str, data: str, rows: int) -> None:
         if how != "none":
             apart = float((found[how] - found["none"]).square().mean().sqrt())
             mean = -float(found[how].mean())
-            print(f"{how}: weights {np.mean(errors):.4f} of their norm away, log-probabilities {apart:.4f} nats per token;")
+            print(f"{how}: weights {np.mean(errors):.4f} of their norm away,")
+            print(f"  log-probabilities {apart:.4f} nats per token;")
             print(f"  {mean:.4f} nats per token on average, {-float(found['none'].mean()):.4f} before")
     print(f"({len(found['none'])} tokens of {len(groups)} texts)")
 

@@ -17,11 +17,13 @@ from model.oracle import gradients, groups_of_every_kind, oracle_logprobs
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model import quantised
 from prefopt.model.adapter import new_lora
+from prefopt.model.architectures import weights_in
 from prefopt.model.check import check_scoring
+from prefopt.model.flops import FlopCount
 from prefopt.model.load import load_config, load_model
 from prefopt.model.packing import pack
 from prefopt.model.precision import MasterWeights
-from prefopt.model.quantised import bytes_held, check_packed, check_quantisable, dequantise, dequantised, weights_in
+from prefopt.model.quantised import bytes_held, check_packed, check_quantisable, dequantise, dequantised
 from prefopt.model.scorer import Scorer
 from prefopt.model.supported import refuse_untrainable
 from prefopt.reference.identity import identity_of_folder
@@ -68,6 +70,7 @@ def test_values_and_gradients_are_those_of_the_dequantised_weights(name: str, ho
     assert {p.dtype for p in plain.parameters()} == {torch.float32}
     scorers = [Scorer(model, share=name != "mamba") for model in (packed, plain)]
     logp = [scorer(pack(groups, scorer.layout)) for scorer in scorers]
+    assert FlopCount.of(packed) == FlopCount.of(plain)
     grads = [gradients(logp_M, scorer.model) for logp_M, scorer in zip(logp, scorers, strict=True)]
     torch.testing.assert_close(logp[0], logp[1], rtol=1e-4, atol=1e-4)
     assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 3

@@ -60,7 +60,7 @@ def quantise_option(what: str, group: str = "") -> Any:
         f"{what} 4 bits a weight (nf4) or 8 (int8), by bitsandbytes on the CPU or CUDA; none: not even where the"
         " adapter was trained so",
         group=group,
-        default_text="as the adapter was trained",
+        default_text="as an adapter was trained, else none",
     )
 
 

@@ -24,7 +24,7 @@ from prefopt.core.model_folder import NOT_QUANTISED, quantisation_on_record
 from prefopt.core.plugins import installed_version
 from prefopt.core.terminal import size
 from prefopt.errors import ConfigError, ModelError
-from prefopt.model.architectures import causal_model
+from prefopt.model.architectures import causal_model, weights_in
 from prefopt.model.lora_targets import KINDS, weight_matrices
 from prefopt.model.supported import quantisation_of
 
@@ -206,16 +206,11 @@ def is_packed(layer: torch.nn.Module) -> bool:
     """Whether a layer holds packed weights or scales of them, which no cast may touch: of other types than those that
     models compute in, or marked by bitsandbytes, whose 4 bits may be stored as any type."""
     own = layer.parameters(recurse=False)
-    return any(hasattr(p, "quant_state") or p.dtype not in _COMPUTED for p in own) or hasattr(layer, "qweight")
+    return any(hasattr(p, "quant_state") or p.dtype not in _PLAIN for p in own) or hasattr(layer, "qweight")
 
 
-_COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def weights_in(parameter: torch.Tensor) -> int:
-    """Number of weights that a parameter holds."""
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else int(state.shape.numel())
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool)
+"""Types of what is no packed weight; indices of tokens and experts may be parameters too."""
 
 
 def check_packed(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -15,12 +15,12 @@ from prefopt.core.model_folder import base_of, is_adapter, quantisation_on_recor
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ConfigError
 from prefopt.model.adapter import new_lora
-from prefopt.model.architectures import causal_model, checkpoint_activations
+from prefopt.model.architectures import causal_model, checkpoint_activations, weights_in
 from prefopt.model.checkpoint import describe_untouched, origin_of
 from prefopt.model.load import base_and_adapter, load_model, local_folder
 from prefopt.model.lora_targets import tower_weights
 from prefopt.model.precision import MasterWeights, disable_dropout
-from prefopt.model.quantised import is_quantised, set_compute_dtype, weights_in
+from prefopt.model.quantised import is_quantised, set_compute_dtype
 from prefopt.model.scalar import ScalarScorer, has_scalar_head, load_scalar, merge_trained_adapter, scalar_from
 from prefopt.model.scorer import PackedModel, Scorer
 from prefopt.model.supported import refuse_packed
