@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from model.architectures import build
@@ -24,6 +25,7 @@ from prefopt.model.load import load_config, load_model
 from prefopt.model.packing import pack
 from prefopt.model.precision import MasterWeights
 from prefopt.model.quantised import bytes_held, check_packed, check_quantisable, dequantise, dequantised
+from prefopt.model.save import save_weights
 from prefopt.model.scorer import Scorer
 from prefopt.model.supported import refuse_untrainable
 from prefopt.reference.identity import identity_of_folder
@@ -175,30 +177,62 @@ def test_a_checkpoint_that_is_quantised_already(how: str, tmp_path: Path) -> Non
         loaded(folder, None)
 
 
-def test_fp8_is_unquantised_as_it_is_loaded(tmp_path: Path) -> None:
-    """As DeepSeek gives its models: blocks with a scale each. transformers' layers for it have no backward pass."""
-    from safetensors.torch import load_file, save_file
+def fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Packed, its scales, and dequantised: blocks with a scale each, as DeepSeek gives its models."""
+    rows, columns = (n // 16 for n in weight.shape)
+    blocks = weight.reshape(rows, 16, columns, 16)
+    scale = blocks.abs().amax((1, 3)) / 448
+    packed = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+    return packed.reshape(weight.shape), scale, (packed.float() * scale[:, None, :, None]).reshape(weight.shape)
 
+
+def whole_numbers(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same of 8 bits with a scale for each output, as llm-compressor writes them."""
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    packed = (weight / scale).round().to(torch.int8)
+    return packed, scale, packed.float() * scale
+
+
+EIGHT_BITS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": EIGHT_BITS}},
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "pack", "scales"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [16, 16]}, fp8, "weight_scale_inv"),
+        (COMPRESSED, whole_numbers, "weight_scale"),
+    ],
+)
+def test_what_has_no_backward_pass_is_unquantised_as_it_is_loaded(
+    fields: dict[str, Any], pack: Any, scales: str, tmp_path: Path
+) -> None:
+    if fields is COMPRESSED:
+        pytest.importorskip("compressed_tensors")
     folder = saved(tmp_path, hidden_size=32, intermediate_size=64)
     weights = load_file(tmp_path / "model.safetensors")
     expected = dict(weights)
     for name in [n for n in weights if n.endswith("_proj.weight")]:
-        rows, columns = (n // 16 for n in weights[name].shape)
-        blocks = weights[name].reshape(rows, 16, columns, 16)
-        scale = blocks.abs().amax((1, 3)) / 448
-        packed = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
-        expected[name] = (packed.float() * scale[:, None, :, None]).reshape(weights[name].shape)
-        weights[name] = packed.reshape(weights[name].shape)
-        weights[f"{name}_scale_inv"] = scale
+        weights[name], weights[name.replace("weight", scales)], expected[name] = pack(weights[name])
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": fields}))
     refuse_untrainable("MODEL", load_config(folder))
     model = loaded(folder, None)
-    assert not quantised.is_quantised(model)
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-2 if name.endswith("_proj.weight") else 0, atol=1e-3)
+    assert not quantised.is_quantised(model) and all(p.requires_grad for p in model.parameters())
+    state = dict(model.state_dict())
+    assert state.keys() == expected.keys()
+    for name, value in state.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+    save_weights(tmp_path / "out", model, state, torch.float32)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in state.items())
 
 
 def test_identities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

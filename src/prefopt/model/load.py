@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -223,8 +224,8 @@ def _check_language_model(name: str, model: PreTrainedModel, origin: ModelOrigin
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Without transformers' progress bars, and without its table of unused weights, which
-    :mod:`prefopt.model.checkpoint` describes."""
+    """Without transformers' progress bars and its warning of settings that we give, and without its table of unused
+    weights, which :mod:`prefopt.model.checkpoint` describes."""
 
     def is_no_table(record: logging.LogRecord) -> bool:
         message = record.getMessage()
@@ -235,7 +236,9 @@ def quiet_loading() -> Iterator[None]:
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(is_no_table)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You passed `quantization_config`")  # to unquantise what is read
+            yield
     finally:
         logger.removeFilter(is_no_table)
         if shown:
