@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tomllib
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -37,13 +36,8 @@ def test_extras_are_there_or_named_with_their_command(monkeypatch: pytest.Monkey
     ]
     versions = {"matplotlib": "3.11"}
 
-    def version(name: str) -> str:
-        if name not in versions:
-            raise metadata.PackageNotFoundError(name)
-        return versions[name]
-
     monkeypatch.setattr(module.metadata, "requires", lambda name: known)
-    monkeypatch.setattr(module.metadata, "version", version)
+    monkeypatch.setattr(module, "installed_version", versions.get)
     found = environment()
     assert found["extras"] == {"plot": "matplotlib 3.11", "wandb": 'not installed: pip install "prefopt[wandb]"'}
     assert found["versions"]["peft"] == "not installed"

@@ -1,4 +1,4 @@
-"""Quantised checkpoints are told from config.json: refused for training, and never a traceback."""
+"""Quantised checkpoints are told from config.json: refused for full training, and never a traceback."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from model.architectures import build
+from prefopt.core.plugins import installed_version
 from prefopt.errors import ModelError
 from prefopt.model.load import load_config, load_model
 from prefopt.model.save import save_weights
-from prefopt.model.supported import refuse_untrainable
+from prefopt.model.supported import ADAPTED, PACKAGES, refuse_untrainable
 
 METHODS: dict[str, tuple[dict[str, Any], str]] = {
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, 4 bits"),
     "bitsandbytes without a name": ({"load_in_8bit": True}, "bitsandbytes, 8 bits"),
     "gptq": ({"quant_method": "gptq", "bits": 4}, "gptq, 4 bits"),
     "awq": ({"quant_method": "awq", "bits": 4}, "awq, 4 bits"),
-    "compressed-tensors": ({"quant_method": "compressed-tensors", "config_groups": {}}, "compressed-tensors"),
     "quark": ({"quant_method": "quark"}, "quark"),
     "hqq": ({"quant_method": "hqq", "quant_config": {}}, "hqq"),
     "eetq": ({"quant_method": "eetq"}, "eetq"),
@@ -49,14 +49,26 @@ def quantised(plain: Path, at: Path, fields: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_one_line_for_who_trains_and_one_for_who_samples(plain: Path, tmp_path: Path, method: str) -> None:
+def test_one_line_for_who_trains(plain: Path, tmp_path: Path, method: str) -> None:
     fields, words = METHODS[method]
     folder = quantised(plain, tmp_path / "quantised", fields)
+    remedy = "give the model it was quantised from"
+    adapted = method.split()[0] in ADAPTED
     with pytest.raises(ModelError) as trained:
         refuse_untrainable("MODEL", load_config(folder))
-    assert str(trained.value) == (
-        f"MODEL is quantised ({words}); prefopt trains unquantised weights: give the model it was quantised from"
-    )
+    what = "its weights cannot train: add --lora, or" if adapted else "PEFT has no adapters for that;"
+    assert str(trained.value) == f"MODEL is quantised ({words}); {what} {remedy}"
+    if not adapted:
+        with pytest.raises(ModelError, match="PEFT has no adapters for that"):
+            refuse_untrainable("MODEL", load_config(folder), adapter=True)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "compressed-tensors"])
+def test_one_line_where_its_library_is_missing(plain: Path, tmp_path: Path, method: str) -> None:
+    fields = METHODS[method][0] if method in METHODS else {"quant_method": method, "config_groups": {}}
+    if any(map(installed_version, PACKAGES.get(fields.get("quant_method", "bitsandbytes"), "").split())):
+        pytest.skip(f"a library for {method} is installed here")
+    folder = quantised(plain, tmp_path / "quantised", fields)
     with pytest.raises(ModelError) as loaded:
         load_model(folder, dtype=torch.float32, device=torch.device("cpu"))
     line = str(loaded.value)

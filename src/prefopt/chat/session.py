@@ -55,7 +55,7 @@ def chat(config: ChatConfig) -> None:
 
 
 def _local(config: ChatConfig, name: str, adapter: str | None, seed: int, reporter: Reporter) -> LocalChatModel:
-    model = SampledModel(name, adapter=adapter, device=config.device, dtype=config.dtype)
+    model = SampledModel(name, adapter=adapter, quantise=config.quantise, device=config.device, dtype=config.dtype)
     template = read_template(config.chat_template) if config.chat_template else None
     renderer = renderer_for(model.tokenizer, template, parse_variables(config.template_variables or ()))
     recommended = _recommended(model.generation_config)

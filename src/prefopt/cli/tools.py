@@ -205,9 +205,12 @@ def score(config: tools.ScoreConfig) -> int:
     from prefopt.evaluate.score import run
 
     if config.model is not None:
+        from prefopt.model.load import base_and_adapter
+        from prefopt.model.quantised import chosen
         from prefopt.reference.identity import adapter_line
 
-        if line := adapter_line(config.model):
+        quantise = chosen(config.quantise, base_and_adapter(config.model, config.adapter)[1])
+        if line := adapter_line(config.model, config.adapter, quantise):
             tell(line)
     tell_lines(run(config).lines())
     return 0

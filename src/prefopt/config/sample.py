@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from prefopt.config.data import PromptOptions, RowOptions, SamplingOptions, TemplateOptions
-from prefopt.config.training import MachineOptions, ProgressOptions
+from prefopt.config.training import MachineOptions, ProgressOptions, Quantise, quantise_option
 from prefopt.core.options import flag, option
 from prefopt.errors import ConfigError
 
@@ -23,6 +23,7 @@ class SampleConfig(MachineOptions, ProgressOptions, TemplateOptions, SamplingOpt
         help="model to sample from: a folder, or the name of one on the Hugging Face Hub", group="model"
     )
     adapter: str | None = option(None, "LoRA adapter on the model")
+    quantise: Quantise = quantise_option("load the model in")
     num: int = option(1, "samples per prompt", group="sampling", at_least=1)
     min_new_tokens: int = option(0, "fewest tokens of a sample", at_least=0)
     top_p: float = option(1.0, "sample from the most likely tokens with this total probability", above=0, at_most=1)
@@ -64,6 +65,8 @@ class SampleConfig(MachineOptions, ProgressOptions, TemplateOptions, SamplingOpt
             raise ConfigError("--temperature 0 draws the same sample again and again: leave --best-of out")
         if self.temperature == 0 and self.num > 1:
             raise ConfigError(f"--temperature 0 draws the same sample {self.num} times: leave --num out")
+        if self.engine == "vllm" and self.quantise is not None:
+            raise ConfigError("--quantise does nothing with --engine vllm, which loads by itself: leave it out")
         if self.engine == "vllm" and self.batch_size is not None:
             raise ConfigError("--batch-size does nothing with --engine vllm, which makes its own batches: leave it out")
 
@@ -83,6 +86,7 @@ class ChatConfig(MachineOptions, TemplateOptions):
     against_adapter: str | None = option(
         None, "LoRA adapter on the second model (on --against, else on --model without its own adapter)"
     )
+    quantise: Quantise = quantise_option("load the models in")
     url: str | None = option(
         None, "an OpenAI-compatible server, such as http://localhost:8000/v1; with --model it is the second model"
     )
@@ -118,6 +122,8 @@ class ChatConfig(MachineOptions, TemplateOptions):
     def check(self) -> None:
         if self.model is None and self.url is None:
             raise ConfigError("--model is missing: model to chat with, a folder or a Hub name; or give --url")
+        if self.model is None and self.quantise is not None:
+            raise ConfigError("--quantise does nothing without --model: add it, or leave --quantise out")
         two = self.against is not None or self.against_adapter is not None
         if two and self.url is not None:
             raise ConfigError("--against and --url both name the second model: leave one of them out")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from prefopt.config.data import ReadOptions, RenderOptions, RowOptions
-from prefopt.config.training import MachineOptions
+from prefopt.config.training import MachineOptions, Quantise, quantise_option
 from prefopt.core.files import expanded
 from prefopt.core.model_folder import is_adapter
 from prefopt.core.options import Config, flag, option
@@ -99,6 +99,7 @@ class ScoreConfig(MachineOptions, RenderOptions, ReadOptions):
         "of --reward implicit: the model it was aligned from",
         default_text="with an adapter, the model without it",
     )
+    quantise: Quantise = quantise_option("load the reward model, or --model and --reference, in")
     beta: float | None = option(
         help="of --reward implicit: factor of the log-ratio, as in training",
         computed=lambda c: BETA if c.reward == IMPLICIT else None,
@@ -115,11 +116,11 @@ class ScoreConfig(MachineOptions, RenderOptions, ReadOptions):
             if self.reference is None and self.adapter is None and not is_adapter(self.model):
                 raise ConfigError("--reward implicit: --model has no reference; give --reference")
             return
-        for f in (*fields(MachineOptions), *fields(RenderOptions)):
-            if not self.by_model and self.is_given(f.name):
-                raise ConfigError(
-                    f"{flag(f.name)} is for rewards that are models, and {self.reward} is not: leave it out"
-                )
+        of_models = [f.name for f in (*fields(MachineOptions), *fields(RenderOptions))] + ["quantise"]
+        if not self.by_model and (given := [name for name in of_models if self.is_given(name)]):
+            raise ConfigError(
+                f"{flag(given[0])} is for rewards that are models, and {self.reward} is not: leave it out"
+            )
         for name in ("model", "adapter", "reference", "beta"):
             if getattr(self, name) is not None:
                 raise ConfigError(f"{flag(name)} is read with --reward implicit alone; leave it out")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prefopt.config.data import DataOptions
-from prefopt.core.model_folder import is_adapter
+from prefopt.core.model_folder import QUANTISED, is_adapter
 from prefopt.core.options import Config, flag, nearest, option
 from prefopt.errors import ConfigError
 
@@ -53,6 +53,20 @@ class ProgressOptions(Config):
     )
 
 
+def quantise_option(what: str, group: str = "") -> Any:
+    """How a model is quantised at loading; None is by the record of its adapter."""
+    return option(
+        None,
+        f"{what} 4 bits a weight (nf4) or 8 (int8), by bitsandbytes on the CPU or CUDA; none: not even where the"
+        " adapter was trained so",
+        group=group,
+        default_text="as an adapter was trained, else none",
+    )
+
+
+Quantise = Literal["nf4", "int8", "none"] | None
+
+
 def _new_adapter(config: LoraOptions) -> bool:
     return config.lora and config.named_adapter is None
 
@@ -90,10 +104,17 @@ class LoraOptions(Config):
         default_text="all linear layers and experts, without heads and routers",
     )
 
+    quantise: Quantise = quantise_option("QLoRA: hold the frozen weights under the adapter, and --reference, in")
+
     @property
     def named_adapter(self) -> str | None:
         """An existing adapter whose training continues."""
         return None
+
+    @property
+    def quantises(self) -> bool:
+        """Whether the model is quantised at loading."""
+        return self.quantise in QUANTISED
 
     def check(self) -> None:
         for name in ADAPTER_SHAPE:
@@ -103,6 +124,11 @@ class LoraOptions(Config):
         if self.named_adapter is not None:
             object.__setattr__(self, "lora", True)
         self.need("lora", *ADAPTER_SHAPE)
+        if self.quantises and not self.lora:
+            raise ConfigError(
+                f"--quantise {self.quantise} holds frozen weights, and without an adapter all train: add --lora, or"
+                " leave --quantise out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +263,11 @@ class MethodOptions(RunOptions, DataOptions, LoraOptions):
     early_stopping: int | None = option(None, "stop after this many evaluations without a lower loss", at_least=1)
 
     def check(self) -> None:
+        if self.quantises and self.shard in ("full", "hybrid"):
+            raise ConfigError(
+                f"--shard {self.shard} cuts weights into parts, which --quantise {self.quantise} has packed: leave one"
+                " of them out"
+            )
         for name in ("eval_every", "early_stopping"):
             if getattr(self, name) is not None and not self.evaluates:
                 raise ConfigError(

@@ -250,6 +250,21 @@ def task_of(folder: str | Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
+QUANTISED, NOT_QUANTISED = ("nf4", "int8"), "none"
+"""Values of ``--quantise``."""
+
+
+def quantisation_on_record(folder: str | Path) -> str | None:
+    """How the base of an adapter was quantised in its training, by the ``run.json`` beside it; None where it was not,
+    or nothing tells."""
+    try:
+        found = read_object(expanded(folder) / "run.json").get("options")
+    except ModelError:  # of another program, or damaged
+        return None
+    quantise = found.get("quantise") if isinstance(found, dict) else None
+    return quantise if quantise in QUANTISED else None
+
+
 def require_adapter(folder: str | Path) -> None:
     """Raises :class:`ModelError` for a local folder that holds no PEFT adapter."""
     path = expanded(folder)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import EntryPoint, entry_points
+from contextlib import suppress
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,10 @@ def load_plugin(entry: EntryPoint, place: str) -> Callable[..., Any]:
     """The function of an entry point. Raises ``ConfigError``."""
     package = f" of {entry.dist.name}" if entry.dist else ""
     return load_function(entry.value, f"{place} (entry point{package})")
+
+
+def installed_version(name: str) -> str | None:
+    """The version of an installed package; None where it is not installed."""
+    with suppress(PackageNotFoundError):
+        return version(name)
+    return None

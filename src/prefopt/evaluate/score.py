@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 
 from prefopt.config.tools import IMPLICIT, ScoreConfig
 from prefopt.core.files import OVERWRITE, output_errors, refuse_existing
+from prefopt.core.model_folder import NOT_QUANTISED
 from prefopt.core.statistics import Interval, rate_interval
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.template import Rendering
@@ -29,6 +31,7 @@ from prefopt.model.architectures import context_length
 from prefopt.model.load import base_and_adapter, load_config, load_model, local_folder
 from prefopt.model.packing import packed_batches
 from prefopt.model.precision import freeze_and_cast, resolve_device, resolve_dtype
+from prefopt.model.quantised import chosen
 from prefopt.model.scalar import ScalarScorer, has_scalar_head, load_scalar, response_rewards
 from prefopt.model.scorer import PackedModel, Scorer, response_sums
 from prefopt.records import Comparison, tiers_of
@@ -108,7 +111,9 @@ def reward_model_scorer(config: ScoreConfig, device: torch.device, dtype: torch.
             " and --reward implicit takes its log-probabilities"
         )
     tokenizer = load_tokenizer(source)
-    model = load_scalar(source, dtype=dtype, device=device, tokenizer=tokenizer).requires_grad_(False)
+    model = load_scalar(
+        source, dtype=dtype, device=device, tokenizer=tokenizer, quantise=config.quantise
+    ).requires_grad_(False)
     scorer = ScalarScorer(freeze_and_cast(model, dtype)).eval()
 
     def score(groups: Sequence[Group]) -> Floats:
@@ -130,9 +135,10 @@ def implicit_reward_scorer(config: ScoreConfig, device: torch.device, dtype: tor
     if load_tokenizer(other).get_vocab() != tokenizer.get_vocab():
         what = f"has another tokenizer than --model {config.model}: their tokens differ"
         raise ModelError(f"--reference {reference} {what}")
+    # Both alike: an adapter's own base is quantised as the base under it.
+    load = partial(load_model, dtype=dtype, device=device, quantise=chosen(config.quantise, adapter) or NOT_QUANTISED)
     scorers = [
-        Scorer(load_model(folder, dtype=dtype, device=device, adapter=a).requires_grad_(False)).eval()
-        for folder, a in ((source, adapter), (other, None))
+        Scorer(load(folder, adapter=a).requires_grad_(False)).eval() for folder, a in ((source, adapter), (other, None))
     ]
     beta = config.beta
 

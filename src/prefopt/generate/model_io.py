@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig
 
+from prefopt.core.model_folder import NOT_QUANTISED
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.spans import end_of_turn
 from prefopt.data.chat.template import Rendering
@@ -29,6 +30,7 @@ from prefopt.generate.sampler import Ids
 from prefopt.model.architectures import context_length
 from prefopt.model.load import base_and_adapter, load_config, load_model
 from prefopt.model.precision import MasterWeights, disable_dropout, resolve_device, resolve_dtype
+from prefopt.model.quantised import check_quantisable, chosen
 from prefopt.model.save import end_tokens, ids_of
 from prefopt.model.scorer import Scorer
 from prefopt.records import Comparison, Message
@@ -44,7 +46,8 @@ class SampledModel:
     """A folder, a Hub name, or a model ``given`` in Python with its tokenizer. Weights are loaded when first used.
 
     ``source`` and ``adapter`` are local folders (empty and None for a given model), ``context`` is the model's context
-    length, ``label`` its name in messages, ``note`` a line about the adapter that ``name`` is.
+    length, ``label`` its name in messages, ``note`` a line about an adapter, ``quantise`` how the weights are quantised
+    at loading.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class SampledModel:
         name: str,
         *,
         adapter: str | None = None,
+        quantise: str | None = None,
         device: str | None = None,
         dtype: str = "auto",
         given: Any = None,
@@ -63,7 +67,7 @@ class SampledModel:
         self.generation_config: Any
         if given is not None:
             self.device, self.dtype = next(given.parameters()).device, given.dtype
-            self.source, self.adapter, self.note = "", None, None
+            self.source, self.adapter, self.note, self.quantise = "", None, None, None
             self.tokenizer: Tokenizer = copy.deepcopy(tokenizer)
             config, self.generation_config = given.config, getattr(given, "generation_config", None)
         else:
@@ -72,9 +76,11 @@ class SampledModel:
             if self.device.type == "mps" and self.dtype == torch.float64:
                 raise ConfigError("--dtype float64: mps has none; take --device cpu")
             self.source, self.adapter = base_and_adapter(name, adapter)
-            self.note = adapter_line(name)
+            self.quantise = chosen(quantise, self.adapter)
+            self.note = adapter_line(name, adapter, self.quantise)
             self.tokenizer = tokenizer_of_name(name, adapter)
             config, self.generation_config = load_config(self.source), None
+            check_quantisable(self.quantise, config, name, self.device, self.dtype)
             with suppress(Exception):  # absent, or refused by transformers: the tokenizer's EOS is enough
                 self.generation_config = GenerationConfig.from_pretrained(self.source)
         self.context = context_length(config)
@@ -85,7 +91,8 @@ class SampledModel:
         if self._given is not None:
             disable_dropout(self._given)
             return Scorer(self._given)
-        model = load_model(self.source, dtype=self.dtype, device=self.device, adapter=self.adapter)
+        quantise = self.quantise or NOT_QUANTISED
+        model = load_model(self.source, dtype=self.dtype, device=self.device, adapter=self.adapter, quantise=quantise)
         model.requires_grad_(False)
         MasterWeights(model, self.dtype)  # adapters are loaded in the precision they were saved in
         return Scorer(model)
@@ -94,7 +101,7 @@ class SampledModel:
         """What decides its log-probabilities."""
         if self._given is not None:
             return identity_of_model(self._given, name=self.name)
-        return identity_of_folder(self.source, adapter=self.adapter)
+        return identity_of_folder(self.source, adapter=self.adapter, quantise=self.quantise or NOT_QUANTISED)
 
     def generation_digest(self) -> str:
         """SHA-256 (hex) of what decides its responses: log-probabilities, tokenizer with chat template, stop tokens."""

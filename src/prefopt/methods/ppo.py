@@ -77,6 +77,7 @@ def run(
         start = SampledModel(
             config.model,
             adapter=config.adapter,
+            quantise=config.quantise,
             device=config.device,
             dtype=config.dtype,
             given=model,
@@ -174,7 +175,8 @@ def _same(
     if ptx is not None:
         found["ptx_data"] = (fingerprint(ptx.groups), "the data of --ptx-data")
     if config.reference is not None:
-        found["reference"] = (identity_of_name(config.reference).digest, "the reference model")
+        reference = identity_of_name(config.reference, quantise=config.quantise)
+        found["reference"] = (reference.digest, "the reference model")
     if reward is None:
         found["reward"] = (identity_of_name(config.reward).digest, "the reward model")
     elif (code := reward.digest()) is not None:

@@ -79,6 +79,7 @@ def run(
         source = SampledModel(
             config.model,
             adapter=config.adapter,
+            quantise=config.quantise,
             device=config.device,
             dtype=config.dtype,
             given=model,

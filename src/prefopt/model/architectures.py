@@ -31,6 +31,12 @@ SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
+def weights_in(parameter: torch.Tensor) -> int:
+    """Number of weights that a parameter holds: of those of 4 bits, bitsandbytes packs two into a number."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(state.shape.numel())
+
+
 def causal_model(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper, or the model itself."""
     unwrap: Any = getattr(model, "get_base_model", None)

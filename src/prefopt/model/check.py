@@ -29,6 +29,7 @@ from prefopt.model.architectures import causal_model, transformers_log_level
 from prefopt.model.costs import uncounted
 from prefopt.model.kernels.head import Head
 from prefopt.model.packing import pack
+from prefopt.model.quantised import check_packed
 from prefopt.model.scalar import ScalarScorer
 from prefopt.model.scorer import PackedModel, Scorer
 
@@ -187,6 +188,7 @@ def check_scoring(scorer: Scorer, groups: Sequence[Group]) -> CheckReport:
     """Check with a few of ``groups``. Raises :class:`ModelError` where scoring would be wrong."""
     model = causal_model(scorer.model)
     clone_error = _checked_clone(scorer)
+    check_packed(model, scorer.dtype)
     sharing, noise = _real_differences(scorer, groups)
     gross, name = _GROSS[scorer.dtype], type(model).__name__
     if not max(sharing, noise) < gross:
@@ -208,6 +210,7 @@ def check_scalars(scorer: ScalarScorer, groups: Sequence[Group]) -> CheckReport:
     ``noise`` are in units of the reward. Raises :class:`ModelError`."""
     model = causal_model(scorer.model)
     clone_error = _checked_clone(scorer)
+    check_packed(model, scorer.dtype)
     device, some = next(scorer.model.parameters()).device, _typical(groups)
     with torch.no_grad():
         together = scorer(pack(some, scorer.layout).to(device))

@@ -17,11 +17,14 @@ import psutil
 
 import prefopt
 from prefopt.core.cache_folder import cache_root
+from prefopt.core.plugins import installed_version
 from prefopt.core.ranks import backend_of, ranks_in
 from prefopt.core.terminal import size
 from prefopt.errors import ConfigError
 
 LIBRARIES = "torch transformers tokenizers peft safetensors huggingface_hub numpy rich".split()
+OPTIONAL = ("bitsandbytes",)
+"""Libraries on which numbers depend where they are installed."""
 # Variables that affect runs and hold no secrets; no other variable is shown, not even its name.
 VARIABLES = """
     PREFOPT_CACHE PREFOPT_DTYPE PREFOPT_TIMEOUT_MINUTES HF_HOME HF_HUB_OFFLINE CUDA_VISIBLE_DEVICES
@@ -43,7 +46,8 @@ def environment() -> dict[str, Section]:
 def hardware() -> dict[str, Section]:
     """Versions, machine and devices, for run records; of several processes also which this one is."""
     versions = {"prefopt": prefopt.__version__, "python": platform.python_version()}
-    versions |= {name: _version(name) or "not installed" for name in LIBRARIES}
+    versions |= {name: installed_version(name) or "not installed" for name in LIBRARIES}
+    versions |= {name: version for name in OPTIONAL if (version := installed_version(name))}
     found = {"versions": versions, "machine": _machine(), "devices": _devices(), "processes": _processes()}
     return _anonymous({title: rows for title, rows in found.items() if rows})
 
@@ -68,12 +72,6 @@ def anonymous(text: str) -> str:
     if home != "/":
         text = re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text)
     return re.sub(r"(?<![\w.~-])(/home|/Users|[A-Z]:\\Users)([/\\])[^/\\\s]+", r"\1\2USER", text)
-
-
-def _version(name: str) -> str | None:
-    with suppress(metadata.PackageNotFoundError):
-        return metadata.version(name)
-    return None
 
 
 def _machine() -> Section:
@@ -152,7 +150,7 @@ def _extras() -> Section:
             packages.setdefault(condition[1], []).append(name[0])
     found: Section = {}
     for extra, names in packages.items():
-        versions = {name: _version(name) for name in names}
+        versions = {name: installed_version(name) for name in names}
         installed = ", ".join(f"{name} {version}" for name, version in versions.items())
         found[extra] = installed if all(versions.values()) else f'not installed: pip install "prefopt[{extra}]"'
     return found

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from prefopt.model.architectures import attention_shapes, causal_model, expert_fraction
+from prefopt.model.architectures import attention_shapes, causal_model, expert_fraction, weights_in
 from prefopt.model.costs import out_of_memory
 from prefopt.model.packing import PackedBatch, Segment
 
@@ -53,7 +53,7 @@ class FlopCount:
         for name, module in model.named_modules():
             for parameter, fraction in _matrices(name, module, causal.config.get_text_config()):
                 times = 1 + (reached + parameter.requires_grad if trains else 0)
-                cost = 2.0 * parameter.numel() * fraction * times
+                cost = 2.0 * weights_in(parameter) * fraction * times
                 if id(module) in in_head:
                     per_scored += cost
                 else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,7 @@ from prefopt.model.architectures import architectures_of, context_length
 from prefopt.model.checkpoint import ModelOrigin, WeightFiles, check_layers, scalar_head, set_origin, trace_origin
 from prefopt.model.costs import free_memory
 from prefopt.model.precision import disable_dropout
+from prefopt.model.quantised import chosen, quantised_loading, set_compute_dtype
 from prefopt.model.supported import (
     backend_errors,
     drop_foreign_attention,
@@ -35,6 +37,7 @@ from prefopt.model.supported import (
     model_errors,
     quantisation_of,
     refuse_other_kinds,
+    stored_bits,
 )
 
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -103,34 +106,53 @@ def context_of(name: str) -> int | None:
     return None if bare else context_length(load_config(str(folder) if folder.exists() else name))
 
 
-def load_model(name: str, *, dtype: torch.dtype, device: torch.device, adapter: str | None = None) -> torch.nn.Module:
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    adapter: str | None = None,
+    quantise: str | None = None,
+) -> torch.nn.Module:
     """A causal language model, dropout off, with ``adapter`` (trainable) on it where one is named, or ``name`` is one.
-    Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, or needs code of its own."""
+    ``quantise``: see :func:`prefopt.model.quantised.chosen`. Raises :class:`ModelError` for a folder that is missing,
+    incomplete, pickled, or needs code of its own, :class:`ConfigError` where it cannot be quantised."""
     if is_adapter(name):
         name, adapter = base_and_adapter(name, adapter)
     if adapter is not None and task_of(adapter) == "SEQ_CLS":
         raise ModelError(f"{adapter} is an adapter for a reward model, which writes no text: give it as --reward")
     config = load_config(name)
     refuse_other_kinds(name, config)
-    loaded: torch.nn.Module = load_weights(AutoModelForCausalLM, name, config, dtype).to(device)
+    quantise = chosen(quantise, adapter)
+    loaded = load_weights(AutoModelForCausalLM, name, config, dtype, device, quantise=quantise)
     return add_adapter(loaded, adapter) if adapter else loaded
 
 
 def load_weights(
-    kind: Any, name: str, config: PreTrainedConfig, dtype: torch.dtype, *, lacking: Collection[str] = ()
+    kind: Any,
+    name: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    lacking: Collection[str] = (),
+    quantise: str | None = None,
 ) -> PreTrainedModel:
     """The model that the auto class ``kind`` makes of folder ``name``, dropout off, with its :class:`ModelOrigin` and
-    all weights but ``lacking``. Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, needs its
-    own code, has more layers than its configuration, or holds a reward model in place of a language model."""
+    all weights but ``lacking``, on ``device``. ``quantise``: each weight is packed as it is read. Raises
+    :class:`ModelError` for a folder that is missing, incomplete, pickled, needs its own code, has more layers than its
+    configuration, or holds a reward model in place of a language model."""
     own_config = copy.deepcopy(config)
     disable_dropout(config)
     source = local_folder(name)
     refuse_both(source)
     check_size(kind, source, config)
-    extra = loading_options(name, config)
-    if dtype == torch.float64:
-        extra["experts_implementation"] = "eager"
     with model_errors(name), backend_errors(name, config), quiet_loading():
+        extra = loading_options(name, config, device)
+        if quantise is not None:
+            extra = quantised_loading(quantise, kind, name, config, device, dtype)
+        if dtype == torch.float64:
+            extra["experts_implementation"] = "eager"
         model, info = kind.from_pretrained(
             source,
             config=config,
@@ -153,7 +175,8 @@ def load_weights(
     model.name_or_path = model.config.name_or_path = name
     check_layers(name, model, origin)
     set_origin(model, origin)
-    return model
+    set_compute_dtype(model, dtype)
+    return model.to(device)
 
 
 def check_size(kind: Any, folder: str, config: PreTrainedConfig) -> None:
@@ -163,9 +186,11 @@ def check_size(kind: Any, folder: str, config: PreTrainedConfig) -> None:
     except ModelError:  # loading says why
         return
     held = sum(math.prod(stored.shape) for stored in tensors.values())
+    if quantisation_of(config):  # whole numbers of any width, in which weights are packed
+        packed = [t for t in tensors.values() if t.dtype.startswith(("U", "I"))]
+        held += sum(8 * t.nbytes // (stored_bits(config) or 1) - math.prod(t.shape) for t in packed)
     described = _parameters(kind, folder, config)
-    packed = 32 if quantisation_of(config) else 1  # weights in one number, at most
-    if described > SLACK * packed * held + SMALL:
+    if described > SLACK * held + SMALL:
         raise ModelError(
             f"{folder}: config.json wants {described:,} parameters, the weights hold {held:,}; they do not belong"
             " together"
@@ -199,8 +224,8 @@ def _check_language_model(name: str, model: PreTrainedModel, origin: ModelOrigin
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Without transformers' progress bars, and without its table of unused weights, which
-    :mod:`prefopt.model.checkpoint` describes."""
+    """Without transformers' progress bars and its warning of settings that we give, and without its table of unused
+    weights, which :mod:`prefopt.model.checkpoint` describes."""
 
     def is_no_table(record: logging.LogRecord) -> bool:
         message = record.getMessage()
@@ -211,7 +236,9 @@ def quiet_loading() -> Iterator[None]:
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(is_no_table)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You passed `quantization_config`")  # to unquantise what is read
+            yield
     finally:
         logger.removeFilter(is_no_table)
         if shown:

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 
 from prefopt.errors import ConfigError
+from prefopt.model.architectures import weights_in
 
 KINDS = ("attention", "mlp", "experts", "shared-experts", "mixer", "other", "router")
 """Kinds of weights that can have an adapter, for ``--lora-targets``."""
@@ -83,7 +84,7 @@ def weight_matrices(model: Any) -> Iterator[WeightMatrix]:
             special = getattr(module, "n_groups", 1) > 1 or (kind == "router" and "Router" in type(module).__name__)
             unused = _NO_GRADIENT.search(name) or (kind, leaf) in _NOT_CALLED or leaf in not_called
             yield WeightMatrix(
-                name, f"{name}.weight", kind, weight.numel(), fused=linear and special, reachable=not unused
+                name, f"{name}.weight", kind, weights_in(weight), fused=linear and special, reachable=not unused
             )
             continue
         for field, value in own.items():

@@ -17,7 +17,14 @@ import torch
 from transformers import PreTrainedModel
 
 from prefopt.core.files import output_errors
-from prefopt.core.model_folder import base_of, is_adapter, is_own, require_adapter
+from prefopt.core.model_folder import (
+    NOT_QUANTISED,
+    base_of,
+    is_adapter,
+    is_own,
+    quantisation_on_record,
+    require_adapter,
+)
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.spans import end_of_turn
 from prefopt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
@@ -48,7 +55,7 @@ class MergeReport:
     """Relative to the norm of the logits: ``difference`` of the merged model from the one with its adapter, ``effect``
     of the adapter. ``rounding``: how far the saved dtype moves the merged weights, relative to how far the adapter
     does. ``tensors``: number of tensors written; ``kept``: those that are in no weight of the language model. ``ends``:
-    a line on end tokens that were added."""
+    a line on end tokens that were added. ``quantised``: a line on a base that was quantised in training."""
 
     output: Path
     dtype: torch.dtype
@@ -60,6 +67,7 @@ class MergeReport:
     tensors: int
     kept: str | None
     ends: str | None = None
+    quantised: str | None = None
 
     def in_words(self) -> list[str]:
         """The report in lines."""
@@ -76,6 +84,7 @@ class MergeReport:
             f"logits: {self.difference:.0e} of their size from the model with its adapter, which is"
             f" {self.effect:.0e} from the model without it"
         )
+        lines += [self.quantised] if self.quantised else []
         if self.kept is not None:
             lines.append(f"kept as they are: {self.kept}")
         if self.effect == 0:
@@ -99,9 +108,12 @@ def merge_adapter(
     if model is not None and is_adapter(local_folder(model)):
         raise ConfigError(f"--model {model} is an adapter itself; leave it out, or name the model of both adapters")
     base = local_folder(model) if model is not None else base_and_adapter(adapter)[0]
-    wrapped = _load(base, source, _loading_dtype(base, dtype), device)
+    loading = _loading_dtype(base, dtype)
+    how = quantisation_on_record(source)
+    trained = _trained_logits(base, source, how, device) if how is not None else ""
+    wrapped = _load(base, source, loading, device)
     causal = causal_model(wrapped)
-    probes = torch.randint(vocabulary_size(causal), PROBES, generator=torch.Generator().manual_seed(0))
+    probes = _probes(causal)
     expected = _logits(wrapped, probes)
     with wrapped.disable_adapter():
         without = _logits(wrapped, probes)
@@ -133,7 +145,36 @@ def merge_adapter(
         raise RunError(f"{output}: the saved model differs by {distance:.1e}; do not use it, and report this")
     tensors = _check_names(output, Path(base), own_head=own_head, rows=rows)
     kept = describe_untouched(origin) if origin is not None else None
-    return MergeReport(output, dtype, layers, difference, effect, rounding, untied, tensors, kept, ends)
+    line = _from_trained(how, trained, found, probes) if how is not None else None
+    return MergeReport(output, dtype, layers, difference, effect, rounding, untied, tensors, kept, ends, line)
+
+
+def _trained_logits(base: str, adapter: str, how: str, device: torch.device) -> tuple[torch.Tensor, ...] | str:
+    """Logits of the quantised base with its adapter and without, on the probes; or why it cannot be loaded."""
+    try:
+        wrapped = _load(base, adapter, torch.float32, device, quantise=how)
+    except ConfigError as error:
+        return str(error)
+    probes = _probes(causal_model(wrapped))
+    with_adapter = _logits(wrapped, probes)
+    with wrapped.disable_adapter():
+        return with_adapter, _logits(wrapped, probes)
+
+
+def _from_trained(how: str, trained: tuple[torch.Tensor, ...] | str, merged: torch.Tensor, probes: torch.Tensor) -> str:
+    """A line on how far the merged model is from the one that was trained on a quantised base: the root mean square of
+    a token's difference in log-probability."""
+    begin = f"trained on a base quantised to {how}: the merged model, on the base as it is, is"
+    if isinstance(trained, str):
+        return f"{begin} at a distance that cannot be measured here ({trained})"
+    logp = [torch.log_softmax(x[:, :-1].double(), -1).gather(-1, probes[:, 1:, None]) for x in (merged, *trained)]
+    distance, effect = (float((logp[i] - logp[1]).square().mean().sqrt()) for i in (0, 2))
+    far = "; serve the quantised base with its adapter where that matters" if distance > effect else ""
+    return f"{begin} {distance:.2g} nats per token from that model, whose adapter moves it by {effect:.2g}{far}"
+
+
+def _probes(model: PreTrainedModel) -> torch.Tensor:
+    return torch.randint(vocabulary_size(model), PROBES, generator=torch.Generator().manual_seed(0))
 
 
 def load_merged(base: str, adapter: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -159,7 +200,7 @@ def _loading_dtype(base: str, dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(stored if isinstance(stored, torch.dtype) else torch.float32, dtype)
 
 
-def _load(base: str, adapter: str, dtype: torch.dtype, device: torch.device) -> Any:
+def _load(base: str, adapter: str, dtype: torch.dtype, device: torch.device, *, quantise: str = NOT_QUANTISED) -> Any:
     """The model with the adapter on it; missing weights of the adapter are an error."""
     from peft import PeftConfig
 
@@ -170,7 +211,7 @@ def _load(base: str, adapter: str, dtype: torch.dtype, device: torch.device) -> 
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
-            wrapped: Any = load_model(base, dtype=dtype, device=device, adapter=adapter)
+            wrapped: Any = load_model(base, dtype=dtype, device=device, adapter=adapter, quantise=quantise)
     except UserWarning as error:
         missing = " ".join(str(error).split())[:200]
         raise ModelError(f"--adapter {adapter} lacks weights for this model: {missing}") from error

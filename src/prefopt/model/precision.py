@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefopt.errors import ConfigError
 from prefopt.model.architectures import causal_model
+from prefopt.model.quantised import is_packed
 
 DTYPES: dict[str, torch.dtype] = {n: getattr(torch, n) for n in ("float32", "bfloat16", "float16", "float64")}
 AUTO_DTYPE = "PREFOPT_DTYPE"
@@ -145,7 +146,10 @@ def _cast_frozen(model: torch.nn.Module, compute: torch.dtype) -> Iterator[tuple
     """Cast buffers and frozen parameters; yields trainable ones by name, with the dtype that they compute in."""
     kept = kept_in_float32(causal_model(model))
     _cast_buffers(causal_model(model), compute)
+    packed = {id(p) for module in model.modules() if is_packed(module) for p in module.parameters(recurse=False)}
     for name, parameter in model.named_parameters():
+        if id(parameter) in packed:
+            continue
         target = parameter.dtype if kept(name) else compute
         if parameter.requires_grad:
             yield name, parameter, target

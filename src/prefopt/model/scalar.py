@@ -28,7 +28,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from prefopt.core.model_folder import is_adapter, task_of
 from prefopt.data.group import Group
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.errors import ModelError
+from prefopt.errors import ConfigError, ModelError
 from prefopt.model.adapter import add_adapter, grow_embedding, peft_warnings_off
 from prefopt.model.architectures import architectures_of, body_of, causal_model, without_mtp
 from prefopt.model.checkpoint import ScalarHead, origin_of, scalar_head, set_origin
@@ -36,6 +36,7 @@ from prefopt.model.kernels.head import wide_dtype
 from prefopt.model.load import base_and_adapter, load_config, load_model, load_weights
 from prefopt.model.merge import load_merged
 from prefopt.model.packing import PackedBatch, pack, split
+from prefopt.model.quantised import chosen, copy_marks, dequantise, is_quantised
 from prefopt.model.save import ids_of
 from prefopt.model.scorer import PackedModel
 
@@ -86,7 +87,13 @@ def response_rewards(
 
 
 def load_scalar(
-    name: str, *, dtype: torch.dtype, device: torch.device, tokenizer: Tokenizer, seed: int = 0
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokenizer: Tokenizer,
+    seed: int = 0,
+    quantise: str | None = None,
 ) -> torch.nn.Module:
     """A model with a scalar head, dropout off, from any of these folders (or names on the Hub):
 
@@ -95,20 +102,27 @@ def load_scalar(
     - a model with a scalar head of another trainer (:mod:`prefopt.model.checkpoint`)
     - an adapter of either kind, which is merged into its model
 
-    Raises :class:`ModelError` for a folder that is damaged, has another number of labels, pads with EOS, or is of an
-    architecture without such a class.
+    ``quantise``: nf4 or int8, of a model that is no adapter. Raises :class:`ModelError` for a folder that is damaged,
+    has another number of labels, pads with EOS, or is of an architecture without such a class.
     """
-    return cast(torch.nn.Module, _load(name, dtype, device, tokenizer, seed).to(device))
+    return cast(torch.nn.Module, _load(name, dtype, device, tokenizer, seed, chosen(quantise, None)).to(device))
 
 
-def _load(name: str, dtype: torch.dtype, device: torch.device, tokenizer: Tokenizer, seed: int) -> PreTrainedModel:
+def _load(
+    name: str, dtype: torch.dtype, device: torch.device, tokenizer: Tokenizer, seed: int, quantise: str | None
+) -> PreTrainedModel:
     if is_adapter(name):  # merged, all weights train
+        if quantise is not None:
+            raise ConfigError(
+                f"--quantise {quantise}: {name} is an adapter, which is merged into its model to score; merge it by"
+                " prefopt merge, and give the result"
+            )
         return _adapted(name, dtype, device, tokenizer, seed).requires_grad_(True)
     config: Any = load_config(name)
     if not _names_classifier(config):
         if (head := scalar_head(name)) is not None:
-            return _with_own_head(name, config, head, dtype, tokenizer)
-        return scalar_from(load_model(name, dtype=dtype, device=device), tokenizer, seed=seed)
+            return _with_own_head(name, config, head, dtype, device, tokenizer, quantise)
+        return scalar_from(load_model(name, dtype=dtype, device=device, quantise=quantise), tokenizer, seed=seed)
     if config.num_labels != 1:
         raise ModelError(f"{name} has {config.num_labels} labels; a reward model has one, the reward")
     pad = config.get_text_config().pad_token_id
@@ -118,7 +132,7 @@ def _load(name: str, dtype: torch.dtype, device: torch.device, tokenizer: Tokeni
             " in its config.json to another token"
         )
     _class_of(config, f"{name}: ")
-    loaded = load_weights(AutoModelForSequenceClassification, name, config, dtype)
+    loaded = load_weights(AutoModelForSequenceClassification, name, config, dtype, device, quantise=quantise)
     check_scalar_model(loaded)
     return loaded
 
@@ -136,13 +150,21 @@ def _names_classifier(config: Any) -> bool:
 
 
 def _with_own_head(
-    name: str, config: Any, head: ScalarHead, dtype: torch.dtype, tokenizer: Tokenizer
+    name: str,
+    config: Any,
+    head: ScalarHead,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokenizer: Tokenizer,
+    quantise: str | None,
 ) -> PreTrainedModel:
     """The sequence classifier of a folder that names another class, with the head and bias in it."""
     _class_of(config, f"{name} holds a scalar head ({head.weight}); ")
     _one_label(config)
     values = head.read(config.get_text_config().hidden_size)
-    loaded = load_weights(AutoModelForSequenceClassification, name, config, dtype, lacking=("score.weight",))
+    loaded = load_weights(
+        AutoModelForSequenceClassification, name, config, dtype, device, lacking=("score.weight",), quantise=quantise
+    )
     check_scalar_model(loaded)
     pad = config.get_text_config().pad_token_id
     if pad is None or pad in end_ids(config, tokenizer):
@@ -211,6 +233,7 @@ def scalar_from(model: torch.nn.Module, tokenizer: Tokenizer, *, seed: int = 0) 
     made.name_or_path = causal.name_or_path
     if (origin := origin_of(causal)) is not None:
         set_origin(made, origin.left_behind())
+    copy_marks(causal, made)
     return made.eval()
 
 
@@ -239,14 +262,22 @@ def merge_trained_adapter(
     model: torch.nn.Module, trained: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> PreTrainedModel:
     """An adapter merged into its base, head included, in ``dtype``; ``model`` is used up. ``trained``: the adapter's
-    weights by name, in full precision."""
-    model.to(dtype)
+    weights by name, in full precision. A quantised base is dequantised: the scores are those of training."""
+    from peft import get_peft_model
+
+    wrapped: Any = model
+    if is_quantised(model):
+        (config,) = wrapped.peft_config.values()
+        plain = wrapped.unload()
+        dequantise(plain, dtype)
+        with peft_warnings_off():
+            wrapped = get_peft_model(plain, config)
+    wrapped.to(dtype)
     with torch.no_grad(), peft_warnings_off():
-        for name, parameter in model.named_parameters():
+        for name, parameter in wrapped.named_parameters():
             if name in trained:
                 parameter.copy_(trained[name])
-        merge: Any = model.merge_and_unload
-        return cast(PreTrainedModel, merge())
+        return cast(PreTrainedModel, wrapped.merge_and_unload())
 
 
 def end_ids(config: Any, tokenizer: Tokenizer) -> set[int]:

@@ -1,7 +1,8 @@
 """Models that prefopt takes, and in one line why one cannot be loaded or trained.
 
-A quantised model can be sampled and scored where its library is installed. Training needs unquantised weights; MXFP4
-(gpt-oss) is unquantised as it is loaded, and is a model like any other from then on.
+A quantised model is sampled, scored, and trained under an adapter where its library is installed. MXFP4 (gpt-oss), FP8
+and compressed-tensors are unquantised as they are loaded, and are models like any other from then on: transformers'
+layers for them have no backward pass.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers import __version__ as transformers_version
@@ -21,6 +24,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from prefopt.core.files import one_below
 from prefopt.core.hub import why_not_read
 from prefopt.core.model_folder import read_object
+from prefopt.core.plugins import installed_version
 from prefopt.errors import ModelError, UserError, first_line
 from prefopt.model.architectures import architectures_of
 
@@ -29,8 +33,10 @@ log = logging.getLogger(__name__)
 # transformers takes any OWNER/NAME for a kernel on the Hub and downloads it, also in place of a flash attention that is
 # not installed.
 ATTENTION = {None, "eager", "sdpa", "flex_attention"}
-UNQUANTISED = ("mxfp4",)
-"""Methods whose weights are unquantised at loading, on every device."""
+UNQUANTISED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config", "compressed-tensors": "CompressedTensorsConfig"}
+"""Methods whose weights are unquantised at loading, on every device, with transformers' class of their settings."""
+ADAPTED = "aqlm awq bitsandbytes eetq gptq hqq torchao".split()
+"""Methods on whose layers PEFT puts adapters."""
 _SAME_NAME = "aqlm auto-round bitsandbytes compressed-tensors hqq torchao vptq"
 PACKAGES = {name: name for name in _SAME_NAME.split()} | {
     "awq": "gptqmodel",
@@ -42,15 +48,21 @@ PACKAGES = {name: name for name in _SAME_NAME.split()} | {
 """Packages to install for common methods, beside transformers and accelerate."""
 
 
-def refuse_untrainable(name: str, config: Any) -> None:
-    """Raise :class:`ModelError` for a model that cannot be trained, before data or weights are read."""
+def refuse_untrainable(name: str, config: Any, *, adapter: bool = False) -> None:
+    """Raise :class:`ModelError` for a model that cannot be trained, before data or weights are read. ``adapter``:
+    weights of an adapter train, and its own are frozen."""
     if not any(a.endswith("ForSequenceClassification") for a in architectures_of(config)):  # of any architecture
         refuse_other_kinds(name, config)
-    if _quantisation(config)[0] not in (None, *UNQUANTISED):
-        raise ModelError(
-            f"{name} is quantised ({quantisation_of(config)}); prefopt trains unquantised weights: give the model it"
-            " was quantised from"
-        )
+    refuse_packed(name, config, adapter=adapter)
+
+
+def refuse_packed(name: str, config: Any, *, adapter: bool) -> None:
+    """Raise :class:`ModelError` for a quantised model that cannot be trained."""
+    method, _ = _quantisation(config)
+    if method in (None, *UNQUANTISED) or (adapter and method in ADAPTED):
+        return
+    what = "its weights cannot train: add --lora, or" if method in ADAPTED else "PEFT has no adapters for that;"
+    raise ModelError(f"{name} is quantised ({quantisation_of(config)}); {what} give the model it was quantised from")
 
 
 def refuse_other_kinds(name: str, config: Any) -> None:
@@ -109,17 +121,23 @@ def _is_built_in(asked: object) -> bool:
 
 def quantisation_of(config: Any) -> str | None:
     """How a model is quantised, such as "bitsandbytes, 4 bits"; None where it is not."""
-    method, fields = _quantisation(config)
+    method, bits = _quantisation(config)[0], stored_bits(config)
+    return f"{method}, {bits} bits" if bits else method
+
+
+def stored_bits(config: Any) -> int | None:
+    """Bits of a weight of a quantised model, where its configuration gives them."""
+    _, fields = _quantisation(config)
     names = ("bits", "w_bit", "nbits", "weight_bits")
     bits = 4 if fields.get("load_in_4bit") else 8 if fields.get("load_in_8bit") else None
     bits = bits or next((fields[name] for name in names if name in fields), None)
-    return f"{method}, {bits} bits" if bits and isinstance(bits, int) else method
+    return bits if isinstance(bits, int) and bits > 0 else None
 
 
-def loading_options(name: str, config: Any) -> dict[str, Any]:
+def loading_options(name: str, config: Any, device: torch.device) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` for a quantised model. Raises :class:`ModelError` for a method that transformers
     does not know: it would read the packed weights as plain."""
-    method, _ = _quantisation(config)
+    method, fields = _quantisation(config)
     if method is None:
         return {}
     if method not in {m.removesuffix("_4bit").removesuffix("_8bit") for m in AUTO_QUANTIZER_MAPPING}:
@@ -127,11 +145,10 @@ def loading_options(name: str, config: Any) -> dict[str, Any]:
             f"{name} is quantised in a way that transformers does not know ({method}); give the model it was quantised"
             " from"
         )
-    if method == "mxfp4":
-        from transformers import Mxfp4Config
-
-        return {"quantization_config": Mxfp4Config(dequantize=True)}
-    return {}
+    if method not in UNQUANTISED:
+        return {"device_map": {"": device}}  # its libraries pack for the device that they are on
+    same = {"modules_to_not_convert": fields["modules_to_not_convert"]} if "modules_to_not_convert" in fields else {}
+    return {"quantization_config": getattr(transformers, UNQUANTISED[method])(dequantize=True, **same)}
 
 
 def keep_unpacked_names(model: Any, config: Any) -> None:
@@ -144,6 +161,13 @@ def keep_unpacked_names(model: Any, config: Any) -> None:
         ]
 
 
+def library_versions(method: str) -> list[str] | None:
+    """Installed versions of the libraries that a quantised checkpoint's numbers come from; None where torch and
+    transformers are all."""
+    found = {name: installed_version(name) for name in PACKAGES.get(method, "").split()}
+    return [f"{name} {version}" for name, version in found.items() if version] or None
+
+
 @contextmanager
 def backend_errors(name: str, config: Any) -> Iterator[None]:
     """Turn errors of a quantised model's library, or its absence, into a :class:`ModelError` of one line."""
@@ -151,7 +175,7 @@ def backend_errors(name: str, config: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # every backend has errors of its own
-        if how is None or isinstance(error, ModelError):
+        if how is None or isinstance(error, UserError):
             raise
         why = f"and cannot be read here: {first_line(error)}; give"
         if isinstance(error, ImportError):

@@ -19,6 +19,7 @@ from prefopt.core.model_folder import (
     ADAPTER_WEIGHTS,
     base_of,
     is_adapter,
+    quantisation_on_record,
     read_adapter,
     read_object,
     vet_folder,
@@ -27,7 +28,9 @@ from prefopt.core.model_folder import (
 from prefopt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from prefopt.errors import ModelError
 from prefopt.model.load import base_and_adapter, local_folder
+from prefopt.model.quantised import BACKEND, chosen, identity_fields
 from prefopt.model.scorer import Scorer, version_of
+from prefopt.model.supported import library_versions
 from prefopt.reference.cache import Identity, SpaceKey, json_digest
 
 # Fields of config.json without effect on the logits of a forward pass in evaluation mode, without cache. All others
@@ -61,9 +64,12 @@ def space_of(identity: Identity, scorer: Scorer, device: torch.device) -> SpaceK
     return SpaceKey(identity, dtype, scorer.path, kernel, kind, version_of(scorer.dtype))
 
 
-def identity_of_folder(path: str | Path, *, adapter: str | Path | None = None, root: Path | None = None) -> Identity:
-    """The identity of a model folder as transformers loads it, with a PEFT ``adapter`` folder on top. File hashes are
-    kept under ``root``. Raises ``ModelError`` where the folder is incomplete or holds only pickled weights."""
+def identity_of_folder(
+    path: str | Path, *, adapter: str | Path | None = None, quantise: str | None = None, root: Path | None = None
+) -> Identity:
+    """The identity of a model folder as transformers loads it, with a PEFT ``adapter`` folder on top, quantised as
+    :func:`prefopt.model.load.load_model` would. File hashes are kept under ``root``. Raises ``ModelError`` where the
+    folder is incomplete or holds only pickled weights."""
     folder = Path(path)
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such model folder")
@@ -85,7 +91,7 @@ def identity_of_folder(path: str | Path, *, adapter: str | Path | None = None, r
         weights=json_digest(sorted(hashes)),
         config=json_digest(_relevant(config, _IRRELEVANT)),
         adapter=on_top,
-        quantization=_quantization(config),
+        quantization=_quantization(config, chosen(quantise, None if adapter is None else str(adapter))),
         name=str(folder) if adapter is None else f"{folder} + {adapter}",
     )
 
@@ -136,22 +142,33 @@ def _relevant(config: Mapping[str, Any], irrelevant: frozenset[str]) -> dict[str
     return kept
 
 
-def _quantization(config: Mapping[str, Any]) -> str:
+def _quantization(config: Mapping[str, Any], quantise: str | None = None) -> str:
+    """Of the checkpoint, and ``quantise`` at loading: method, settings, and the version of its library, on which
+    dequantised weights depend."""
     saved: Any = config.get("quantization_config")
     saved = saved.to_dict() if hasattr(saved, "to_dict") else saved
-    return json_digest([saved, None]) if saved else ""  # the second is a part of keys in existing caches
+    if not saved and quantise is None:
+        return ""
+    method = str((saved or {}).get("quant_method") or BACKEND)
+    return json_digest([saved, identity_fields(quantise) or library_versions(method)])
 
 
-def adapter_line(name: str) -> str | None:
-    """A line on a name that is an adapter's."""
+def adapter_line(name: str, adapter: str | None = None, quantise: str | None = None) -> str | None:
+    """A line on a name that is an adapter's, and on a base that is quantised as in its training."""
     source = local_folder(name)
-    return f"{name} is an adapter on {base_of(source)}: both are loaded" if is_adapter(source) else None
+    named = source if is_adapter(source) else adapter and local_folder(adapter)
+    recorded = quantisation_on_record(named) if named else None
+    how = f"the base is quantised to {recorded}, as in training" if recorded and recorded == quantise else ""
+    if named == source:
+        return f"{name} is an adapter on {base_of(source)}: both are loaded{how and ', ' + how}"
+    return f"{adapter}: {how} (--quantise none: as it is)" if how else None
 
 
-def identity_of_name(name: str, adapter: str | None = None) -> Identity:
-    """The identity of a model by name, with ``adapter`` on it, or where it is an adapter itself."""
+def identity_of_name(name: str, adapter: str | None = None, quantise: str | None = None) -> Identity:
+    """The identity of a model by name, with ``adapter`` on it, or where it is an adapter itself; ``quantise`` as in
+    :func:`prefopt.model.load.load_model`."""
     base, own = base_and_adapter(name, adapter)
-    return identity_of_folder(base, adapter=own)
+    return identity_of_folder(base, adapter=own, quantise=quantise)
 
 
 def tokenizer_of_name(name: str, adapter: str | None = None) -> Tokenizer:

@@ -12,6 +12,7 @@ import torch
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.tools import is_model_reward
 from prefopt.config.training import LORA_ALPHA_PER_RANK, LORA_RANK
+from prefopt.core.model_folder import is_adapter
 from prefopt.core.terminal import size
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ConfigError, ModelError
@@ -176,7 +177,8 @@ def _reference(config: PpoConfig, actor: Policy, longest: int, world: World) -> 
         return InMemoryReference(copy_as_it_is(actor.apart, world))
     if config.reference is None:
         return InMemoryReference(actor.scorer, SwappedWeights(actor.masters))
-    model = load_model(local_folder(config.reference), dtype=actor.dtype, device=actor.device).requires_grad_(False)
+    source = local_folder(config.reference)
+    model = load_model(source, dtype=actor.dtype, device=actor.device, quantise=config.quantise).requires_grad_(False)
     other = causal_model(model)
     context = context_length(other.config)
     if vocabulary_size(other) != vocabulary_size(causal_model(actor.scorer.model)):
@@ -248,7 +250,9 @@ def _network_critic(
         model = scalar_from(base, own_tokens, seed=seed)
     else:
         loaded_in = dtype if config.lora else wide
-        model = load_scalar(local_folder(name), dtype=loaded_in, device=device, tokenizer=own_tokens, seed=seed)
+        folder = local_folder(name)
+        quantise = None if is_adapter(folder) else config.quantise  # an adapter is merged into plain weights
+        model = load_scalar(folder, dtype=loaded_in, device=device, tokenizer=own_tokens, seed=seed, quantise=quantise)
     if vocabulary_size(causal_model(model)) < len(tokenizer):
         raise ModelError(f"{name}: its vocabulary is smaller than the tokenizer's; they belong to different models")
     model.requires_grad_(not config.lora)

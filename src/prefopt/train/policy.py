@@ -11,17 +11,19 @@ import torch
 
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.training import ADAPTER_SHAPE, FILLED, MethodOptions, ModelOptions
-from prefopt.core.model_folder import base_of, is_adapter
+from prefopt.core.model_folder import base_of, is_adapter, quantisation_on_record
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ConfigError
 from prefopt.model.adapter import new_lora
-from prefopt.model.architectures import causal_model, checkpoint_activations
+from prefopt.model.architectures import causal_model, checkpoint_activations, weights_in
 from prefopt.model.checkpoint import describe_untouched, origin_of
 from prefopt.model.load import base_and_adapter, load_model, local_folder
 from prefopt.model.lora_targets import tower_weights
 from prefopt.model.precision import MasterWeights, disable_dropout
+from prefopt.model.quantised import is_quantised, set_compute_dtype
 from prefopt.model.scalar import ScalarScorer, has_scalar_head, load_scalar, merge_trained_adapter, scalar_from
 from prefopt.model.scorer import PackedModel, Scorer
+from prefopt.model.supported import refuse_packed
 from prefopt.parallel.tensors import digest_of
 from prefopt.parallel.world import ALONE, World
 from prefopt.reference.identity import adapter_line
@@ -44,6 +46,11 @@ class Trained(Generic[AnyScorer]):
         """Whether each of several processes holds a part of every weight."""
         self.config, self.dtype, self._named = config, dtype, named
         self._new_lora = config.lora and config.named_adapter is None
+        if is_quantised(model):
+            refuse_packed(
+                config.model if named else type(model).__name__, causal_model(model).config, adapter=config.lora
+            )
+            set_compute_dtype(model, dtype)
         for parameter in model.parameters() if self._new_lora else ():
             parameter.requires_grad_(False)
         self.masters = MasterWeights(model, dtype)
@@ -102,7 +109,7 @@ class Trained(Generic[AnyScorer]):
         if config.gradient_checkpointing:
             checkpoint_activations(self.scorer.model)
         trained = sum(p.numel() for p in self.masters.masters.values())
-        total = sum(p.numel() for p in self.scorer.model.parameters())
+        total = sum(weights_in(p) for p in self.scorer.model.parameters())
         if not config.lora:
             trained -= tower_weights(causal_model(self.scorer.model))
         compiled = self.scorer.compile_layers() if compiles(config, self.device) else None
@@ -112,7 +119,11 @@ class Trained(Generic[AnyScorer]):
 
             # One given in Python may have been made on each rank, of numbers drawn at random.
             world.agree("weights at the start", digest_of(self.scorer.model.parameters()))
-            mode, why = choose(config.shard, world, self.scorer, self.masters.masters, others)
+            packed = is_quantised(self.scorer.model)
+            if packed and config.shard in ("full", "hybrid"):
+                raise ConfigError(f"--shard {config.shard} cuts weights into parts, and this model's are packed")
+            wanted = "none" if packed else config.shard
+            mode, why = choose(wanted, world, self.scorer, self.masters.masters, others)
             if mode != "none":
                 given = (self.scorer, self.masters, world, self.dtype)
                 if draws:
@@ -148,7 +159,8 @@ class Policy(Trained[Scorer]):
         model = given
         if model is None:
             adapter = local_folder(config.named_adapter) if config.named_adapter else None
-            model = load_model(source, dtype=_loaded_in(config, dtype), device=device, adapter=adapter)
+            wide = _loaded_in(config, dtype)
+            model = load_model(source, dtype=wide, device=device, adapter=adapter, quantise=config.quantise)
             if adapter is not None:
                 # An adapter may name its base relative to its own folder; what is saved names it as it was found.
                 for peft in getattr(model, "peft_config", {}).values():
@@ -174,7 +186,9 @@ class ScalarPolicy(Trained[ScalarScorer]):
         wide = _loaded_in(config, dtype)
         self.fresh = given is not None or not has_scalar_head(source)
         if given is None:
-            model = load_scalar(source, dtype=wide, device=device, tokenizer=tokenizer, seed=config.seed)
+            model = load_scalar(
+                source, dtype=wide, device=device, tokenizer=tokenizer, seed=config.seed, quantise=config.quantise
+            )
         else:
             disable_dropout(given)
             model = scalar_from(given, tokenizer, seed=config.seed)
@@ -227,12 +241,12 @@ Config = TypeVar("Config")
 
 
 def with_base(config: Config, say: Callable[[str], None] | None = None) -> Config:
-    """Where ``model`` or ``reference`` is an adapter, move it to its own option and put its base in its place.
+    """Where ``model`` or ``reference`` is an adapter, move it to its own option and put its base in its place. A base
+    that was quantised in the training of ``adapter`` is so again, unless ``quantise`` says otherwise.
 
     Raises :class:`ConfigError` where that option is set too, :class:`ModelError` where the adapter names no base.
     """
-    if say is not None and (line := adapter_line(getattr(config, "model"))):  # noqa: B009 - of any config
-        say(line)
+    before: Any = config
     for name, option in (("model", "adapter"), ("reference", "reference_adapter")):
         model = getattr(config, name, None)
         if model is None or not hasattr(config, option) or not is_adapter(source := local_folder(model)):
@@ -245,4 +259,9 @@ def with_base(config: Config, say: Callable[[str], None] | None = None) -> Confi
             # When defaults were filled in, a name on the Hub was not known to be an adapter's.
             changed |= {shape: None for shape in ADAPTER_SHAPE if getattr(config, shape) == FILLED.get(shape)}
         config = replace(config, **changed)  # type: ignore[type-var]
+    adapter, quantise = getattr(config, "adapter", None), getattr(config, "quantise", None)
+    if adapter is not None and quantise is None and (quantise := quantisation_on_record(local_folder(adapter))):
+        config = replace(config, quantise=quantise)  # type: ignore[type-var]
+    if say is not None and (line := adapter_line(before.model, adapter, quantise)):
+        say(line)
     return config

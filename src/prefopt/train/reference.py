@@ -102,7 +102,7 @@ def choose_reference(config: DpoConfig, given: torch.nn.Module | None = None) ->
         adapter, is_start = config.reference_adapter, config.reference_adapter == config.adapter
     if given is not None and is_start:
         return ReferenceChoice(model, adapter, is_start, identity_of_model(given, name=model))
-    return ReferenceChoice(model, adapter, is_start, identity_of_name(model, adapter))
+    return ReferenceChoice(model, adapter, is_start, identity_of_name(model, adapter, config.quantise))
 
 
 class ReferenceRun:
@@ -208,7 +208,8 @@ class ReferenceRun:
     def _other(self) -> Scorer:
         if self._scorer is None:
             source, adapter = base_and_adapter(self.choice.model, self.choice.adapter)
-            model = load_model(source, dtype=self.start.dtype, device=self.device, adapter=adapter)
+            quantise = self.run.config.quantise
+            model = load_model(source, dtype=self.start.dtype, device=self.device, adapter=adapter, quantise=quantise)
             self._scorer = Scorer(freeze_and_cast(model, self.start.dtype), attention=self.run.config.attention)
         return self._scorer
 

@@ -37,6 +37,7 @@ from prefopt.model.check import CheckReport
 from prefopt.model.costs import peak_memory
 from prefopt.model.load import load_config, local_folder
 from prefopt.model.precision import resolve_device, resolve_dtype
+from prefopt.model.quantised import check_quantisable, quantised_words
 from prefopt.model.save import add_end_tokens, repair_generation
 from prefopt.model.supported import refuse_untrainable
 from prefopt.parallel.world import ALONE, World, is_of_peers, open_world, peer_failed
@@ -95,6 +96,7 @@ class Run:
     def loading(self, policy: AnyTrained) -> AnyTrained:
         """Release ``policy`` when the run ends."""
         self.loaded.append(policy)
+        self.say(quantised_words(policy.scorer.model))
         if self.config.attention != "auto" and policy.scorer.path == "separate":
             raise ConfigError(f"--attention does nothing here: {policy.scorer.reason}; leave it out")
         if self.config.compile == "on":
@@ -281,7 +283,12 @@ def read_model(run: Run, tokenizer: Any = None) -> ModelStart:
     # A copy, since a chat template may be put on it.
     found = copy.deepcopy(tokenizer) if tokenizer is not None else tokenizer_of_name(config.model, config.named_adapter)
     configuration = run.given.config if run.given is not None else load_config(source)
-    refuse_untrainable(config.model if run.given is None else type(run.given).__name__, configuration)
+    name = config.model if run.given is None else type(run.given).__name__
+    refuse_untrainable(name, configuration, adapter=config.lora)
+    if run.given is None:
+        check_quantisable(config.quantise, configuration, name, run.device, run.dtype)
+    elif config.quantises:
+        raise ConfigError(f"--quantise {config.quantise}: a model given in Python is loaded already; quantise it there")
     positions = context_length(configuration)
     return ModelStart(source, found, positions, sequence_limit(config.max_length, positions))
 
