@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -25,6 +25,7 @@ from prefopt.model.adapter import add_adapter
 from prefopt.model.architectures import architectures_of, context_length
 from prefopt.model.checkpoint import ModelOrigin, WeightFiles, check_layers, scalar_head, set_origin, trace_origin
 from prefopt.model.costs import free_memory
+from prefopt.model.placeholders import FromFirst, load_placeholders, must_be_whole, on_meta
 from prefopt.model.precision import disable_dropout
 from prefopt.model.supported import (
     backend_errors,
@@ -103,44 +104,71 @@ def context_of(name: str) -> int | None:
     return None if bare else context_length(load_config(str(folder) if folder.exists() else name))
 
 
-def load_model(name: str, *, dtype: torch.dtype, device: torch.device, adapter: str | None = None) -> torch.nn.Module:
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    adapter: str | None = None,
+    from_first: FromFirst | None = None,
+) -> torch.nn.Module:
     """A causal language model, dropout off, with ``adapter`` (trainable) on it where one is named, or ``name`` is one.
-    Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, or needs code of its own."""
+    Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, or needs code of its own.
+    ``from_first``: see :func:`load_weights`; the model is then on the CPU."""
     if is_adapter(name):
         name, adapter = base_and_adapter(name, adapter)
     if adapter is not None and task_of(adapter) == "SEQ_CLS":
         raise ModelError(f"{adapter} is an adapter for a reward model, which writes no text: give it as --reward")
     config = load_config(name)
     refuse_other_kinds(name, config)
-    loaded: torch.nn.Module = load_weights(AutoModelForCausalLM, name, config, dtype).to(device)
+    loaded: torch.nn.Module = load_weights(AutoModelForCausalLM, name, config, dtype, from_first=from_first)
+    if from_first is None:
+        loaded = loaded.to(device)
     return add_adapter(loaded, adapter) if adapter else loaded
 
 
 def load_weights(
-    kind: Any, name: str, config: PreTrainedConfig, dtype: torch.dtype, *, lacking: Collection[str] = ()
+    kind: Any,
+    name: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    *,
+    lacking: Collection[str] = (),
+    from_first: FromFirst | None = None,
 ) -> PreTrainedModel:
     """The model that the auto class ``kind`` makes of folder ``name``, dropout off, with its :class:`ModelOrigin` and
     all weights but ``lacking``. Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, needs its
-    own code, has more layers than its configuration, or holds a reward model in place of a language model."""
-    own_config = copy.deepcopy(config)
-    disable_dropout(config)
+    own code, has more layers than its configuration, or holds a reward model in place of a language model.
+
+    ``from_first``: weights are placeholders, to be read later (:mod:`prefopt.model.placeholders`); those that cannot be
+    read slice by slice are loaded by the first of several processes, through this function.
+    """
     source = local_folder(name)
     refuse_both(source)
     check_size(kind, source, config)
-    extra = loading_options(name, config)
-    if dtype == torch.float64:
-        extra["experts_implementation"] = "eager"
-    with model_errors(name), backend_errors(name, config), quiet_loading():
-        model, info = kind.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # and then refused, in one line
-            **extra,
+    if from_first is not None and (quantisation_of(config) or must_be_whole(kind, source, config)):
+        return from_first(
+            lambda: load_weights(kind, name, config, dtype, lacking=lacking),
+            lambda: cast(PreTrainedModel, on_meta(kind, source, config).to(dtype)),
         )
+    own_config = copy.deepcopy(config)
+    disable_dropout(config)
+    options: dict[str, Any] = {
+        "config": config,
+        "dtype": dtype,
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # and then refused, in one line
+        **loading_options(name, config),
+    }
+    if dtype == torch.float64:
+        options["experts_implementation"] = "eager"
+    with model_errors(name), backend_errors(name, config), quiet_loading():
+        if from_first is None:
+            model, info = kind.from_pretrained(source, **options)
+        else:
+            model, info = load_placeholders(kind, source, **options)
     origin = trace_origin(model, WeightFiles.read(source), own_config)
     keep_unpacked_names(model, own_config)
     if kind is AutoModelForCausalLM:
@@ -174,9 +202,7 @@ def check_size(kind: Any, folder: str, config: PreTrainedConfig) -> None:
 
 def _parameters(kind: Any, name: str, config: PreTrainedConfig) -> int:
     """Parameters of the model that the auto class ``kind`` makes of a configuration, without memory for them."""
-    with torch.random.fork_rng(devices=[]), model_errors(name), torch.device("meta"):
-        made: torch.nn.Module = kind.from_config(copy.deepcopy(config), trust_remote_code=False)
-    return sum(p.numel() for p in made.parameters())
+    return sum(p.numel() for p in on_meta(kind, name, config).parameters())
 
 
 def _check_language_model(name: str, model: PreTrainedModel, origin: ModelOrigin) -> None:

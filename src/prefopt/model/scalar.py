@@ -36,6 +36,7 @@ from prefopt.model.kernels.head import wide_dtype
 from prefopt.model.load import base_and_adapter, load_config, load_model, load_weights
 from prefopt.model.merge import load_merged
 from prefopt.model.packing import PackedBatch, pack, split
+from prefopt.model.placeholders import FromFirst
 from prefopt.model.save import ids_of
 from prefopt.model.scorer import PackedModel
 
@@ -86,7 +87,13 @@ def response_rewards(
 
 
 def load_scalar(
-    name: str, *, dtype: torch.dtype, device: torch.device, tokenizer: Tokenizer, seed: int = 0
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokenizer: Tokenizer,
+    seed: int = 0,
+    from_first: FromFirst | None = None,
 ) -> torch.nn.Module:
     """A model with a scalar head, dropout off, from any of these folders (or names on the Hub):
 
@@ -96,19 +103,29 @@ def load_scalar(
     - an adapter of either kind, which is merged into its model
 
     Raises :class:`ModelError` for a folder that is damaged, has another number of labels, pads with EOS, or is of an
-    architecture without such a class.
+    architecture without such a class. ``from_first``: see :func:`prefopt.model.load.load_weights`; a model that an
+    adapter is merged into has all weights even so.
     """
-    return cast(torch.nn.Module, _load(name, dtype, device, tokenizer, seed).to(device))
+    loaded = _load(name, dtype, device, tokenizer, seed, from_first)
+    return cast(torch.nn.Module, loaded.to(device) if from_first is None else loaded)
 
 
-def _load(name: str, dtype: torch.dtype, device: torch.device, tokenizer: Tokenizer, seed: int) -> PreTrainedModel:
+def _load(
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokenizer: Tokenizer,
+    seed: int,
+    from_first: FromFirst | None,
+) -> PreTrainedModel:
     if is_adapter(name):  # merged, all weights train
         return _adapted(name, dtype, device, tokenizer, seed).requires_grad_(True)
     config: Any = load_config(name)
     if not _names_classifier(config):
         if (head := scalar_head(name)) is not None:
-            return _with_own_head(name, config, head, dtype, tokenizer)
-        return scalar_from(load_model(name, dtype=dtype, device=device), tokenizer, seed=seed)
+            return _with_own_head(name, config, head, dtype, tokenizer, from_first)
+        bare = load_model(name, dtype=dtype, device=device, from_first=from_first)
+        return scalar_from(bare, tokenizer, seed=seed)
     if config.num_labels != 1:
         raise ModelError(f"{name} has {config.num_labels} labels; a reward model has one, the reward")
     pad = config.get_text_config().pad_token_id
@@ -118,7 +135,7 @@ def _load(name: str, dtype: torch.dtype, device: torch.device, tokenizer: Tokeni
             " in its config.json to another token"
         )
     _class_of(config, f"{name}: ")
-    loaded = load_weights(AutoModelForSequenceClassification, name, config, dtype)
+    loaded = load_weights(AutoModelForSequenceClassification, name, config, dtype, from_first=from_first)
     check_scalar_model(loaded)
     return loaded
 
@@ -136,13 +153,19 @@ def _names_classifier(config: Any) -> bool:
 
 
 def _with_own_head(
-    name: str, config: Any, head: ScalarHead, dtype: torch.dtype, tokenizer: Tokenizer
+    name: str,
+    config: Any,
+    head: ScalarHead,
+    dtype: torch.dtype,
+    tokenizer: Tokenizer,
+    from_first: FromFirst | None,
 ) -> PreTrainedModel:
     """The sequence classifier of a folder that names another class, with the head and bias in it."""
     _class_of(config, f"{name} holds a scalar head ({head.weight}); ")
     _one_label(config)
     values = head.read(config.get_text_config().hidden_size)
-    loaded = load_weights(AutoModelForSequenceClassification, name, config, dtype, lacking=("score.weight",))
+    kind, lacking = AutoModelForSequenceClassification, ("score.weight",)
+    loaded = load_weights(kind, name, config, dtype, lacking=lacking, from_first=from_first)
     check_scalar_model(loaded)
     pad = config.get_text_config().pad_token_id
     if pad is None or pad in end_ids(config, tokenizer):

@@ -8,8 +8,8 @@ last hidden states; :mod:`prefopt.model.scalar` reads rewards and values from th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -60,6 +60,10 @@ class PackedModel(torch.nn.Module):
         self.layout = PackLayout(self.reason is None, rope_limit(config))
         self.attention = attention
         self.compute_dtype: torch.dtype | None = None  # set where weights are gathered in another dtype than they have
+        self.gathered: Callable[[], AbstractContextManager[None]] = nullcontext
+        """A block in which the model may be called past this scorer: its weights outside of layers are at hand."""
+        self.most_passes: Callable[[int], int] | None = None
+        """Where every pass must be made by all ranks (shards): the largest of their numbers of passes."""
         # All configurations that a layer may read: the model's, its text part's, and those of inner models.
         configs = [causal.config, config, *(m.config for m in causal.modules() if isinstance(m, PreTrainedModel))]
         self._configs = list({id(c): c for c in configs}.values())
@@ -143,7 +147,15 @@ class PackedModel(torch.nn.Module):
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """Last hidden states [T, H] of all passes, end to end, as ``batch.read`` and ``batch.last`` index them."""
-        return torch.cat([self._hidden(p) for p in batch.passes])
+        return self._of_passes(batch, self._hidden)
+
+    def _of_passes(self, batch: PackedBatch, compute: Callable[[ForwardPass], torch.Tensor]) -> torch.Tensor:
+        """``compute`` of all passes of a batch, end to end; further passes, for nothing, where another rank has more."""
+        found = torch.cat([compute(row) for row in batch.passes])
+        if self.most_passes is not None and (not self.layout.share or self.layout.rope_limit is not None):
+            for _ in range(self.most_passes(len(batch.passes)) - len(batch.passes)):
+                found = found + 0 * compute(batch.passes[0]).sum()
+        return found
 
     def count(self, row: ForwardPass) -> None:
         """Count a forward pass in :mod:`prefopt.model.costs`."""
@@ -265,12 +277,13 @@ class Scorer(PackedModel):
 
     def _own_logits(self, batch: PackedBatch) -> torch.Tensor:
         """Logits [M, V] by the whole model, which are in memory: for models whose head is not separate."""
-        logits = []
-        for row in batch.passes:
+
+        def compute(row: ForwardPass) -> torch.Tensor:
             self.count(row)
             out = causal_model(self.model)(input_ids=row.ids[None], use_cache=False, return_dict=True)
-            logits.append(out.logits[0])
-        z = torch.cat(logits).index_select(0, batch.read)
+            return cast(torch.Tensor, out.logits[0])
+
+        z = self._of_passes(batch, compute).index_select(0, batch.read)
         return z.to(wide_dtype(z.dtype)) * self.head.scale
 
 
