@@ -28,7 +28,7 @@ from prefopt.errors import ConfigError, ModelError, first_line
 from prefopt.model.architectures import architectures_of, causal_model
 from prefopt.model.checkpoint import origin_of
 from prefopt.model.lora_targets import lora_targets
-from prefopt.model.placeholders import carry_contents
+from prefopt.model.placeholders import carry_contents, make_room
 from prefopt.model.precision import disable_dropout
 from prefopt.model.supported import model_errors
 
@@ -97,6 +97,10 @@ def add_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
             path = Path(named)
             grow_embedding(plain, max(_rows(plain, path), default=0))
             saves_embedding = _saves_embedding(plain, path)
+            held = _shapes(path)
+            for name, parameter in plain.named_parameters():
+                if name in held:
+                    make_room(parameter)
             wrapped: Any = PeftModel.from_pretrained(
                 plain, named, is_trainable=True, config=_with_plain_targets(plain, path)
             )

@@ -82,6 +82,13 @@ def empty(parameter: torch.nn.Parameter, contents: Contents) -> None:
     set_contents(parameter, contents)
 
 
+def make_room(parameter: Any) -> None:
+    """Make a parameter an ordinary one, for contents that are in none of the places that were recorded."""
+    if contents_of(parameter) is not None:
+        parameter.data = torch.zeros(parameter.shape, dtype=parameter.dtype)
+        parameter.prefopt_contents = None
+
+
 def without_contents(model: torch.nn.Module) -> bytes:
     """A model, pickled, with placeholders for its weights; ``model`` stays as it is, with weights that are recorded as
     those of the first process. The bytes are for other processes of the same run alone."""
