@@ -151,10 +151,12 @@ class PackedModel(torch.nn.Module):
 
     def _of_passes(self, batch: PackedBatch, compute: Callable[[ForwardPass], torch.Tensor]) -> torch.Tensor:
         """``compute`` of all passes of a batch, end to end; further passes, for nothing, where another rank has more."""
-        found = torch.cat([compute(row) for row in batch.passes])
+        idle = 0
         if self.most_passes is not None and (not self.layout.share or self.layout.rope_limit is not None):
-            for _ in range(self.most_passes(len(batch.passes)) - len(batch.passes)):
-                found = found + 0 * compute(batch.passes[0]).sum()
+            idle = self.most_passes(len(batch.passes)) - len(batch.passes)
+        found = torch.cat([compute(row) for row in batch.passes])
+        for _ in range(idle):
+            found = found + 0 * compute(batch.passes[0]).sum()
         return found
 
     def count(self, row: ForwardPass) -> None:
