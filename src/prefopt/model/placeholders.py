@@ -30,8 +30,8 @@ CHUNK = 4096
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """Where the contents of a parameter are: the tensor ``name`` of a file, or (``stored`` is None) in the memory of the
-    first process. Rows that the parameter has beyond those are zero."""
+    """Where the contents of a parameter are: in the tensor ``name`` of a file, or, where ``stored`` is None, in the
+    memory of the first process. Rows that the parameter has beyond those are zero."""
 
     name: str
     stored: StoredTensor | None
@@ -188,8 +188,9 @@ def load_placeholders(
             owner, _, field = name.rpartition(".")
             setattr(model.get_submodule(owner), field, stored.read(places[name].name).to(buffer.dtype))
     if model.can_generate():
-        here = {"cache_dir": None, "force_download": False, "proxies": None, "local_files_only": True, "token": None}
-        model.adjust_generation_fn(None, True, False, folder, revision=None, subfolder="", trust_remote_code=False, **here)
+        hub = dict.fromkeys(["cache_dir", "proxies", "token", "revision"])
+        local = {"force_download": False, "local_files_only": True, "subfolder": "", "trust_remote_code": False}
+        model.adjust_generation_fn(None, True, False, folder, **hub, **local)
     return model, info
 
 

@@ -150,7 +150,7 @@ class PackedModel(torch.nn.Module):
         return self._of_passes(batch, self._hidden)
 
     def _of_passes(self, batch: PackedBatch, compute: Callable[[ForwardPass], torch.Tensor]) -> torch.Tensor:
-        """``compute`` of all passes of a batch, end to end; further passes, for nothing, where another rank has more."""
+        """``compute`` of all passes of a batch, end to end; more passes, for nothing, where another rank has more."""
         idle = 0
         if self.most_passes is not None and (not self.layout.share or self.layout.rope_limit is not None):
             idle = self.most_passes(len(batch.passes)) - len(batch.passes)

@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from prefopt.core.terminal import size
@@ -30,8 +32,8 @@ COMPARED = 16
 def from_first(
     world: World, load: Callable[[], PreTrainedModel], made: Callable[[], PreTrainedModel]
 ) -> PreTrainedModel:
-    """A :data:`prefopt.model.placeholders.FromFirst`: the model that ``load`` gives on the first rank; on the others the same one with placeholders for its weights."""
-    del made
+    """A :data:`prefopt.model.placeholders.FromFirst`: the model that ``load`` gives on the first rank, and on the
+    others the same one with placeholders for its weights. ``made`` is not needed."""
     held: list[PreTrainedModel] = []
 
     def on_first() -> bytes:
@@ -58,8 +60,7 @@ def shard_unread(
     sharded = shard(scorer, weights, world, dtype, hybrid=hybrid, device=device)
     unread = sharded.unread
     world.agree("weights in the model's files", world.together(lambda: _probe(unread)))
-    scorer._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
-    sharded.refresh()
+    sharded.allocate(device)
     parameters = dict(sharded.model.named_parameters())
     stored = {name: there.contents for name, there in unread.items() if there.contents.stored is not None}
     world.together(lambda: [_read(parameters[name], contents) for name, contents in stored.items()])
@@ -118,6 +119,6 @@ def rows_before(parameter: torch.Tensor) -> int:
     the last may be smaller or empty."""
     if not is_sharded(parameter):
         return 0
-    mesh = parameter.device_mesh  # type: ignore[attr-defined]
+    mesh: DeviceMesh = cast(Any, parameter).device_mesh
     each = -(-parameter.shape[0] // mesh.size(-1))
     return min(parameter.shape[0], each * mesh.get_local_rank(mesh.ndim - 1))

@@ -106,10 +106,15 @@ class ShardedWeights(MasterWeights):
             module.set_gradient_divide_factor(1.0)  # sums, not averages: the loss has its normaliser already
             module.set_force_sum_reduction_for_comms(True)
         self._trained = set(weights.masters)
-        self.refresh()
+        self._name_masters()
 
-    def refresh(self) -> None:
-        """Take the model's parameters anew."""
+    def allocate(self, device: torch.device) -> None:
+        """Give what is on the meta device its memory on ``device``, and move everything else there."""
+        scorer: Any = self.scorer
+        scorer._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
+        self._name_masters()
+
+    def _name_masters(self) -> None:
         self.masters = {n: p for n, p in self.model.named_parameters() if n in self._trained}
 
     def publish(self) -> None:

@@ -18,6 +18,7 @@ from prefopt.errors import ConfigError
 from prefopt.model.adapter import new_lora
 from prefopt.model.architectures import causal_model, checkpoint_activations
 from prefopt.model.checkpoint import describe_untouched, origin_of
+from prefopt.model.kernels.head import Head
 from prefopt.model.load import base_and_adapter, load_model, local_folder
 from prefopt.model.lora_targets import tower_weights
 from prefopt.model.placeholders import FromFirst, skeleton
@@ -53,14 +54,15 @@ class Trained(Generic[AnyScorer]):
         world: World = ALONE,
     ) -> None:
         """``dtype`` is that of computation; ``load`` gives the model. ``named``: it was not given in Python. Of several
-        processes in ``world``, which cannot have the whole of a named model each, each reads its part alone."""
+        processes in ``world`` each reads its part of a named model alone, where it is cut."""
         self.shards: Shards = "none"
-        """Whether each of several processes holds a part of every weight."""
+        """How several processes hold the weights: all of them (``none``), a part each, or a part of each machine's."""
         self.reading: str | None = None
         """A line on how weights in shards were read."""
         self.config, self.dtype, self._named = config, dtype, named
         self._new_lora = config.lora and config.named_adapter is None
-        self._why, self._trained_head = "", None
+        self._why = ""
+        self._trained_head: Head | None = None
         if named and not world.alone and config.shard != "none":
             self._read_in_shards(load, world, device)
         if not self.sharded:
@@ -92,10 +94,10 @@ class Trained(Generic[AnyScorer]):
             return
         self._begin(load(partial(from_first, world)))
         if self._new_lora:  # it is cut with the rest; until it trains it changes nothing
-            head = getattr(self.scorer, "head", None)
+            before: Any = self.scorer
             self._add_adapter()
-            if head is not None:
-                self._trained_head, self.scorer.head = self.scorer.head, head
+            if isinstance(self.scorer, Scorer):  # nor may it change how logits are rounded
+                self._trained_head, self.scorer.head = self.scorer.head, before.head
         self.masters, self.reading = shard_unread(
             self.scorer, self.masters, world, self.dtype, device, hybrid=shards == "hybrid"
         )
@@ -155,8 +157,8 @@ class Trained(Generic[AnyScorer]):
         torch.manual_seed(config.seed)
         if self._new_lora and not self.sharded:
             self._add_adapter()
-        if self._trained_head is not None:
-            cast(Any, self.scorer).head = self._trained_head
+        if self._trained_head is not None and isinstance(self.scorer, Scorer):
+            self.scorer.head = self._trained_head
         if config.gradient_checkpointing:
             checkpoint_activations(self.scorer.model)
         trained = sum(p.numel() for p in self.masters.masters.values())
@@ -246,7 +248,7 @@ class ScalarPolicy(Trained[ScalarScorer]):
         def load(from_first: FromFirst | None) -> torch.nn.Module:
             if given is not None:
                 disable_dropout(given)
-                return scalar_from(given, tokenizer, seed=config.seed)
+                return cast(torch.nn.Module, scalar_from(given, tokenizer, seed=config.seed))
             options: dict[str, Any] = {"tokenizer": tokenizer, "seed": config.seed, "from_first": from_first}
             return load_scalar(source, dtype=wide, device=device, **options)
 

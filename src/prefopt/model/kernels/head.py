@@ -378,7 +378,7 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def _few_rows(module: torch.nn.Module) -> dict[str, Tensor]:
-    """A few rows of a head's weights [V, ...], drawn where it has no contents yet: enough to see what its class does."""
+    """A few rows of a head's weights [V, ...], drawn where it has no contents yet: they show what its class does."""
     generator = torch.Generator().manual_seed(1)
     found, vocabulary = {}, int(cast(Any, module).weight.shape[0])
     for name, weight in module.named_parameters():
