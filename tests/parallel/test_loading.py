@@ -269,11 +269,24 @@ def test_the_cache_is_filled_in_shards_as_by_one_process(case: str, tmp_path: Pa
     options = dict(REFERENCES[case])
     if "reference" in options:
         options["reference"] = several_files(tmp_path / "other")
-    on_ranks(1, _filled, options, model, file, str(tmp_path / "one"), str(tmp_path / "cache1"))
-    given = {**options, "shard": "full"}
-    on_ranks(3, _filled, given, model, file, str(tmp_path / "three"), str(tmp_path / "cache3"))
+    train_on(1, options, model, file, tmp_path)
+    train_on(3, {**options, "shard": "full"}, model, file, tmp_path)
     one, three = values_in(tmp_path / "cache1"), values_in(tmp_path / "cache3")
     assert one and one == three
+
+
+@pytest.mark.slow
+def test_distributions_of_another_reference_are_compared_in_shards(tmp_path: Path) -> None:
+    model, file = prepared(tmp_path, "pairs")
+    options = {"loss": "tdpo", "reference": several_files(tmp_path / "other"), "max_steps": 2}
+    train_on(1, options, model, file, tmp_path)
+    train_on(2, {**options, "shard": "full"}, model, file, tmp_path)
+    same(tmp_path / "run1", tmp_path / "run2")
+
+
+def train_on(size: int, options: dict[str, Any], model: str, data: str, folder: Path) -> None:
+    """A run with a cache of its own."""
+    on_ranks(size, _filled, options, model, data, str(folder / f"run{size}"), str(folder / f"cache{size}"))
 
 
 @pytest.mark.slow
@@ -283,11 +296,10 @@ def test_a_class_that_scores_each_response_apart_trains_in_shards(tmp_path: Path
     write_rows(tmp_path / "ranked.jsonl", FILES["ranked"]())
     options = {"loss": "plackett_luce", "max_steps": 2, "token_budget": 60}
     data = str(tmp_path / "ranked.jsonl")
-    on_ranks(1, _filled, options, model, data, str(tmp_path / "one"), str(tmp_path / "cache1"))
-    given = {**options, "shard": "full"}
-    on_ranks(2, _filled, given, model, data, str(tmp_path / "two"), str(tmp_path / "cache2"))
+    train_on(1, options, model, data, tmp_path)
+    train_on(2, {**options, "shard": "full"}, model, data, tmp_path)
     assert values_in(tmp_path / "cache1") == values_in(tmp_path / "cache2")
-    same(tmp_path / "one", tmp_path / "two")
+    same(tmp_path / "run1", tmp_path / "run2")
 
 
 def _chosen(source: str, room: float) -> tuple[str, str | None, str]:

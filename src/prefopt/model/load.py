@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -26,7 +26,7 @@ from prefopt.model.architectures import architectures_of, context_length
 from prefopt.model.checkpoint import ModelOrigin, WeightFiles, check_layers, scalar_head, set_origin, trace_origin
 from prefopt.model.costs import free_memory
 from prefopt.model.placeholders import FromFirst, load_placeholders, must_be_whole, on_meta
-from prefopt.model.precision import disable_dropout
+from prefopt.model.precision import disable_dropout, kept_in_float32
 from prefopt.model.supported import (
     backend_errors,
     drop_foreign_attention,
@@ -149,7 +149,7 @@ def load_weights(
     if from_first is not None and (quantisation_of(config) or must_be_whole(kind, source, config)):
         return from_first(
             lambda: load_weights(kind, name, config, dtype, lacking=lacking),
-            lambda: cast(PreTrainedModel, on_meta(kind, source, config).to(dtype)),
+            lambda: _sizes(kind, source, config, dtype),
         )
     own_config = copy.deepcopy(config)
     disable_dropout(config)
@@ -203,6 +203,15 @@ def check_size(kind: Any, folder: str, config: PreTrainedConfig) -> None:
 def _parameters(kind: Any, name: str, config: PreTrainedConfig) -> int:
     """Parameters of the model that the auto class ``kind`` makes of a configuration, without memory for them."""
     return sum(p.numel() for p in on_meta(kind, name, config).parameters())
+
+
+def _sizes(kind: Any, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on the meta device, its weights in the dtypes that they are loaded in."""
+    made = on_meta(kind, name, config)
+    kept = kept_in_float32(made)
+    for weight, parameter in made.named_parameters():
+        parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32) if kept(weight) else dtype)
+    return made
 
 
 def _check_language_model(name: str, model: PreTrainedModel, origin: ModelOrigin) -> None:

@@ -86,7 +86,7 @@ class Trained(Generic[AnyScorer]):
         from prefopt.parallel.loading import from_first, shard_unread
         from prefopt.parallel.shard import choose
 
-        sizes = load(skeleton)
+        sizes = world.together(lambda: load(skeleton))
         if self._new_lora:
             sizes = self._with_adapter(sizes.requires_grad_(False))
         shards, self._why = choose(self.config.shard, world, sizes, MasterWeights(sizes, self.dtype).masters, device)
