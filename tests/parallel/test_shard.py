@@ -154,7 +154,6 @@ def test_auto_counts_every_weight_once(dtype: torch.dtype, each: int, monkeypatc
     for room, wanted in ((need + 99, "none"), (need - 99, "hybrid"), (need / 2 - 99, "full")):
         memory = room / shard.ROOM * 2  # two processes share the memory of a machine
         monkeypatch.setattr(shard, "memory_of", lambda device, memory=memory: int(memory))
-        assert choose("auto", world, Scorer(made), masters)[0] == wanted, room
-        assert choose("auto", world, Scorer(made), masters, lambda: need)[0] == (
-            "hybrid" if wanted == "none" else "full"
-        )
+        assert choose("auto", world, made, masters, torch.device("cpu"))[0] == wanted, room
+        more = choose("auto", world, made, masters, torch.device("cpu"), lambda: need)[0]
+        assert more == ("hybrid" if wanted == "none" else "full")

@@ -46,9 +46,11 @@ def run(
             lambda: load_data(config, start, rows, run.reporter, run.stop, kind=data_kind(terms), which=which)
         )
         check_rows(terms, data.groups, which)
-        choice = choose_reference(config, model) if needs_reference(terms) else None
+        choice = None
+        if needs_reference(terms):
+            choice = run.world.first_on_node(lambda: choose_reference(config, model))
 
-        policy = run.loading(Policy(config, start.source, run.dtype, run.device, model))
+        policy = run.loading(Policy(config, start.source, run.dtype, run.device, model, run.world))
         offline = OfflineRun(run=run, start=start, data=data, policy=policy)
         check = offline.check(check_scoring)
         say(f"loss: {describe(terms)}")
@@ -85,7 +87,7 @@ def _reference_plan(offline: OfflineRun, terms: Losses, choice: ReferenceChoice 
     run, reference, read = offline.run, None, offline.groups_read()
     if choice is not None:
         tokens = any(term.loss.needs_head_values for term in terms)
-        reference = ReferenceRun(run, choice, offline.policy.scorer, token_values=tokens)
+        reference = ReferenceRun(run, choice, offline.policy.scorer, token_values=tokens, shards=offline.policy.shards)
     return ReferencePlan(run, terms, offline.data, reference, offline.start.limit, steps=offline.steps, read=read)
 
 

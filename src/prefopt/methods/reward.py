@@ -57,7 +57,8 @@ def run(
         config, say = run.config, run.say
         start = read_model(run, tokenizer)
         data = run.world.first_on_node(lambda: load_data(config, start, rows, run.reporter, run.stop, kind="pairs"))
-        policy = run.loading(ScalarPolicy(config, start.source, run.dtype, run.device, model, start.tokenizer))
+        where = (run.dtype, run.device)
+        policy = run.loading(ScalarPolicy(config, start.source, *where, model, start.tokenizer, run.world))
         offline = OfflineRun(run=run, start=start, data=data, policy=policy)
         offline.check(_check)
         if config.margin is not None:

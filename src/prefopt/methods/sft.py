@@ -49,7 +49,7 @@ def run(
         if config.from_scratch:
             fitted = config.train_tokenizer is not None
             given = new_model(start.source, start.tokenizer, seed=config.seed, fitted=fitted).to(run.device)
-        policy = run.loading(Policy(config, start.source, run.dtype, run.device, given))
+        policy = run.loading(Policy(config, start.source, run.dtype, run.device, given, run.world))
         offline = OfflineRun(run=run, start=start, data=data, policy=policy, unit="rows")
         offline.check(check_scoring)
         tokens = int(data.groups.trained_N[: int(data.source.groups.responses_G.sum())].sum())

@@ -28,6 +28,7 @@ from prefopt.errors import ConfigError, ModelError, first_line
 from prefopt.model.architectures import architectures_of, causal_model
 from prefopt.model.checkpoint import origin_of
 from prefopt.model.lora_targets import lora_targets
+from prefopt.model.placeholders import carry_contents, make_room
 from prefopt.model.precision import disable_dropout
 from prefopt.model.supported import model_errors
 
@@ -96,6 +97,10 @@ def add_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
             path = Path(named)
             grow_embedding(plain, max(_rows(plain, path), default=0))
             saves_embedding = _saves_embedding(plain, path)
+            held = _shapes(path)
+            for name, parameter in plain.named_parameters():
+                if name in held:
+                    make_room(parameter)
             wrapped: Any = PeftModel.from_pretrained(
                 plain, named, is_trainable=True, config=_with_plain_targets(plain, path)
             )
@@ -130,12 +135,18 @@ def grow_embedding(model: Any, rows: int) -> None:
     before = int(model.get_input_embeddings().weight.shape[0])
     if rows <= before:
         return
+
+    def ends() -> list[Any]:
+        return [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+
+    old = [end.weight for end in ends()]
     model.resize_token_embeddings(rows, mean_resizing=False)
     with torch.no_grad():
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            for values in () if layer is None else layer.parameters():
+        for layer, weight in zip(ends(), old, strict=True):
+            for values in layer.parameters():
                 if values.shape[0] == rows:  # the weight [rows, H], and a head's bias [rows]
                     values[before:] = 0
+            carry_contents(weight, layer.weight)
 
 
 def _saves_embedding(model: Any, folder: Path) -> bool:

@@ -54,9 +54,13 @@ def body_of(model: PreTrainedModel) -> torch.nn.Module:
 
 
 def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The blocks that transformers never splits: the layers of a model."""
+    """The blocks that transformers never splits, without those inside another one: the layers of a model."""
     names = set(getattr(causal_model(model), "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+    found: dict[str, torch.nn.Module] = {}
+    for place, module in model.named_modules():
+        if type(module).__name__ in names and not place.startswith(tuple(f"{outer}." for outer in found)):
+            found[place] = module
+    return list(found.values())
 
 
 def checkpoint_activations(model: torch.nn.Module) -> None:

@@ -216,7 +216,7 @@ def check_scalars(scorer: ScalarScorer, groups: Sequence[Group]) -> CheckReport:
         together = scorer(pack(some, scorer.layout).to(device))
         noise = _rms(together - torch.cat([scorer(pack([g], scorer.layout).to(device)) for g in some]))
         rows = [ids[: int(trained.nonzero()[-1]) + 1].to(device)[None] for ids, trained in _sequences(some)]
-        with scorer.attention_by(None):
+        with scorer.attention_by(None), scorer.gathered():
             own = [model(input_ids=x, attention_mask=torch.ones_like(x), use_cache=False).logits[0, 0] for x in rows]
     sharing = _rms(together + scorer.shift - torch.stack(own).to(together.dtype))
     gross = _GROSS[scorer.dtype] * max(1.0, float(together.abs().max()))
@@ -318,7 +318,7 @@ def _real_differences(scorer: Scorer, groups: Sequence[Group]) -> tuple[float, f
     noise = _rms(together - apart)
     if not scorer.layout.share:
         return 0.0, noise
-    with scorer.attention_by(None):
+    with scorer.attention_by(None), scorer.gathered():
         plain = Scorer(scorer.model, share=False, head=scorer.head)
         separate = plain(pack(some[:1], plain.layout).to(device))
     return _rms(apart[: len(separate)] - separate), noise
@@ -330,7 +330,7 @@ def _head_difference(scorer: Scorer, group: Group) -> float:
     ids = group.sequence(0)[0][:HEAD_TOKENS]
     start = [Group.from_sequences([(ids, np.arange(len(ids)) > 0)], row=0)]
     found = scorer(pack(start, scorer.layout).to(next(scorer.model.parameters()).device))
-    with scorer.attention_by(None):
+    with scorer.attention_by(None), scorer.gathered():
         return _rms(found - _separately(causal_model(scorer.model), start))
 
 

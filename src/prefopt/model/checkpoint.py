@@ -58,11 +58,13 @@ class StoredTensor:
         bits = re.match(r"[A-Z]+(\d+)", self.dtype)
         return math.ceil(math.prod(self.shape) * (int(bits[1]) if bits else 8) / 8)
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor, on the CPU, in its stored type. Raises :class:`ModelError` where the file is gone."""
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """The tensor, or these of its rows alone, on the CPU, in its stored type. Raises :class:`ModelError` where the
+        file is gone or has become another."""
         try:
             with safe_open(self.file, framework="pt") as file:
-                return cast(torch.Tensor, file.get_tensor(name))
+                found = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+                return cast(torch.Tensor, found)
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{self.file}: {name} cannot be read ({error}); put the model back") from error
 

@@ -26,7 +26,8 @@ from prefopt.model.adapter import add_adapter
 from prefopt.model.architectures import architectures_of, context_length
 from prefopt.model.checkpoint import ModelOrigin, WeightFiles, check_layers, scalar_head, set_origin, trace_origin
 from prefopt.model.costs import free_memory
-from prefopt.model.precision import disable_dropout
+from prefopt.model.placeholders import FromFirst, load_placeholders, must_be_whole, on_meta
+from prefopt.model.precision import disable_dropout, kept_in_float32
 from prefopt.model.quantised import chosen, quantised_loading, set_compute_dtype
 from prefopt.model.supported import (
     backend_errors,
@@ -113,10 +114,12 @@ def load_model(
     device: torch.device,
     adapter: str | None = None,
     quantise: str | None = None,
+    from_first: FromFirst | None = None,
 ) -> torch.nn.Module:
     """A causal language model, dropout off, with ``adapter`` (trainable) on it where one is named, or ``name`` is one.
-    ``quantise``: see :func:`prefopt.model.quantised.chosen`. Raises :class:`ModelError` for a folder that is missing,
-    incomplete, pickled, or needs code of its own, :class:`ConfigError` where it cannot be quantised."""
+    ``quantise``: see :func:`prefopt.model.quantised.chosen`. ``from_first``: see :func:`load_weights`; the model is
+    then on the CPU. Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, or needs code of its own,
+    :class:`ConfigError` where it cannot be quantised."""
     if is_adapter(name):
         name, adapter = base_and_adapter(name, adapter)
     if adapter is not None and task_of(adapter) == "SEQ_CLS":
@@ -124,7 +127,8 @@ def load_model(
     config = load_config(name)
     refuse_other_kinds(name, config)
     quantise = chosen(quantise, adapter)
-    loaded = load_weights(AutoModelForCausalLM, name, config, dtype, device, quantise=quantise)
+    kind = AutoModelForCausalLM
+    loaded = load_weights(kind, name, config, dtype, device, quantise=quantise, from_first=from_first)
     return add_adapter(loaded, adapter) if adapter else loaded
 
 
@@ -137,32 +141,45 @@ def load_weights(
     *,
     lacking: Collection[str] = (),
     quantise: str | None = None,
+    from_first: FromFirst | None = None,
 ) -> PreTrainedModel:
     """The model that the auto class ``kind`` makes of folder ``name``, dropout off, with its :class:`ModelOrigin` and
     all weights but ``lacking``, on ``device``. ``quantise``: each weight is packed as it is read. Raises
     :class:`ModelError` for a folder that is missing, incomplete, pickled, needs its own code, has more layers than its
-    configuration, or holds a reward model in place of a language model."""
-    own_config = copy.deepcopy(config)
-    disable_dropout(config)
+    configuration, or holds a reward model in place of a language model.
+
+    ``from_first``: weights are placeholders on the CPU, to be read later (:mod:`prefopt.model.placeholders`); those
+    that cannot be read slice by slice are loaded by the first of several processes, through this function.
+    """
     source = local_folder(name)
     refuse_both(source)
     check_size(kind, source, config)
-    with model_errors(name), backend_errors(name, config), quiet_loading():
-        extra = loading_options(name, config, device)
-        if quantise is not None:
-            extra = quantised_loading(quantise, kind, name, config, device, dtype)
-        if dtype == torch.float64:
-            extra["experts_implementation"] = "eager"
-        model, info = kind.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # and then refused, in one line
-            **extra,
+    if from_first is not None and (quantisation_of(config) or must_be_whole(kind, source, config)):
+        return from_first(
+            lambda: load_weights(kind, name, config, dtype, torch.device("cpu"), lacking=lacking),
+            lambda: _sizes(kind, source, config, dtype),
         )
+    own_config = copy.deepcopy(config)
+    disable_dropout(config)
+    options: dict[str, Any] = {
+        "config": config,
+        "dtype": dtype,
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # and then refused, in one line
+    }
+    if dtype == torch.float64:
+        options["experts_implementation"] = "eager"
+    with model_errors(name), backend_errors(name, config), quiet_loading():
+        if quantise is None:
+            options |= loading_options(name, config, device)
+        else:
+            options |= quantised_loading(quantise, kind, name, config, device, dtype)
+        if from_first is None:
+            model, info = kind.from_pretrained(source, **options)
+        else:
+            model, info = load_placeholders(kind, source, **options)
     origin = trace_origin(model, WeightFiles.read(source), own_config)
     keep_unpacked_names(model, own_config)
     if kind is AutoModelForCausalLM:
@@ -176,7 +193,7 @@ def load_weights(
     check_layers(name, model, origin)
     set_origin(model, origin)
     set_compute_dtype(model, dtype)
-    return model.to(device)
+    return model.to(device) if from_first is None else model
 
 
 def check_size(kind: Any, folder: str, config: PreTrainedConfig) -> None:
@@ -199,9 +216,16 @@ def check_size(kind: Any, folder: str, config: PreTrainedConfig) -> None:
 
 def _parameters(kind: Any, name: str, config: PreTrainedConfig) -> int:
     """Parameters of the model that the auto class ``kind`` makes of a configuration, without memory for them."""
-    with torch.random.fork_rng(devices=[]), model_errors(name), torch.device("meta"):
-        made: torch.nn.Module = kind.from_config(copy.deepcopy(config), trust_remote_code=False)
-    return sum(p.numel() for p in made.parameters())
+    return sum(p.numel() for p in on_meta(kind, name, config).parameters())
+
+
+def _sizes(kind: Any, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on the meta device, its weights in the dtypes that they are loaded in."""
+    made = on_meta(kind, name, config)
+    kept = kept_in_float32(made)
+    for weight, parameter in made.named_parameters():
+        parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32) if kept(weight) else dtype)
+    return made
 
 
 def _check_language_model(name: str, model: PreTrainedModel, origin: ModelOrigin) -> None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefopt.errors import ConfigError
 from prefopt.model.architectures import causal_model
+from prefopt.model.placeholders import cast_to
 from prefopt.model.quantised import is_packed
 
 DTYPES: dict[str, torch.dtype] = {n: getattr(torch, n) for n in ("float32", "bfloat16", "float16", "float64")}
@@ -80,12 +81,12 @@ class MasterWeights:
         self._copies: dict[str, torch.nn.Parameter] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         for name, parameter, target in _cast_frozen(model, compute):
-            wide = parameter.data.to(torch.promote_types(target, torch.float32))
+            wide = cast_to(parameter.data, torch.promote_types(target, torch.float32))
             if target == wide.dtype:
                 parameter.data = wide
                 self.masters[name] = parameter
                 continue
-            parameter.data = wide.to(target)
+            parameter.data = cast_to(wide, target)
             self.masters[name] = torch.nn.Parameter(wide)
             self._copies[name] = parameter
             hook = partial(_collect, self.masters[name])
@@ -154,7 +155,7 @@ def _cast_frozen(model: torch.nn.Module, compute: torch.dtype) -> Iterator[tuple
         if parameter.requires_grad:
             yield name, parameter, target
         elif parameter.dtype.is_floating_point and parameter.dtype != target:
-            parameter.data = parameter.data.to(target)
+            parameter.data = cast_to(parameter.data, target)
 
 
 def kept_in_float32(model: PreTrainedModel) -> Callable[[str], bool]:

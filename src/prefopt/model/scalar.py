@@ -36,6 +36,7 @@ from prefopt.model.kernels.head import wide_dtype
 from prefopt.model.load import base_and_adapter, load_config, load_model, load_weights
 from prefopt.model.merge import load_merged
 from prefopt.model.packing import PackedBatch, pack, split
+from prefopt.model.placeholders import FromFirst
 from prefopt.model.quantised import chosen, copy_marks, dequantise, is_quantised
 from prefopt.model.save import ids_of
 from prefopt.model.scorer import PackedModel
@@ -94,6 +95,7 @@ def load_scalar(
     tokenizer: Tokenizer,
     seed: int = 0,
     quantise: str | None = None,
+    from_first: FromFirst | None = None,
 ) -> torch.nn.Module:
     """A model with a scalar head, dropout off, from any of these folders (or names on the Hub):
 
@@ -102,14 +104,23 @@ def load_scalar(
     - a model with a scalar head of another trainer (:mod:`prefopt.model.checkpoint`)
     - an adapter of either kind, which is merged into its model
 
-    ``quantise``: nf4 or int8, of a model that is no adapter. Raises :class:`ModelError` for a folder that is damaged,
-    has another number of labels, pads with EOS, or is of an architecture without such a class.
+    ``quantise``: nf4 or int8, of a model that is no adapter. ``from_first``: as of
+    :func:`prefopt.model.load.load_weights`; a model that an adapter is merged into has all weights even so. Raises
+    :class:`ModelError` for a folder that is damaged, has another number of labels, pads with EOS, or is of an
+    architecture without such a class.
     """
-    return cast(torch.nn.Module, _load(name, dtype, device, tokenizer, seed, chosen(quantise, None)).to(device))
+    loaded = _load(name, dtype, device, tokenizer, seed, chosen(quantise, None), from_first)
+    return cast(torch.nn.Module, loaded.to(device) if from_first is None else loaded)
 
 
 def _load(
-    name: str, dtype: torch.dtype, device: torch.device, tokenizer: Tokenizer, seed: int, quantise: str | None
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokenizer: Tokenizer,
+    seed: int,
+    quantise: str | None,
+    from_first: FromFirst | None,
 ) -> PreTrainedModel:
     if is_adapter(name):  # merged, all weights train
         if quantise is not None:
@@ -121,8 +132,9 @@ def _load(
     config: Any = load_config(name)
     if not _names_classifier(config):
         if (head := scalar_head(name)) is not None:
-            return _with_own_head(name, config, head, dtype, device, tokenizer, quantise)
-        return scalar_from(load_model(name, dtype=dtype, device=device, quantise=quantise), tokenizer, seed=seed)
+            return _with_own_head(name, config, head, dtype, device, tokenizer, quantise, from_first)
+        bare = load_model(name, dtype=dtype, device=device, quantise=quantise, from_first=from_first)
+        return scalar_from(bare, tokenizer, seed=seed)
     if config.num_labels != 1:
         raise ModelError(f"{name} has {config.num_labels} labels; a reward model has one, the reward")
     pad = config.get_text_config().pad_token_id
@@ -132,7 +144,8 @@ def _load(
             " in its config.json to another token"
         )
     _class_of(config, f"{name}: ")
-    loaded = load_weights(AutoModelForSequenceClassification, name, config, dtype, device, quantise=quantise)
+    kind = AutoModelForSequenceClassification
+    loaded = load_weights(kind, name, config, dtype, device, quantise=quantise, from_first=from_first)
     check_scalar_model(loaded)
     return loaded
 
@@ -157,14 +170,14 @@ def _with_own_head(
     device: torch.device,
     tokenizer: Tokenizer,
     quantise: str | None,
+    from_first: FromFirst | None,
 ) -> PreTrainedModel:
     """The sequence classifier of a folder that names another class, with the head and bias in it."""
     _class_of(config, f"{name} holds a scalar head ({head.weight}); ")
     _one_label(config)
     values = head.read(config.get_text_config().hidden_size)
-    loaded = load_weights(
-        AutoModelForSequenceClassification, name, config, dtype, device, lacking=("score.weight",), quantise=quantise
-    )
+    kind, lacking = AutoModelForSequenceClassification, ("score.weight",)
+    loaded = load_weights(kind, name, config, dtype, device, lacking=lacking, quantise=quantise, from_first=from_first)
     check_scalar_model(loaded)
     pad = config.get_text_config().pad_token_id
     if pad is None or pad in end_ids(config, tokenizer):

@@ -8,7 +8,7 @@ last hidden states; :mod:`prefopt.model.scalar` reads rewards and values from th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
@@ -84,7 +84,10 @@ class PackedModel(torch.nn.Module):
         self.attention = attention
         self.compiled: CompiledLayers | None = None
         self.compute_dtype: torch.dtype | None = None  # set where weights are gathered in another dtype than they have
-        self.shards: HeldElsewhere | None = None  # set where the parameters are empty outside of ``gathered``
+        self.shards: HeldElsewhere | None = None  # set where parameters have their values within ``gathered`` alone
+        self.outer_weights: Callable[[], AbstractContextManager[None]] = nullcontext  # set by weights in shards
+        self.most_passes: Callable[[int], int] | None = None
+        """Where every pass must be made by all ranks (shards): the largest of their numbers of passes."""
         # All configurations that a layer may read: the model's, its text part's, and those of inner models.
         configs = [causal.config, config, *(m.config for m in causal.modules() if isinstance(m, PreTrainedModel))]
         self._configs = list({id(c): c for c in configs}.values())
@@ -97,9 +100,10 @@ class PackedModel(torch.nn.Module):
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """In this block the parameters have their values. They always do, unless they are held in ``shards``: then all
+        """In this block the parameters have their values, so that the model may be called past this scorer. They always
+        do, unless they are held in ``shards`` or cut themselves (then layers gather theirs as they are called): all
         ranks enter and leave the block together, and no other pass is made."""
-        with nullcontext() if self.shards is None else self.shards.gathered():
+        with self.outer_weights() if self.shards is None else self.shards.gathered():
             yield
 
     def separate(self, reason: str) -> None:
@@ -210,7 +214,17 @@ class PackedModel(torch.nn.Module):
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """Last hidden states [T, H] of all passes, end to end, as ``batch.read`` and ``batch.last`` index them."""
-        return torch.cat([self._hidden(p) for p in batch.passes])
+        return self._of_passes(batch, self._hidden)
+
+    def _of_passes(self, batch: PackedBatch, compute: Callable[[ForwardPass], torch.Tensor]) -> torch.Tensor:
+        """``compute`` of all passes of a batch, end to end; more passes, for nothing, where another rank has more."""
+        idle = 0
+        if self.most_passes is not None and (not self.layout.share or self.layout.rope_limit is not None):
+            idle = self.most_passes(len(batch.passes)) - len(batch.passes)
+        found = torch.cat([compute(row) for row in batch.passes])
+        for _ in range(idle):
+            found = found + 0 * compute(batch.passes[0]).sum()
+        return found
 
     def count(self, row: ForwardPass) -> None:
         """Count a forward pass in :mod:`prefopt.model.costs`."""
@@ -336,12 +350,13 @@ class Scorer(PackedModel):
 
     def _own_logits(self, batch: PackedBatch) -> torch.Tensor:
         """Logits [M, V] by the whole model, which are in memory: for models whose head is not separate."""
-        logits = []
-        for row in batch.passes:
+
+        def compute(row: ForwardPass) -> torch.Tensor:
             self.count(row)
             out = causal_model(self.model)(input_ids=row.ids[None], use_cache=False, return_dict=True)
-            logits.append(out.logits[0])
-        z = torch.cat(logits).index_select(0, batch.read)
+            return cast(torch.Tensor, out.logits[0])
+
+        z = self._of_passes(batch, compute).index_select(0, batch.read)
         return z.to(wide_dtype(z.dtype)) * self.head.scale
 
 

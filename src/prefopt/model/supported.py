@@ -56,10 +56,15 @@ def refuse_untrainable(name: str, config: Any, *, adapter: bool = False) -> None
     refuse_packed(name, config, adapter=adapter)
 
 
+def stays_packed(config: Any) -> bool:
+    """Whether a model is quantised, and not dequantised as it is loaded."""
+    return _quantisation(config)[0] not in (None, *UNQUANTISED)
+
+
 def refuse_packed(name: str, config: Any, *, adapter: bool) -> None:
     """Raise :class:`ModelError` for a quantised model that cannot be trained."""
     method, _ = _quantisation(config)
-    if method in (None, *UNQUANTISED) or (adapter and method in ADAPTED):
+    if not stays_packed(config) or (adapter and method in ADAPTED):
         return
     what = "its weights cannot train: add --lora, or" if method in ADAPTED else "PEFT has no adapters for that;"
     raise ModelError(f"{name} is quantised ({quantisation_of(config)}); {what} give the model it was quantised from")

@@ -10,6 +10,7 @@ Every rank makes the same forward and backward passes, since each of them commun
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from prefopt.core.terminal import size
 from prefopt.model.architectures import causal_model, layers_of
 from prefopt.model.costs import memory_of
+from prefopt.model.placeholders import take_unread
 from prefopt.model.precision import MasterWeights, kept_in_float32
 from prefopt.model.scorer import PackedModel
 from prefopt.parallel.tensors import is_sharded, local_of, sharded_as, whole_of
@@ -42,20 +44,20 @@ ROOM = 0.6
 def choose(
     asked: str,
     world: World,
-    scorer: PackedModel,
+    model: torch.nn.Module,
     trained: Mapping[str, torch.Tensor],
+    device: torch.device,
     others: Callable[[], int] = int,
 ) -> tuple[Literal["none", "full", "hybrid"], str]:
-    """What ``--shard`` comes to, and a phrase that says so. ``others``: bytes of models that are still to be loaded,
-    and of their training."""
+    """What ``--shard`` comes to, and a phrase that says so. Sizes alone count: ``model`` may have no contents yet.
+    ``others``: bytes of models that are still to be loaded, and of their training."""
     if asked in ("none", "full", "hybrid"):
         return cast(Any, asked), {"none": "every process has all weights"}.get(asked, f"weights in shards ({asked})")
-    own = list(scorer.model.parameters())
+    own = list(model.parameters())
     held = {id(p): p for p in (*own, *trained.values())}.values()  # a master may be the model's own weight
     # Beside the weights: the gradient and two moments of each that trains.
     need = others() + sum(p.numel() * p.element_size() for p in (*held, *(3 * [*trained.values()])))
     machines = world.size // world.ranks.local_size
-    device = next(scorer.model.parameters()).device
     room = ROOM * world.smallest(memory_of(device) // (1 if device.type == "cuda" else world.ranks.local_size))
     told = f"they need {size(need)} of {size(room)} on each"
     if need <= room:
@@ -66,10 +68,17 @@ def choose(
 
 
 def shard(
-    scorer: PackedModel, weights: MasterWeights, world: World, dtype: torch.dtype, *, hybrid: bool
+    scorer: PackedModel,
+    weights: MasterWeights,
+    world: World,
+    dtype: torch.dtype,
+    *,
+    hybrid: bool,
+    device: torch.device | None = None,
 ) -> ShardedWeights:
-    """Cut the weights of a scorer's model into shards over all ranks."""
-    device = next(scorer.model.parameters()).device
+    """Cut the weights of a scorer's model into shards over all ranks, on its device or another."""
+    device = device or next(scorer.model.parameters()).device
+    scorer.most_passes = world.largest
     return ShardedWeights(scorer, weights, mesh_of(world, device, hybrid=hybrid), dtype)
 
 
@@ -88,7 +97,9 @@ class ShardedWeights(MasterWeights):
         for name, parameter in self.model.named_parameters():
             if name in weights.masters:
                 parameter.data = weights.masters[name].data
-        scorer.compute_dtype = dtype
+        scorer.compute_dtype, scorer.outer_weights = dtype, self.outer_weights
+        self.unread = take_unread(self.model)
+        """Weights whose contents are still to be read, by name: see :mod:`prefopt.parallel.loading`."""
         kept = kept_in_float32(causal_model(scorer.model)) if dtype.itemsize < 4 else lambda name: False
         whole = {p for n, p in self.model.named_parameters() if kept(n)}
         # Frozen weights have the dtype of computation already; those that train are float32 until they are gathered.
@@ -100,7 +111,17 @@ class ShardedWeights(MasterWeights):
         for module in _sharded(scorer):
             module.set_gradient_divide_factor(1.0)  # sums, not averages: the loss has its normaliser already
             module.set_force_sum_reduction_for_comms(True)
-        self.masters = {n: p for n, p in self.model.named_parameters() if n in weights.masters}
+        self._trained = set(weights.masters)
+        self._name_masters()
+
+    def allocate(self, device: torch.device) -> None:
+        """Give what is on the meta device its memory on ``device``, and move everything else there."""
+        scorer: Any = self.scorer
+        scorer._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
+        self._name_masters()
+
+    def _name_masters(self) -> None:
+        self.masters = {n: p for n, p in self.model.named_parameters() if n in self._trained}
 
     def publish(self) -> None:
         """Nothing to do: layers are gathered from the masters at their next use."""
@@ -124,6 +145,16 @@ class ShardedWeights(MasterWeights):
         """The masters by name, in shards."""
         for name, master in self.masters.items():
             yield name, master.detach()
+
+    @contextmanager
+    def outer_weights(self) -> Iterator[None]:
+        """In this block, which all ranks enter, the weights outside of layers are whole: embedding, last norm, head."""
+        root = cast(FSDPModule, self.scorer)
+        root.unshard()
+        try:
+            yield
+        finally:
+            root.reshard()
 
     def reshard(self) -> None:
         """Forget what was gathered, so that shards may be changed."""

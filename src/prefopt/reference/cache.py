@@ -101,9 +101,10 @@ class ResponseScore:
     token_values: npt.NDArray[np.float32] | None = None
 
 
-ScoreBatch = Callable[[list[Group]], Sequence[Sequence[ResponseScore]]]
-Scored = tuple[KeyArray, list[ResponseScore]]
+Scores = Sequence[Sequence[ResponseScore]]
+ScoreBatch = Callable[[list[Group]], Scores]
 """Scores one packed batch: for each group, for each of its responses, in order."""
+Scored = tuple[KeyArray, list[ResponseScore]]
 ProgressCallback = Callable[[int, int, float], None]
 """Called after every batch with responses done, responses in all, and seconds since the first batch began."""
 StopCallback = Callable[[], None] | None
@@ -187,6 +188,7 @@ class ReferenceCache:
         progress: ProgressCallback | None = None,
         stop: StopCallback = None,
         world: World = ALONE,
+        lockstep: bool = False,
     ) -> FillReport:
         """Score and keep the missing values of ``groups``; waits for another process that scores into the same space.
 
@@ -194,8 +196,9 @@ class ReferenceCache:
         groups of at most ``token_budget`` tokens (``SpaceKey.costs``), or one larger group. The plan of an interrupted
         run keeps its budget, unless that is at least twice this one (halved on out-of-memory). Finished
         batches are committed before ``stop`` raises. Every rank of ``world`` calls this: each scores batches in turn,
-        and the first one plans and commits, so that the values are those of one process. Raises ``CacheError`` where
-        the disk refuses, ``ModelError`` where the reference gives no finite number.
+        and the first one plans and commits, so that the values are those of one process. ``lockstep``: scoring
+        communicates (shards), so that ranks without a batch score one for nothing. Raises ``CacheError`` where the disk
+        refuses, ``ModelError`` where the reference gives no finite number.
         """
         table = GroupTable.of(groups)
         requested = np.unique(table.key_N)
@@ -207,7 +210,7 @@ class ReferenceCache:
                 if plan is not None:
                     named = NamedGroups.of(table.key_N, table.response_starts)
                     planned = Selection(table, named.find(plan.groups.names_G).tolist())
-                    scored = self._scored(plan, planned, missing, make_score(), stop, world)
+                    scored = self._scored(plan, planned, missing, make_score(), stop, world, lockstep)
                     if world.first:
                         calls, seconds = self._commit_all(scored, len(missing), token_values, progress)
                         self._index.refresh()
@@ -249,28 +252,35 @@ class ReferenceCache:
         score: ScoreBatch,
         stop: StopCallback,
         world: World,
+        lockstep: bool,
     ) -> Iterator[Scored]:
         """The ``missing`` responses of ``plan``, whose groups are given, batch by batch; ranks take turns."""
 
-        def scored(turn: tuple[range, IndexArray] | None) -> Scored | None:
-            if turn is None:  # the last round has fewer batches than ranks
+        def scored(mine: tuple[range, IndexArray] | None, found: Scores | None) -> Scored | None:
+            """The responses of this rank's batch, and their scores, where they are not ``found`` already."""
+            if mine is None:
                 return None
-            batch, take = turn
-            if stop is not None:
-                stop()
+            batch, take = mine
             here = groups[batch.start : batch.stop]
-            scores = [
-                (value, group, k)
-                for group, result in zip(here, score(here), strict=True)
-                for k, value in enumerate(result)
-            ]
+            if found is None:
+                if stop is not None:
+                    stop()
+                found = score(here)
+            every = [(v, group, k) for group, values in zip(here, found, strict=True) for k, v in enumerate(values)]
             first = plan.groups.starts[batch.start]
-            return plan.groups.keys_N[take], [_checked(*scores[n]) for n in (take - first).tolist()]
+            return plan.groups.keys_N[take], [_checked(*every[n]) for n in (take - first).tolist()]
 
         work = iter(plan.work(missing))
         while turn := list(islice(work, world.size)):
-            found = world.together(partial(scored, turn[world.rank] if world.rank < len(turn) else None))
-            yield from (batch for batch in world.gather(found) if batch is not None)
+            mine = turn[world.rank] if world.rank < len(turn) else None  # the last round has fewer batches than ranks
+            found = None
+            if lockstep:  # what fails in these passes cannot be told to the others, which wait in them
+                if stop is not None:
+                    world.together(stop)
+                batch, _ = mine or turn[0]
+                found = score(groups[batch.start : batch.stop])
+            own = world.together(partial(scored, mine, found))
+            yield from (other for other in world.gather(own) if other is not None)
 
     def _commit_all(
         self,

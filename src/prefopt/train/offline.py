@@ -54,6 +54,7 @@ class OfflineRun:
         error = found.clone_error
         twin = "no small copy could be built" if error is None else f"small copy exact to {error:.0e}"
         self.run.say_scoring(self.policy, found, f" {twin};")
+        self.run.say(self.policy.reading)
         self.run.say(self.policy.leftover())
         return found
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import torch
 
@@ -17,13 +18,15 @@ from prefopt.errors import ConfigError
 from prefopt.model.adapter import new_lora
 from prefopt.model.architectures import causal_model, checkpoint_activations, weights_in
 from prefopt.model.checkpoint import describe_untouched, origin_of
-from prefopt.model.load import base_and_adapter, load_model, local_folder
+from prefopt.model.kernels.head import Head
+from prefopt.model.load import base_and_adapter, load_config, load_model, local_folder
 from prefopt.model.lora_targets import tower_weights
+from prefopt.model.placeholders import FromFirst, skeleton
 from prefopt.model.precision import MasterWeights, disable_dropout
-from prefopt.model.quantised import is_quantised, set_compute_dtype
+from prefopt.model.quantised import chosen, is_quantised, set_compute_dtype
 from prefopt.model.scalar import ScalarScorer, has_scalar_head, load_scalar, merge_trained_adapter, scalar_from
 from prefopt.model.scorer import PackedModel, Scorer
-from prefopt.model.supported import refuse_packed
+from prefopt.model.supported import refuse_packed, stays_packed
 from prefopt.parallel.tensors import digest_of
 from prefopt.parallel.world import ALONE, World
 from prefopt.reference.identity import adapter_line
@@ -31,6 +34,7 @@ from prefopt.runs.card import save_model
 
 AnyScorer = TypeVar("AnyScorer", bound=PackedModel)
 Options = MethodOptions | PpoConfig
+Shards = Literal["none", "full", "hybrid"]
 
 
 class Trained(Generic[AnyScorer]):
@@ -39,23 +43,96 @@ class Trained(Generic[AnyScorer]):
     task: str
     """PEFT's task type."""
     scorer: AnyScorer
+    masters: MasterWeights
 
-    def __init__(self, config: Options, dtype: torch.dtype, model: torch.nn.Module, *, named: bool) -> None:
-        """``dtype`` is that of computation. ``named``: the model was not given in Python."""
-        self.sharded = False
-        """Whether each of several processes holds a part of every weight."""
+    def __init__(
+        self,
+        config: Options,
+        dtype: torch.dtype,
+        load: Callable[[FromFirst | None], torch.nn.Module],
+        device: torch.device,
+        *,
+        named: bool,
+        world: World = ALONE,
+    ) -> None:
+        """``dtype`` is that of computation; ``load`` gives the model. ``named``: it was not given in Python. Of several
+        processes in ``world`` each reads its part of a named model alone, where it is cut."""
+        self.shards: Shards = "none"
+        """How several processes hold the weights: all of them (``none``), a part each, or a part of each machine's."""
+        self.reading: str | None = None
+        """A line on how weights in shards were read."""
         self.config, self.dtype, self._named = config, dtype, named
         self._new_lora = config.lora and config.named_adapter is None
+        self._why = ""
+        self._apart: AnyScorer | None = None
+        self._trained_head: Head | None = None
+        if named and not world.alone and config.shard != "none":
+            self._read_in_shards(load, world, device)
+        if not self.sharded:
+            self._begin(load(None))
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each of several processes holds a part of every weight."""
+        return self.shards != "none"
+
+    def _begin(self, model: torch.nn.Module) -> None:
         if is_quantised(model):
-            refuse_packed(
-                config.model if named else type(model).__name__, causal_model(model).config, adapter=config.lora
-            )
-            set_compute_dtype(model, dtype)
+            name = self.config.model if self._named else type(model).__name__
+            refuse_packed(name, causal_model(model).config, adapter=self.config.lora)
+            set_compute_dtype(model, self.dtype)
         for parameter in model.parameters() if self._new_lora else ():
             parameter.requires_grad_(False)
-        self.masters = MasterWeights(model, dtype)
+        self.masters = MasterWeights(model, self.dtype)
         self.scorer = self.score_with(model)
-        self._apart: AnyScorer | None = None
+
+    def _read_in_shards(
+        self, load: Callable[[FromFirst | None], torch.nn.Module], world: World, device: torch.device
+    ) -> None:
+        """Read this process's part of the model and of a new adapter, unless every process is to have all of it."""
+        from prefopt.parallel.loading import from_first, shard_unread
+        from prefopt.parallel.shard import choose
+
+        sizes = world.together(lambda: load(skeleton))
+        if self._new_lora:
+            sizes = self._with_adapter(sizes.requires_grad_(False))
+        shards, self._why = choose(self.config.shard, world, sizes, MasterWeights(sizes, self.dtype).masters, device)
+        if shards == "none":
+            return
+        self._begin(load(partial(from_first, world)))
+        if self._new_lora:  # it is cut with the rest; until it trains it changes nothing
+            before: Any = self.scorer
+            self._add_adapter()
+            if isinstance(self.scorer, Scorer):  # nor may it change how logits are rounded
+                self._trained_head, self.scorer.head = self.scorer.head, before.head
+        self.masters, self.reading = shard_unread(
+            self.scorer, self.masters, world, self.dtype, device, hybrid=shards == "hybrid"
+        )
+        self.shards = shards
+
+    def _with_adapter(self, model: torch.nn.Module) -> torch.nn.Module:
+        """A model in a new LoRA adapter, drawn from the seed."""
+        config = self.config
+        assert config.lora_rank and config.lora_alpha and config.lora_dropout is not None
+        torch.manual_seed(config.seed)
+        wrapped = new_lora(
+            model,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            targets=config.lora_targets,
+            task=self.task,
+        )
+        if self._named:  # the name, not the folder in the cache of the Hub
+            for adapter in getattr(wrapped, "peft_config", {}).values():
+                adapter.base_model_name_or_path = config.model
+        return wrapped
+
+    def _add_adapter(self) -> None:
+        self.scorer.detach_hook()
+        model = self._with_adapter(self.scorer.model)
+        self.masters = MasterWeights(model, self.dtype)
+        self.scorer = self.score_with(model)
 
     @property
     def apart(self) -> AnyScorer:
@@ -90,22 +167,10 @@ class Trained(Generic[AnyScorer]):
         a line on what trains. ``draws``: :attr:`apart` is used; ``others``: as of :func:`choose`."""
         config = self.config
         torch.manual_seed(config.seed)
-        if self._new_lora:
-            self.scorer.detach_hook()
-            assert config.lora_rank and config.lora_alpha and config.lora_dropout is not None
-            model = new_lora(
-                self.scorer.model,
-                rank=config.lora_rank,
-                alpha=config.lora_alpha,
-                dropout=config.lora_dropout,
-                targets=config.lora_targets,
-                task=self.task,
-            )
-            if self._named:  # the name, not the folder in the cache of the Hub
-                for adapter in getattr(model, "peft_config", {}).values():
-                    adapter.base_model_name_or_path = config.model
-            self.masters = MasterWeights(model, self.dtype)
-            self.scorer = self.score_with(model)
+        if self._new_lora and not self.sharded:
+            self._add_adapter()
+        if self._trained_head is not None and isinstance(self.scorer, Scorer):
+            self.scorer.head = self._trained_head
         if config.gradient_checkpointing:
             checkpoint_activations(self.scorer.model)
         trained = sum(p.numel() for p in self.masters.masters.values())
@@ -113,27 +178,26 @@ class Trained(Generic[AnyScorer]):
         if not config.lora:
             trained -= tower_weights(causal_model(self.scorer.model))
         compiled = self.scorer.compile_layers() if compiles(config, self.device) else None
-        if not world.alone:
+        if not (world.alone or self.sharded):
             from prefopt.parallel.gathered import shard_with_copy
             from prefopt.parallel.shard import choose, shard
 
             # One given in Python may have been made on each rank, of numbers drawn at random.
             world.agree("weights at the start", digest_of(self.scorer.model.parameters()))
-            packed = is_quantised(self.scorer.model)
+            packed, model = is_quantised(self.scorer.model), self.scorer.model
             if packed and config.shard in ("full", "hybrid"):
                 raise ConfigError(f"--shard {config.shard} cuts weights into parts, and this model's are packed")
-            wanted = "none" if packed else config.shard
-            mode, why = choose(wanted, world, self.scorer, self.masters.masters, others)
-            if mode != "none":
-                given = (self.scorer, self.masters, world, self.dtype)
+            asked = "none" if packed else config.shard
+            self.shards, self._why = choose(asked, world, model, self.masters.masters, self.device, others)
+            if self.sharded:
+                given, hybrid = (self.scorer, self.masters, world, self.dtype), self.shards == "hybrid"
                 if draws:
-                    self.masters, self._apart = shard_with_copy(*given, hybrid=mode == "hybrid")
+                    self.masters, self._apart = shard_with_copy(*given, hybrid=hybrid)
                 else:
-                    self.masters = shard(*given, hybrid=mode == "hybrid")
-                self.sharded = True
+                    self.masters = shard(*given, hybrid=hybrid)
         where = [f": adapters of rank {config.lora_rank} on {targets}" for targets in self.adapters.values()]
         if not world.alone:
-            where.append(f"; {why}")
+            where.append(f"; {self._why}")
         if compiled is not None:
             where.append(f"; {compiled}")
         return f"training {trained:,} of {total:,} weights{' (LoRA)' if config.lora else ''}{''.join(where)}"
@@ -154,21 +218,34 @@ class Policy(Trained[Scorer]):
 
     task = "CAUSAL_LM"
 
-    def __init__(self, config: Options, source: str, dtype: torch.dtype, device: torch.device, given: Any) -> None:
+    def __init__(
+        self,
+        config: Options,
+        source: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        given: Any,
+        world: World = ALONE,
+    ) -> None:
         """Load the model in folder ``source``, unless one is ``given`` in Python. ``dtype`` is that of computation."""
-        model = given
-        if model is None:
+
+        def load(from_first: FromFirst | None) -> torch.nn.Module:
+            if given is not None:
+                disable_dropout(given)
+                return cast(torch.nn.Module, given)
             adapter = local_folder(config.named_adapter) if config.named_adapter else None
             wide = _loaded_in(config, dtype)
-            model = load_model(source, dtype=wide, device=device, adapter=adapter, quantise=config.quantise)
+            options: dict[str, Any] = {"quantise": config.quantise, "from_first": from_first}
+            model = load_model(source, dtype=wide, device=device, adapter=adapter, **options)
             if adapter is not None:
                 # An adapter may name its base relative to its own folder; what is saved names it as it was found.
                 for peft in getattr(model, "peft_config", {}).values():
                     if peft.base_model_name_or_path and base_of(adapter) == config.model:
                         peft.base_model_name_or_path = config.model
-        else:
-            disable_dropout(model)
-        super().__init__(config, dtype, model, named=given is None)
+            return model
+
+        whole = given is None and _packed(config, source)  # never cut
+        super().__init__(config, dtype, load, device, named=given is None, world=ALONE if whole else world)
 
     def score_with(self, model: torch.nn.Module) -> Scorer:
         return Scorer(model, attention=self.config.attention)
@@ -180,19 +257,31 @@ class ScalarPolicy(Trained[ScalarScorer]):
     task = "SEQ_CLS"
 
     def __init__(
-        self, config: Options, source: str, dtype: torch.dtype, device: torch.device, given: Any, tokenizer: Tokenizer
+        self,
+        config: Options,
+        source: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        given: Any,
+        tokenizer: Tokenizer,
+        world: World = ALONE,
     ) -> None:
         """See :class:`Policy`. ``tokenizer`` may get a pad token, see :func:`scalar_from`."""
         wide = _loaded_in(config, dtype)
         self.fresh = given is not None or not has_scalar_head(source)
-        if given is None:
-            model = load_scalar(
-                source, dtype=wide, device=device, tokenizer=tokenizer, seed=config.seed, quantise=config.quantise
+
+        def load(from_first: FromFirst | None) -> torch.nn.Module:
+            if given is not None:
+                disable_dropout(given)
+                return cast(torch.nn.Module, scalar_from(given, tokenizer, seed=config.seed))
+            options: dict[str, Any] = {"tokenizer": tokenizer, "seed": config.seed}
+            return load_scalar(
+                source, dtype=wide, device=device, quantise=config.quantise, from_first=from_first, **options
             )
-        else:
-            disable_dropout(given)
-            model = scalar_from(given, tokenizer, seed=config.seed)
-        super().__init__(config, dtype, model, named=given is None)
+
+        # An adapter is merged into all of the model, and packed weights are never cut.
+        whole = given is None and (is_adapter(source) or _packed(config, source))
+        super().__init__(config, dtype, load, device, named=given is None, world=ALONE if whole else world)
 
     def score_with(self, model: torch.nn.Module) -> ScalarScorer:
         return ScalarScorer(model, attention=self.config.attention)
@@ -216,6 +305,11 @@ class ScalarPolicy(Trained[ScalarScorer]):
         scorer = self.scorer if self.sharded else ScalarScorer(whole)
         scorer.model = whole
         save_model(folder, scorer, MasterWeights(whole, wide), tokenizer)
+
+
+def _packed(config: Options, source: str) -> bool:
+    """Whether the model in folder ``source`` is, or is to be, quantised."""
+    return chosen(config.quantise, None) is not None or stays_packed(load_config(source))
 
 
 def compiles(config: Options, device: torch.device) -> bool:

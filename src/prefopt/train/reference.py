@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from prefopt.errors import ModelError
 from prefopt.losses.parse import WeightedLoss
 from prefopt.model.architectures import causal_model, context_length, vocabulary_size
 from prefopt.model.check import check_scoring
+from prefopt.model.costs import out_of_memory
 from prefopt.model.kernels.head import vocabulary_of
 from prefopt.model.load import base_and_adapter, load_model
 from prefopt.model.packing import pack
@@ -34,11 +36,11 @@ from prefopt.reference.cache import (
 )
 from prefopt.reference.identity import identity_of_model, identity_of_name, space_of
 from prefopt.reference.in_memory import InMemoryReference, SwappedWeights, TrDpoUpdate
-from prefopt.train.budget import estimate, smaller_budget
+from prefopt.train.budget import estimate, fatal_in_shards, smaller_budget
 from prefopt.train.columns import mismatched
 from prefopt.train.data import TrainingData
 from prefopt.train.loss_options import names_of
-from prefopt.train.policy import Trained
+from prefopt.train.policy import Shards, Trained
 from prefopt.train.run import Run
 from prefopt.train.step import InMemoryColumns
 
@@ -109,11 +111,13 @@ class ReferenceRun:
     """Reference log-probabilities: read from the cache, or scored now and cached.
 
     ``start`` is the policy's scorer, used where the reference is the policy before training. ``token_values``: values
-    of tokens are needed, not only sums by response.
+    of tokens are needed, not only sums by response. ``shards``: how the policy is cut, and so another reference too.
     """
 
-    def __init__(self, run: Run, choice: ReferenceChoice, start: Scorer, *, token_values: bool) -> None:
-        self.run, self.choice, self.start = run, choice, start
+    def __init__(
+        self, run: Run, choice: ReferenceChoice, start: Scorer, *, token_values: bool, shards: Shards = "none"
+    ) -> None:
+        self.run, self.choice, self.start, self.shards = run, choice, start, shards
         self.device = next(start.model.parameters()).device
         self.token_values = token_values
         self._scorer: Scorer | None = start if choice.is_start else None
@@ -156,8 +160,11 @@ class ReferenceRun:
                     progress=lambda done, total, seconds: bar.update(done),
                     stop=self.run.stop.check,
                     world=self.run.world,
+                    lockstep=self.shards != "none",
                 )
             except RuntimeError as error:
+                if self.shards != "none" and out_of_memory(error):
+                    raise fatal_in_shards("scoring the reference", token_budget // SCORING_AHEAD) from error
                 largest = int(cache.space.costs(groups).max())
                 token_budget = smaller_budget(error, token_budget, "scoring the reference", largest, self.device)
                 self.run.say(f"out of memory: the reference is scored with {token_budget} tokens at once")
@@ -209,9 +216,24 @@ class ReferenceRun:
         if self._scorer is None:
             source, adapter = base_and_adapter(self.choice.model, self.choice.adapter)
             quantise = self.run.config.quantise
-            model = load_model(source, dtype=self.start.dtype, device=self.device, adapter=adapter, quantise=quantise)
-            self._scorer = Scorer(freeze_and_cast(model, self.start.dtype), attention=self.run.config.attention)
+            options: dict[str, Any] = {"dtype": self.start.dtype, "device": self.device, "adapter": adapter}
+            if self.shards == "none":
+                model = freeze_and_cast(load_model(source, **options, quantise=quantise), self.start.dtype)
+                self._scorer = Scorer(model, attention=self.run.config.attention)
+            else:
+                self._scorer = self._other_in_shards(source, options)
         return self._scorer
+
+    def _other_in_shards(self, source: str, options: dict[str, Any]) -> Scorer:
+        from prefopt.parallel.loading import from_first, shard_unread
+
+        world, dtype = self.run.world, self.start.dtype
+        model = freeze_and_cast(load_model(source, **options, from_first=partial(from_first, world)), dtype)
+        scorer = Scorer(model, attention=self.run.config.attention)
+        weights = MasterWeights(model, dtype)
+        _, line = shard_unread(scorer, weights, world, dtype, self.device, hybrid=self.shards == "hybrid")
+        self.run.say(f"reference: {line.removeprefix('weights: ')}")
+        return scorer
 
     def _make_score(self) -> ScoreBatch:
         scorer = self.start if self.choice.is_start else self._other()

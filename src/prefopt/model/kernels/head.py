@@ -39,6 +39,7 @@ from transformers import PreTrainedModel
 from prefopt.errors import ModelError
 from prefopt.model.architectures import body_of, class_logits, logit_transforms
 from prefopt.model.kernels.head_device import aligned, fused_head, tiles
+from prefopt.model.placeholders import is_placeholder
 
 KEEP_BYTES = 256 * 2**20
 """Largest [M, V] that is kept between forward and backward."""
@@ -324,7 +325,7 @@ def _slope(z: Tensor, lse: Tensor, target: Tensor, scale: float, softcap: float 
     return slope.mul_(scale) if scale != 1.0 else slope
 
 
-_PROBES, _SPREAD = 4, 30.0
+_PROBES, _SPREAD, _FEW = 4, 30.0, 64
 """Hidden states to test a head with, and the standard deviation of their logits: enough for any soft-cap to show."""
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
 """Difference relative to the largest logit that is still rounding; 0.03 in narrower types."""
@@ -359,18 +360,20 @@ def head_of(model: PreTrainedModel) -> Head:
     width = int(getattr(module, "in_features", 0) or module.weight.shape[1])
     drawn = torch.randn(_PROBES, width, generator=torch.Generator().manual_seed(0))
     hidden = drawn.to(module.weight.device, module.weight.dtype)
+    few = _few_rows(module) if is_placeholder(module.weight) else {}
+    place = next(name for name, inner in model.named_modules() if inner is module)
     with torch.no_grad():
-        spread = float(module(hidden).float().std())
+        spread = float(torch.func.functional_call(module, few, (hidden,)).float().std())
     if 0 < spread < float("inf"):
         hidden = hidden * (_SPREAD / spread)
     try:
         with torch.no_grad():
-            own = class_logits(model, hidden)
+            own = class_logits(model, hidden, {f"{place}.{name}": weight for name, weight in few.items()} or None)
     except Exception:  # its forward needs more of the body than hidden states
         return Head("model")
     try:
         with torch.no_grad():
-            plain = module(hidden)
+            plain = torch.func.functional_call(module, few, (hidden,))
         plain = plain.to(wide_dtype(plain.dtype))
         errors = [_difference(transformed(plain, *transform), own) for transform in transforms]
     except RuntimeError:  # the class transforms hidden states too, into another shape
@@ -379,6 +382,17 @@ def head_of(model: PreTrainedModel) -> Head:
     if errors[best] <= _TOLERANCE.get(hidden.dtype, 0.03):
         return Head(kind, *transforms[best])
     return Head("class")
+
+
+def _few_rows(module: torch.nn.Module) -> dict[str, Tensor]:
+    """A few rows of a head's weights [V, ...], drawn where it has no contents yet: they show what its class does."""
+    generator = torch.Generator().manual_seed(1)
+    found, vocabulary = {}, int(cast(Any, module).weight.shape[0])
+    for name, weight in module.named_parameters():
+        if weight.shape[0] == vocabulary:
+            few = weight.detach()[:_FEW]
+            found[name] = torch.randn(few.shape, generator=generator).to(few.dtype) if is_placeholder(weight) else few
+    return found
 
 
 def _difference(found: Tensor, own: Tensor) -> float:
