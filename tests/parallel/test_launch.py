@@ -164,8 +164,8 @@ FAILING = """import os, signal, sys
 from prefopt.train import trainer
 from prefopt.cli import main
 keep = trainer.Trainer.keep
-def fail(self):
-    found = keep(self)
+def fail(self, *, due=False):
+    found = keep(self)  # waits until it is on disk
     if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and self.state.step == 2:
         self.world.barrier()
         os.kill(os.getpid(), signal.SIGKILL)
