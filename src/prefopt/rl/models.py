@@ -217,7 +217,7 @@ def _network_critic(config: PpoConfig, kind: str, actor: Policy, source: str, to
     weights = MasterWeights(model, dtype)
     what = "an adapter on a network of its own" if config.lora else "a network of its own"
     scorer = ScalarScorer(model, attention=actor.scorer.attention)
-    if compiles(config, device):
+    if compiles(config, scorer):
         scorer.compile_layers()
     return Critic(f"{what}, started from the {kind} model", weights, scorer)
 
