@@ -117,19 +117,17 @@ def test_shards_are_the_master_weights_to_the_bit(kind: str, options: dict[str, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_compiled_layers_in_shards(dtype: str) -> None:
     """Hooks that gather weights run outside of the graph, which is the same one on every rank and for every layer."""
-    options = {"compiled": True, "checkpointing": True}
-    alone = on_ranks(1, _steps, "llama", options, dtype, False, False)[0]
     plain = on_ranks(1, _steps, "llama", {"checkpointing": True}, dtype, False, False)[0]
-    rtol = 1e-5 if dtype == "float32" else 0.02
+    options = {"compiled": True, "checkpointing": True}
     for found in on_ranks(2, _steps, "llama", options, dtype, True, True):
-        assert found["compiled"] == alone["compiled"] == (None, 1)
-        for name, wanted in alone["gradients"].items():
-            np.testing.assert_allclose(found["gradients"][name], wanted, rtol=0, atol=rtol * np.abs(wanted).max())
-            gap = np.linalg.norm(wanted - plain["gradients"][name]) / np.linalg.norm(wanted)
-            assert gap < rtol, (name, gap)
+        assert found["compiled"] == (None, 1)
+        for name, wanted in plain["gradients"].items():
+            gap = np.linalg.norm(found["gradients"][name] - wanted) / np.linalg.norm(wanted)
+            assert gap < (1e-5 if dtype == "float32" else 0.02), (name, gap)
 
 
 def _around() -> dict[str, Any]:
