@@ -12,7 +12,9 @@ from model.dense import dense_attention, random_heads, who_sees_whom
 from model.oracle import Draw, assert_same, assert_same_gradients, gradients, groups_of_every_kind, oracle_logprobs
 from prefopt.model.check import check_scoring
 from prefopt.model.flops import matmul_peak
+from prefopt.model.kernels import flex
 from prefopt.model.kernels.attention import gather_plan, kernel_for, shared_attention
+from prefopt.model.kernels.head_device import fused_error
 from prefopt.model.packing import pack
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer
@@ -45,7 +47,7 @@ def attend(kernel: str, heads: Any, **options: Any) -> torch.Tensor:
 @pytest.mark.parametrize("window", [None, 8, 100], ids=str)
 @pytest.mark.parametrize("shape", [(4, 4, 64), (6, 2, 128), (5, 1, 64), (3, 3, 96), (2, 2, 256)], ids=str)
 @pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
-@pytest.mark.parametrize("kernel", ["varlen", "loop"])
+@pytest.mark.parametrize("kernel", ["varlen", "flex", "loop"])
 def test_bfloat16_kernels_stay_near_float64(
     kernel: str, sinks: bool, shape: tuple[int, int, int], window: int | None
 ) -> None:
@@ -133,6 +135,46 @@ def test_no_step_of_a_micro_batch_waits_for_the_device() -> None:
         scorer(batch).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("window", [None, 100], ids=str)
+@pytest.mark.parametrize("width", [128, 320])
+def test_flex_attention_takes_caps_and_wide_heads(width: int, window: int | None, softcap: float | None) -> None:
+    tokens = sum(g.tokens for g in GROUPS)
+    low = random_heads(tokens, 4, 2, width, dtype=torch.bfloat16, device=CUDA)[:3]
+    high = [x.detach().double().requires_grad_() for x in low]
+    expected = dense_attention(*high, who_sees_whom(GROUPS, window), scale=width**-0.5, softcap=softcap)
+    found = attend("flex", (*low, None), sliding_window=window, softcap=softcap)
+    assert flex.usable()
+    assert float((found - expected).detach().abs().max()) < 0.03
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9)).to(CUDA)
+    grads = torch.autograd.grad(found, low, upstream.bfloat16())
+    for got, wanted in zip(grads, torch.autograd.grad(expected, high, upstream.double()), strict=True):
+        assert float((got - wanted).norm() / wanted.norm()) < 0.015
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"softcap": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_fused_head_serves_this_device(dtype: torch.dtype, options: dict[str, bool]) -> None:
+    assert fused_error(CUDA, dtype, **{"bias": False, "softcap": False, **options}) < 0.01
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss", "qwen3_moe"])
+def test_compiled_layers_give_the_same_on_the_device(name: str) -> None:
+    model = build(name, torch.float32).to(CUDA)
+    MasterWeights(model, torch.bfloat16)
+    scorer = Scorer(model.train())
+    rows = [pack(GROUPS[:n], scorer.layout).to(CUDA) for n in (3, 7, 11)]
+    wanted = [scorer(row).detach() for row in rows]
+    scorer.compile_layers()
+    for row, right in zip(rows, wanted, strict=True):
+        found = scorer(row)
+        found.sum().backward()
+        assert float((found - right).detach().square().mean().sqrt()) < 0.05
+    assert scorer.compiled is not None
+    assert scorer.compiled.failure is None
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters() if p.requires_grad)
 
 
 def test_the_peak_of_the_device_is_plausible() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from parallel.ranks import on_ranks
@@ -64,6 +65,8 @@ def _steps(kind: str, options: dict[str, bool], dtype_name: str, sharded: bool, 
     weights: Any = MasterWeights(made, dtype)
     scorer = Scorer(made)
     scorer.train()
+    if options.get("compiled"):
+        scorer.compile_layers(backend="eager")
     if sharded:
         weights = ShardedWeights(scorer, weights, mesh_of(world, torch.device("cpu"), hybrid=False), dtype)
     optimizer = adamw(weights.masters, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.01)
@@ -85,6 +88,8 @@ def _steps(kind: str, options: dict[str, bool], dtype_name: str, sharded: bool, 
         optimizer.step()
         weights.publish()
         weights.zero_grad()
+    if scorer.compiled is not None:
+        found["compiled"] = (scorer.compiled.failure, counters["stats"]["unique_graphs"])
     found["weights"] = {n: w.numpy().copy() for n, w in ((n, whole_of(w)) for n, w in weights.saved())}
     return found
 
@@ -109,6 +114,20 @@ def test_shards_are_the_master_weights_to_the_bit(kind: str, options: dict[str, 
             for name, wanted in alone["weights"].items():
                 gap = np.linalg.norm(found["weights"][name] - wanted) / np.linalg.norm(wanted)
                 assert gap < 1e-6, (name, gap)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled_layers_in_shards(dtype: str) -> None:
+    """Hooks that gather weights run outside of the graph, which is the same one on every rank and for every layer."""
+    plain = on_ranks(1, _steps, "llama", {"checkpointing": True}, dtype, False, False)[0]
+    options = {"compiled": True, "checkpointing": True}
+    for found in on_ranks(2, _steps, "llama", options, dtype, True, True):
+        assert found["compiled"] == (None, 1)
+        for name, wanted in plain["gradients"].items():
+            gap = np.linalg.norm(found["gradients"][name] - wanted) / np.linalg.norm(wanted)
+            assert gap < (1e-5 if dtype == "float32" else 0.02), (name, gap)
 
 
 def _around() -> dict[str, Any]:

@@ -267,7 +267,7 @@ def _network_critic(
     weights = MasterWeights(model, dtype)
     what = "an adapter on a network of its own" if config.lora else "a network of its own"
     scorer = ScalarScorer(model, attention=actor.scorer.attention)
-    if compiles(config, device):
+    if compiles(config, scorer):
         scorer.compile_layers()
     apart = None
     if actor.sharded:

@@ -177,9 +177,14 @@ class Trained(Generic[AnyScorer]):
         total = sum(weights_in(p) for p in self.scorer.model.parameters())
         if not config.lora:
             trained -= tower_weights(causal_model(self.scorer.model))
+<<<<<<< HEAD
         compiled = self.scorer.compile_layers() if compiles(config, self.device) else None
         if not (world.alone or self.sharded):
             from prefopt.parallel.gathered import shard_with_copy
+=======
+        compiled = self.scorer.compile_layers() if compiles(config, self.scorer) else None
+        if not world.alone:
+>>>>>>> compile
             from prefopt.parallel.shard import choose, shard
 
             # One given in Python may have been made on each rank, of numbers drawn at random.
@@ -307,19 +312,27 @@ class ScalarPolicy(Trained[ScalarScorer]):
         save_model(folder, scorer, MasterWeights(whole, wide), tokenizer)
 
 
+<<<<<<< HEAD
 def _packed(config: Options, source: str) -> bool:
     """Whether the model in folder ``source`` is, or is to be, quantised."""
     return chosen(config.quantise, None) is not None or stays_packed(load_config(source))
 
 
 def compiles(config: Options, device: torch.device) -> bool:
+=======
+def compiles(config: Options, scorer: PackedModel) -> bool:
+>>>>>>> compile
     """What ``--compile`` comes to. A run that must resume to the same bits is not compiled by ``auto``: generated code
     may depend on the shapes that it was first made for. Nor is one with a load-balancing loss, which reads the routers
-    inside of layers."""
+    inside of layers, and a model whose attention is compiled by itself (FlexAttention)."""
     if config.compile != "auto":
         return config.compile == "on"
     reads_routers = getattr(config, "router_aux_loss_coef", None) is not None
+    device = next(scorer.model.parameters()).device
     if device.type != "cuda" or config.deterministic or config.attention == "loop" or reads_routers:
+        return False
+    text = causal_model(scorer.model).config.get_text_config()
+    if scorer.kernel != "varlen" or getattr(text, "attn_logit_softcapping", None):
         return False
     from torch.utils._triton import has_triton
 

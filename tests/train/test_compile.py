@@ -1,0 +1,54 @@
+"""What ``--compile`` comes to, and what it refuses."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model.architectures import build
+from prefopt.config.dpo import DpoConfig
+from prefopt.errors import ConfigError
+from prefopt.model.scorer import PackedModel
+from prefopt.train.policy import compiles
+from train.small import dpo, pairs, write_model, write_rows
+
+
+def scorer_on(device: str, kernel: str, name: str = "llama") -> PackedModel:
+    """As much of a scorer as the choice reads."""
+    model: Any = build(name)
+    model.parameters = lambda: iter([types.SimpleNamespace(device=torch.device(device))])
+    return types.SimpleNamespace(model=model, kernel=kernel)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("scorer", "options", "expected"),
+    [
+        (("cuda", "varlen"), {}, True),
+        (("cuda", "varlen"), {"deterministic": True}, False),
+        (("cuda", "varlen"), {"router_aux_loss_coef": 0.1}, False),
+        (("cuda", "varlen", "gemma2"), {}, False),
+        (("cuda", "loop"), {"attention": "loop"}, False),
+        (("cuda", "varlen"), {"compile": "off"}, False),
+        (("cpu", "flash-cpu"), {}, False),
+        (("cpu", "flash-cpu"), {"compile": "on"}, True),
+    ],
+    ids=str,
+)
+def test_auto_is_on_for_cuda_unless_something_speaks_against_it(
+    scorer: tuple[str, ...], options: dict[str, Any], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = DpoConfig(model="m", data=["d"], output="o", **options)
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    assert compiles(config, scorer_on(*scorer)) == expected
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
+    assert compiles(config, scorer_on(*scorer)) == (options.get("compile") == "on")
+
+
+def test_routers_are_not_read_inside_of_compiled_layers(tmp_path: Path) -> None:
+    model, data = write_model(tmp_path / "m"), write_rows(tmp_path / "data.jsonl", pairs(4))
+    with pytest.raises(ConfigError, match="--compile on cannot read routers"):
+        dpo(model=model, data=data, output=tmp_path / "out", compile="on", router_aux_loss_coef=0.1)
