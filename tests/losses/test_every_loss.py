@@ -273,3 +273,13 @@ def test_wpo_multiplies_pair_by_pair() -> None:
     torch.testing.assert_close(clipped.numerator_R, plain.numerator_R * factor.clamp(max=1))
     torch.testing.assert_close(weighted.weight_R, plain.weight_R)
     assert set(WEIGHTINGS["wpo"].inputs) <= set(INPUTS["pairs"]) and math.isfinite(factor.sum())
+
+
+def test_beta_dpo_keeps_or_leaves_out_pairs_with_equal_margins_together() -> None:
+    """In the first step policy and reference are equal: no pair is an outlier. A draw takes some all the same."""
+    beta_dpo = LOSSES["beta_dpo"]
+    tensors = {name: torch.zeros(5, dtype=torch.float64) for name in beta_dpo.inputs}
+    kept = [beta_dpo(tensors, beta_dpo.start(), filter=name).weight_R.sum() for name in ("nearest", "drawn")]
+    assert kept == [5, 4]
+    tensors["chosen_logp_P"] = torch.tensor([0.0, 0.0, 3.0, 3.0, -80.0], dtype=torch.float64)
+    assert beta_dpo(tensors, beta_dpo.start(), keep=0.6).weight_R.tolist() == [1, 1, 1, 1, 0]

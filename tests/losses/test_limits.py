@@ -370,17 +370,6 @@ def test_beta_follows_the_batch_and_leaves_out_what_is_far() -> None:
     assert low.metrics["beta"][0].item() == pytest.approx(1e-3)
 
 
-@for_each([(filter,) for filter in ("nearest", "drawn")])
-def test_pairs_with_equal_margins_are_left_out_together_or_not_at_all(filter: str) -> None:
-    """In the first step policy and reference are equal: no pair is an outlier. A draw takes some all the same."""
-    output = LOSSES["beta_dpo"](at_zero(), LOSSES["beta_dpo"].start(), filter=filter)
-    assert output.weight_R.sum() == (6 if filter == "nearest" else 4)
-    h = torch.tensor([0.0, 0.0, 3.0, 3.0, -80.0], dtype=torch.float64)
-    tensors = {f"{side}_{name}_P": 0 * h for side in ("chosen", "rejected") for name in ("logp", "ref_logp")}
-    kept = LOSSES["beta_dpo"](tensors | {"chosen_logp_P": h}, LOSSES["beta_dpo"].start(), keep=0.6).weight_R
-    assert kept.tolist() == ([1, 1, 1, 1, 0])
-
-
 def test_sorted_losses_are_one_sided_comparisons_of_distributions() -> None:
     """aot compares quantiles: which pair a margin belongs to does not matter."""
     tensors = drawn(7)

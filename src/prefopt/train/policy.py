@@ -177,14 +177,9 @@ class Trained(Generic[AnyScorer]):
         total = sum(weights_in(p) for p in self.scorer.model.parameters())
         if not config.lora:
             trained -= tower_weights(causal_model(self.scorer.model))
-<<<<<<< HEAD
-        compiled = self.scorer.compile_layers() if compiles(config, self.device) else None
+        compiled = self.scorer.compile_layers() if compiles(config, self.scorer) else None
         if not (world.alone or self.sharded):
             from prefopt.parallel.gathered import shard_with_copy
-=======
-        compiled = self.scorer.compile_layers() if compiles(config, self.scorer) else None
-        if not world.alone:
->>>>>>> compile
             from prefopt.parallel.shard import choose, shard
 
             # One given in Python may have been made on each rank, of numbers drawn at random.
@@ -312,16 +307,12 @@ class ScalarPolicy(Trained[ScalarScorer]):
         save_model(folder, scorer, MasterWeights(whole, wide), tokenizer)
 
 
-<<<<<<< HEAD
 def _packed(config: Options, source: str) -> bool:
     """Whether the model in folder ``source`` is, or is to be, quantised."""
     return chosen(config.quantise, None) is not None or stays_packed(load_config(source))
 
 
-def compiles(config: Options, device: torch.device) -> bool:
-=======
 def compiles(config: Options, scorer: PackedModel) -> bool:
->>>>>>> compile
     """What ``--compile`` comes to. A run that must resume to the same bits is not compiled by ``auto``: generated code
     may depend on the shapes that it was first made for. Nor is one with a load-balancing loss, which reads the routers
     inside of layers, and a model whose attention is compiled by itself (FlexAttention)."""
