@@ -112,10 +112,10 @@ def lora_targets(place: Place) -> None:
 
 def quantise(place: Place) -> None:
     if installed_version("bitsandbytes") is not None:
-        moves("quantise", "nf4", lora=True)(place)
+        moves("quantise", "nf4", lora=True, dtype="float32")(place)
         return
     with pytest.raises(ConfigError, match="--quantise nf4: bitsandbytes is not installed"):
-        place.run(lora=True, quantise="nf4")
+        place.run(lora=True, quantise="nf4", dtype="float32")
 
 
 def router_aux_loss_coef(place: Place) -> None:
