@@ -71,8 +71,8 @@ SHOWN_HERE = {
     "dtype": "test_a_stopped_run_goes_on_to_the_same_bits",
 }
 SHOWN_ELSEWHERE = set(
-    "model adapter lora_rank lora_alpha lora_dropout lora_targets prompts lines on_bad_row format columns header"
-    " label_means ignore_columns chat_template"
+    "model adapter lora_rank lora_alpha lora_dropout lora_targets quantise prompts lines on_bad_row format columns"
+    " header label_means ignore_columns chat_template"
     " template_variables output keep_last dry_run progress track track_project token_budget"
     " attention compile deterministic device threads shard".split()
 )

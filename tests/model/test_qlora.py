@@ -134,7 +134,7 @@ def test_the_gradient_of_an_8_bit_product() -> None:
 @needs_bitsandbytes
 @pytest.mark.parametrize("how", ["nf4", "int8"])
 def test_a_gradient_that_is_lost_is_found_at_load(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = loaded(saved(tmp_path), how, torch.bfloat16)
+    model = loaded(saved(tmp_path, hidden_size=512), how, torch.bfloat16)
     check_packed(model, torch.bfloat16)
     layers = [m for m in model.modules() if quantised.is_packed(m)]
     if how == "nf4":  # it would repack itself for a kernel without a backward pass, where the processor has bfloat16
@@ -266,5 +266,6 @@ def test_what_cannot_be_quantised_is_one_line(
 ) -> None:
     monkeypatch.setattr(quantised, "installed_version", lambda name: version)
     config = load_config(saved(tmp_path))
+    check_quantisable("none", config, "MODEL", torch.device(device), dtype)
     with pytest.raises(ConfigError, match=said):
         check_quantisable("nf4", config, "MODEL", torch.device(device), dtype)

@@ -23,6 +23,7 @@ import torch
 import prefopt
 from data.tokenising import TEMPLATE
 from prefopt.config.dpo import DpoConfig
+from prefopt.core.plugins import installed_version
 from prefopt.errors import ConfigError, DataError, RunError
 from prefopt.model.scorer import Scorer
 from train.small import dpo, evaluations, metrics, pairs, steps, weights, write_model, write_rows
@@ -107,6 +108,14 @@ def moves(option: str, value: Any, **company: Any) -> Callable[[Place], None]:
 
 def lora_targets(place: Place) -> None:
     assert {n.split(".")[-3] for n in weights(Path(place.run(lora=True, lora_targets=["q_proj"])))} == {"q_proj"}
+
+
+def quantise(place: Place) -> None:
+    if installed_version("bitsandbytes") is not None:
+        moves("quantise", "nf4", lora=True, dtype="float32")(place)
+        return
+    with pytest.raises(ConfigError, match="--quantise nf4: bitsandbytes is not installed"):
+        place.run(lora=True, quantise="nf4", dtype="float32")
 
 
 def router_aux_loss_coef(place: Place) -> None:
@@ -391,6 +400,7 @@ SHOWN: dict[str, Callable[[Place], None]] = {
     "lora_alpha": moves("lora_alpha", 5, lora=True),
     "lora_dropout": moves("lora_dropout", 0.2, lora=True),
     "lora_targets": lora_targets,
+    "quantise": quantise,
     "epochs": moves("epochs", 2.0),
     "max_steps": moves("max_steps", 2),
     "batch_size": moves("batch_size", 4),

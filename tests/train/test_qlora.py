@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
@@ -14,11 +15,15 @@ from transformers import AutoModelForSequenceClassification
 import prefopt
 from data.small import small_tokenizer
 from methods import small_world as world
+from prefopt.cli import main
 from prefopt.config.dpo import DpoConfig
-from prefopt.config.sample import SampleConfig
+from prefopt.config.sample import ChatConfig, SampleConfig
 from prefopt.core.model_folder import quantisation_on_record, read_adapter
 from prefopt.core.plugins import installed_version
+from prefopt.data.comparisons import parse_comparisons
+from prefopt.data.load import load_groups
 from prefopt.errors import ConfigError, ModelError, RunError
+from prefopt.evaluate.score import response_logprobs
 from prefopt.generate.model_io import SampledModel
 from prefopt.model import quantised
 from prefopt.model.load import load_model
@@ -62,7 +67,9 @@ def test_the_reference_is_the_base_with_the_adapter_off(model: str, capsys: Any,
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("more", [{"dtype": "float32"}, {"dtype": "bfloat16", "quantise": "int8"}])
+@pytest.mark.parametrize(
+    "more", [{"dtype": "float32"}, {"dtype": "bfloat16", "quantise": "int8", "gradient_checkpointing": True}]
+)
 def test_a_stopped_run_goes_on_to_the_same_bits(more: dict[str, Any], model: str, tmp_path: Path) -> None:
     options = NF4 | {"lora_dropout": 0.1, "epochs": 1} | more
     dpo(model, ROWS, tmp_path / "whole", **options)
@@ -99,6 +106,26 @@ def test_an_adapter_goes_on_its_base_as_it_was_trained(trained: Path, model: str
     assert "the base is quantised to nf4, as in training" in capsys.readouterr().out
     assert quantisation_on_record(tmp_path / "more") == "nf4"
     assert abs(steps(tmp_path / "more")[0]["loss"] - math.log(2)) < 1e-5
+
+
+@needs_bitsandbytes
+def test_implicit_rewards_are_of_the_quantised_pair(trained: Path, tmp_path: Path) -> None:
+    """Model and reference alike: the adapter's own effect is scored, not that of quantising."""
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS[:4])
+    found = []
+    for how in ([], ["--quantise", "nf4"], ["--quantise", "none"]):
+        output = tmp_path / f"{len(found)}.jsonl"
+        options = ["--device", "cpu", "--dtype", "float32", "--max-length", "64", "--output", str(output)]
+        assert main(["score", rows, "--reward", "implicit", "--model", str(trained), *options, *how]) == 0
+        found.append([json.loads(line)["scores"] for line in output.read_text().splitlines()])
+    assert found[0] == found[1] != found[2]
+    scorers = [
+        SampledModel(name, quantise="nf4", device="cpu", dtype="float32").scorer
+        for name in (str(trained), read_adapter(trained)["base_model_name_or_path"])
+    ]
+    groups = load_groups([parse_comparisons(ROWS[:4], "data")], small_tokenizer(), max_length=64, kind="pairs").groups
+    policy, reference = (response_logprobs(scorer, groups, 1000) for scorer in scorers)
+    assert np.ravel(found[0]) == pytest.approx(0.1 * (policy - reference), abs=1e-4)
 
 
 @needs_bitsandbytes
@@ -179,6 +206,8 @@ def test_without_its_library_a_run_is_refused_before_data_are_read(
         dpo(model, str(tmp_path / "absent.jsonl"), tmp_path / "o", **NF4)
     with pytest.raises(ConfigError, match="vllm, which loads by itself"):
         SampleConfig(model=model, prompts=["p"], engine="vllm", quantise="nf4")
+    with pytest.raises(ConfigError, match="--quantise does nothing without --model"):
+        ChatConfig(url="http://localhost:8000/v1", quantise="nf4")
 
 
 @needs_bitsandbytes
