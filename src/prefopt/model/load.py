@@ -117,9 +117,11 @@ def load_model(
     from_first: FromFirst | None = None,
 ) -> torch.nn.Module:
     """A causal language model, dropout off, with ``adapter`` (trainable) on it where one is named, or ``name`` is one.
+
     ``quantise``: see :func:`prefopt.model.quantised.chosen`. ``from_first``: see :func:`load_weights`; the model is
-    then on the CPU. Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, or needs code of its own,
-    :class:`ConfigError` where it cannot be quantised."""
+    then on the CPU. Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, or needs code of its
+    own, :class:`ConfigError` where it cannot be quantised.
+    """
     if is_adapter(name):
         name, adapter = base_and_adapter(name, adapter)
     if adapter is not None and task_of(adapter) == "SEQ_CLS":
