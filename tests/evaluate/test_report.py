@@ -7,7 +7,9 @@ import re
 import shlex
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 import prefopt
@@ -178,6 +180,25 @@ def test_a_page_says_why_nothing_is_told_at_equal_length(longer: int, tmp_path: 
         assert ("one model's are always the longer ones" in page.words) == bool(longer)
 
 
+def test_a_page_shows_both_rates_at_equal_length_where_they_differ(tmp_path: Path) -> None:
+    """The judge prefers the longer response, whatever the difference, and the first model's are longer."""
+    longer = np.random.default_rng(0).normal(45, 30, 300).round().astype(int)
+    for name, texts in (("a", ["w" * (100 + n) for n in longer]), ("b", ["w" * 100] * 300)):
+        rows = [{"prompt": f"{i}?", "responses": [x]} for i, x in enumerate(texts)]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    rng = np.random.default_rng(1)
+
+    def judge(prompts: Any, responses: Any) -> list[float]:
+        return [1.2 * np.tanh((len(r) - 100) / 10) + rng.logistic() for r in responses]
+
+    result = prefopt.compare(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), judge=judge)
+    equal = result.versus[0].equal_length
+    assert equal is not None and equal.differs and equal.linear is not None
+    page = read(prefopt.report(comparisons=[result], output=tmp_path / "r.html"))
+    assert f"{100 * equal.linear.mean:.1f} % (" in page.words and "if length counted in proportion" in page.words
+    assert any("if length counted in proportion" in line for line in result.lines())
+
+
 def test_votes_have_the_models_as_title_and_no_table_of_samples(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,6 +226,7 @@ def test_a_comparison_tells_all_that_it_found(tmp_path: Path) -> None:
     page = read(prefopt.report(comparisons=[result], output=tmp_path / "r.html"))
     for said in ("no samples are shown", "Bradley-Terry", "0.597", "-0.001 ± 0.014", "no difference is shown"):
         assert said in page.words
+    assert "sign-flip test" in page.words and page.words.count(", among 3 comparisons p = ") == 6
     assert f"--task-results {files[0]}" in page.words
     assert all(len(digest) == 64 and digest in page.words for digest in result.identities.values())
     assert result.environment["versions"]["torch"] in page.words

@@ -229,7 +229,8 @@ def test_a_point_is_what_its_model_gives_when_sampled_by_hand(sweep: tuple[Front
         rows = [row for row in parse_comparisons(drawn.rows, "rows") if isinstance(row, Comparison)]
         rewards = [world.reward([], [r.text for r in row.responses]) for row in rows]
         assert point.reward == pytest.approx(np.mean(rewards), abs=1e-9)
-        gap = kl_to_reference(rows, _reference(output))
+        policy = SampledModel(str(output / point.folder), device="cpu", dtype="float32")
+        gap = kl_to_reference(rows, _reference(output), policy)
         assert gap is not None and (point.kl, point.kl_se) == pytest.approx((gap.k1.mean, gap.error), abs=1e-9)
 
 
