@@ -20,6 +20,12 @@ GROUPS = [*groups_of_every_kind(), Draw(3).group(300, 280, 90), Draw(4).group(1,
 """Whole blocks of prompts and of responses, and rows that end within a block."""
 
 
+@pytest.fixture(autouse=True)
+def _unfailed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it has failed once in a process it is not asked again: on a CPU it fails wherever gradients are wanted."""
+    monkeypatch.setattr(flex, "_failure", [])
+
+
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uncompiled, with gradients, which torch offers on no CPU."""
@@ -91,7 +97,6 @@ def test_a_compiler_that_fails_costs_one_line(
         raise RuntimeError("no kernel\nfor this device")
 
     monkeypatch.setattr(flex, "_attention", lambda: failing)
-    monkeypatch.setattr(flex, "_failure", [])
     heads = random_heads(sum(g.tokens for g in GROUPS), 2, 2, 8)
     with caplog.at_level(logging.WARNING, logger="prefopt"):
         found = [attended(GROUPS, heads, "flex", softcap=2.0) for _ in range(2)]

@@ -81,8 +81,7 @@ class PackedModel(torch.nn.Module):
         self.attach_hook()
         if self.layout.share and (reason := self._try_hook()):
             self.separate(reason)
-        if self.kernel == "varlen":
-            self._choose_flash()
+        self._choose_flash()
 
     def separate(self, reason: str) -> None:
         """Encode every response in a row of its own from now on, for this reason."""
@@ -92,6 +91,8 @@ class PackedModel(torch.nn.Module):
     def _choose_flash(self) -> None:
         device = next(self.model.parameters()).device
         try:
+            if self.kernel != "varlen":
+                return
             shapes = attention_shapes(causal_model(self.model).config)
         except Exception:  # of any kind, from the model's configuration
             return
