@@ -101,6 +101,7 @@ def test_checkpointing_with_an_adapter_through_aot_autograd() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # by the compiler itself
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "qwen3_moe"])
 def test_generated_code_gives_the_same(name: str) -> None:
     """By inductor, on the CPU; soft-caps, sinks, windows and experts too. Two types of layers are two graphs."""

@@ -95,8 +95,7 @@ class PackedModel(torch.nn.Module):
         self.attach_hook()
         if self.layout.share and (reason := self._try_hook()):
             self.separate(reason)
-        if self.kernel == "varlen":
-            self._choose_flash()
+        self._choose_flash()
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -114,6 +113,8 @@ class PackedModel(torch.nn.Module):
     def _choose_flash(self) -> None:
         device = next(self.model.parameters()).device
         try:
+            if self.kernel != "varlen":
+                return
             shapes = attention_shapes(causal_model(self.model).config)
         except Exception:  # of any kind, from the model's configuration
             return

@@ -54,7 +54,7 @@ def activate(device: torch.device, dtype: torch.dtype, shapes: Sequence[HeadShap
         _function,
         ("activate_flash_attention_impl", "current_flash_attention_impl", "list_flash_attention_impls"),
     )
-    best = BEST.get(torch.cuda.get_device_capability(device)[0])
+    best = BEST.get(_generation(device))
     if switch is None or current is None or known is None or best is None:
         return
     name, package = best
@@ -77,6 +77,11 @@ def activate(device: torch.device, dtype: torch.dtype, shapes: Sequence[HeadShap
         reason = first_line(failure)
     if reason is not None:
         _refuse(name, f"{package}: {reason}")
+
+
+def _generation(device: torch.device) -> int:
+    """The major compute capability; 0 where the device has none."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 def _refuse(name: str, reason: str) -> None:

@@ -126,17 +126,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: FlexPlan, how: How, 
         from prefopt.model.compiled import compiler_settings  # the compiler takes a second to import
 
         with compiler_settings():
-            options = {"scale": how.scale, "enable_gqa": query.shape[1] != key.shape[1]}
-            mask, aux = _block_mask(plan, how.window), AuxRequest(lse=True)
-            out, more = _attention()(*rows, _capped(how.softcap), mask, return_aux=aux, **options)
-            lse = more.lse
+            options: dict[str, Any] = {"scale": how.scale, "enable_gqa": query.shape[1] != key.shape[1]}
+            if sinks is not None:
+                options["return_aux"] = AuxRequest(lse=True)
+            found = _attention()(*rows, _capped(how.softcap), _block_mask(plan, how.window), **options)
     except Exception as error:  # of any kind: it is compiled for this device here
         if out_of_memory(error):
             raise
         _failure.append(first_line(error))
         log.warning("attention: FlexAttention is not used, plain arithmetic takes its place: %s", _failure[0])
         return None
+    out = found
     if sinks is not None:
+        out, lse = found[0], found[1].lse
         out = (out.to(lse.dtype) * torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])[..., None]).to(out.dtype)
     attended: Tensor = out[:, :, :tokens].transpose(1, 2)
     return attended
