@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,12 @@ def _threads(b: Bench) -> bool:
     return torch.get_num_threads() == 1
 
 
+def _quantise(b: Bench) -> bool:
+    if find_spec("bitsandbytes") is None:
+        return main(["chat", f"--model={b.place / 'one'}", "--quantise=nf4"]) == 2
+    return b.answers("--dtype=float32", "--quantise=nf4") != b.answers("--dtype=float32")
+
+
 OPTIONS: dict[str, Callable[[Bench], bool]] = {
     "model": lambda b: b.answers() != b.answers(model="two"),
     "adapter": lambda b: b.differs(f"--adapter={b.place / 'lora'}"),
@@ -138,6 +145,7 @@ OPTIONS: dict[str, Callable[[Bench], bool]] = {
     "dtype": lambda b: "float64 on cpu" in b.said() and "float32 on cpu" in b.said("--dtype=float32"),
     "device": lambda b: main(["chat", "--model=x", "--device=cuda:7"]) == 2,
     "threads": _threads,
+    "quantise": _quantise,
 }
 
 

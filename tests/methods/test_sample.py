@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -474,6 +475,14 @@ def _threads(b: Bench) -> bool:
     return torch.get_num_threads() == 1
 
 
+def _quantise(b: Bench) -> bool:
+    if find_spec("bitsandbytes") is None:
+        prompts = write_rows(b.folder / "p.jsonl", TEXTS)
+        return main(arguments(b.base, prompts, b.folder / "none.jsonl", quantise="int8")) == 2
+    one, two = (b.run(dtype="float32", **more) for more in ({"quantise": "int8"}, {}))
+    return bool([r["logprobs"] for r in one] != [r["logprobs"] for r in two])
+
+
 OPTIONS: dict[str, Callable[[Bench], bool]] = {
     "model": lambda b: _ids(b.run(b.chat)) != _ids(b.run()),
     "adapter": _adapter,
@@ -504,6 +513,7 @@ OPTIONS: dict[str, Callable[[Bench], bool]] = {
     "dtype": lambda b: [r["logprobs"] for r in b.run(dtype="bfloat16")] != [r["logprobs"] for r in b.run()],
     "device": lambda b: main(arguments(b.base, "x.txt", b.folder / "none.jsonl", device="cuda:7")) == 2,
     "threads": _threads,
+    "quantise": _quantise,
 }
 
 
