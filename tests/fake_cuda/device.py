@@ -1,8 +1,8 @@
 """A CUDA device for a torch without CUDA: shapes, devices and dtypes of what runs on it are real, numbers are not.
 
 Import this before torch. Tensors of the device are fake (torch's FakeTensorMode); those of the host stay real, so that
-data are read and packed as ever. FakeTensorMode alone traces forward passes; a backward pass asks for a device guard and
-streams, which ``device.cpp`` provides. It is compiled once and kept in pytest's cache folder.
+data are read and packed as ever. FakeTensorMode alone traces forward passes; a backward pass asks for a device guard
+and streams, which ``device.cpp`` provides. It is compiled once and kept in pytest's cache folder.
 """
 
 from __future__ import annotations

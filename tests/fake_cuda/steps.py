@@ -7,8 +7,8 @@ from fake_cuda.device import CUDA, fake_cuda  # isort: skip - before torch
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 
 from fake_cuda.traces import h100, scorer_of  # noqa: F401 - a fixture
 from fake_cuda.traffic import Traffic
@@ -22,14 +22,16 @@ from prefopt.train.optim import Network
 from prefopt.train.step import InMemoryColumns
 from prefopt.train.trainer import Trainer
 from train.ranked import columns_for, mixed, pairs_only, terms
-import numpy as np
 
 
 def trainer_of(scorer: Any, networks: Any, objective: Any, **more: Any) -> Trainer:
     nothing: Any = SimpleNamespace(auxiliary=lambda *_: None)
     return Trainer(
         scorer=scorer,
-        networks={name: Network.of(weights, RunOptions(learning_rate=1e-5, output="none"), 10, 1e-5) for name, weights in networks.items()},
+        networks={
+            name: Network.of(weights, RunOptions(learning_rate=1e-5, output="none"), 10, 1e-5)
+            for name, weights in networks.items()
+        },
         objective=objective,
         source=nothing,
         steps=10,

@@ -10,9 +10,11 @@ from fake_cuda.device import FakeTensor  # isort: skip - before torch
 
 import traceback
 from dataclasses import dataclass, field
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,12 +36,15 @@ class Traffic:
     pinned: int = 0
 
     def __enter__(self) -> Traffic:
-        self._modes: list[Any] = [_Calls(self), _Operators(self)]
+        self._modes: list[Any] = [_Calls(), _Operators(self)]
         for mode in self._modes:
             mode.__enter__()
+        self._tolist = FakeTensor.tolist
+        FakeTensor.tolist = partialmethod(_listed, self)  # type: ignore[method-assign, assignment]
         return self
 
     def __exit__(self, *error: object) -> None:
+        FakeTensor.tolist = self._tolist  # type: ignore[method-assign]
         for mode in reversed(self._modes):
             mode.__exit__(*error)
 
@@ -58,19 +63,19 @@ def _on_device(x: object) -> bool:
     return isinstance(x, torch.Tensor) and x.device.type == "cuda"
 
 
-class _Calls(TorchFunctionMode):
-    """Lists of device tensors are one wait, and all their numbers are 1."""
+def _listed(x: FakeTensor, traffic: Traffic) -> Any:
+    """A list is one wait; all numbers of the device are 1."""
+    if x.device.type == "cuda":
+        traffic.waits.append(_place("tolist"))
+    return np.ones(x.shape).tolist()
 
-    def __init__(self, traffic: Traffic) -> None:
-        super().__init__()
-        self.traffic = traffic
+
+class _Calls(TorchFunctionMode):
+    """Gives numbers to what has been copied to the host."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.tolist and isinstance(args[0], FakeTensor):
-            self.traffic.waits.append(_place("tolist"))
-            return torch.ones(args[0].shape, dtype=args[0].dtype, device="cpu").tolist()
-        if func is torch.Tensor.numpy and isinstance(args[0], FakeTensor):  # its copy to the host has been counted
-            return torch.ones(args[0].shape, dtype=args[0].dtype, device="cpu").numpy()
+        if func is torch.Tensor.numpy and isinstance(args[0], FakeTensor):
+            return np.ones(args[0].shape)
         return func(*args, **(kwargs or {}))
 
 
@@ -87,7 +92,7 @@ class _Operators(TorchDispatchMode):
         elif any(map(_on_device, tree_leaves((args, kwargs)))):
             if name == "_local_scalar_dense":
                 self.traffic.waits.append(_place("item"))
-                return args[0].dtype.is_floating_point and 1.0 or (args[0].dtype == torch.bool or 1)
+                return 1.0 if args[0].dtype.is_floating_point else 1
             masks = name.startswith("index") and any(
                 isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in tree_leaves(args[1:2])
             )

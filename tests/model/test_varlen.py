@@ -5,72 +5,47 @@ What torch's kernel itself computes is for test_gpu.py; here it is what we hand 
 
 from __future__ import annotations
 
-import itertools
+from functools import wraps
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.attention.varlen as torch_varlen
-import torch.nn.functional as F
 
-from model.architectures import build
-from model.oracle import groups_of_every_kind
+from model import flash
+from model.architectures import SHARED, build
+from model.oracle import assert_same, assert_same_gradients, gradients, groups_of_every_kind
 from prefopt.errors import ModelError
 from prefopt.model import scorer as scorer_module
 from prefopt.model.check import check_scoring, tiny_clone
 from prefopt.model.kernels import attention
 from prefopt.model.kernels.attention import WIDEST, gather_plan, shared_attention
 from prefopt.model.kernels.flash_cpu import gathered, occurrences
+from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer
 
 CPU = torch.device("cpu")
 # A prompt with three responses, and a group of another one after it.
 SEGMENTS = ((0, 7, 0, 0), (7, 12, 0, 7), (12, 21, 0, 7), (21, 24, 0, 7), (24, 28, 24, 0), (28, 31, 24, 4))
 TOKENS = 31
-_WINDOW_ERROR = {"extra": 0}
-
-
-def plainly(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float,
-    window_size: tuple[int, int],
-) -> torch.Tensor:
-    """Flash attention of one sequence after the other, with the shapes it takes; of torch 2.11, which has no flag."""
-    assert cu_q.dtype == cu_k.dtype == torch.int32
-    assert int(cu_q[-1]) == len(query)
-    assert int(cu_k[-1]) == len(key)
-    assert query.shape[-1] <= WIDEST
-    assert query.shape[-1] % 8 == 0
-    repeat, out = query.shape[1] // key.shape[1], []
-    for (a, b), (c, d) in zip(itertools.pairwise(cu_q.tolist()), itertools.pairwise(cu_k.tolist()), strict=True):
-        q, k, v = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
-        k, v = (x.repeat_interleave(repeat, 0) for x in (k, v))
-        at, left = torch.arange(d - c - (b - a), d - c)[:, None], window_size[0] + _WINDOW_ERROR["extra"]
-        seen = (torch.arange(d - c)[None] <= at) & ((window_size[0] < 0) | (at - torch.arange(d - c)[None] <= left))
-        out.append(F.scaled_dot_product_attention(q, k, v, seen, scale=scale).transpose(0, 1))
-    return torch.cat(out)
 
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The CPU takes the way of CUDA."""
-    monkeypatch.setattr(torch_varlen, "varlen_attn", plainly)
+    flash.register()
+    flash.CALLS.clear()
     monkeypatch.setattr(
         scorer_module, "kernel_for", lambda device, dtype, wish="auto": "loop" if wish == "loop" else "varlen"
     )
     return monkeypatch
 
 
-def drawn(heads: int, key_heads: int, width: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+def drawn(heads: int, key_heads: int, width: int, value_width: int | None = None) -> list[torch.Tensor]:
     torch.manual_seed(0)
-    return [torch.randn(1, n, TOKENS, width, dtype=dtype, requires_grad=True) for n in (heads, key_heads, key_heads)]
+    shapes = ((heads, width), (key_heads, width), (key_heads, value_width or width))
+    return [torch.randn(1, n, TOKENS, d, dtype=torch.float64, requires_grad=True) for n, d in shapes]
 
 
 def attended(tensors: list[torch.Tensor], kernel: str, window: int | None = None) -> tuple[torch.Tensor, ...]:
@@ -82,39 +57,67 @@ def attended(tensors: list[torch.Tensor], kernel: str, window: int | None = None
     return out, *torch.autograd.grad((out * weights).sum(), tensors)
 
 
-@pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize(("heads", "key_heads", "width"), [(4, 4, 8), (4, 2, 16), (6, 1, 8)])
-def test_the_same_as_the_loop(
-    stand_in: pytest.MonkeyPatch, heads: int, key_heads: int, width: int, window: int | None
-) -> None:
-    tensors = drawn(heads, key_heads, width)
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize(
+    "shape", [(4, 4, 8), (4, 2, 16), (6, 1, 8), (2, 2, 12), (2, 1, 250), (4, 4, 24, 16), (2, 2, 8, 20)], ids=str
+)
+def test_the_same_as_the_loop(stand_in: pytest.MonkeyPatch, shape: tuple[int, ...], window: int | None) -> None:
+    """Grouped heads, and widths that flash attention takes only padded, with values of another width (latent)."""
+    tensors = drawn(*shape)
     for found, wanted in zip(attended(tensors, "varlen", window), attended(tensors, "loop", window), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert flash.CALLS == {"forward": 1, "backward": 1}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_every_architecture_gives_the_same_as_by_the_loop(stand_in: pytest.MonkeyPatch, name: str) -> None:
+    model = build(name, torch.float64)
+    scorers = [Scorer(model, attention=kernel) for kernel in ("loop", "auto")]
+    batch = pack(groups_of_every_kind(), scorers[0].layout)
+    wanted, found = (scorer(batch) for scorer in scorers)
+    assert_same(found, wanted, 1e-12)
+    assert_same_gradients(gradients(found, model), gradients(wanted, model), 1e-11)
+    in_loop = {"gemma2", "gpt_oss"}  # soft-caps and sinks
+    layers = 0 if name in in_loop else model.config.num_hidden_layers
+    assert (flash.CALLS["forward"], flash.CALLS["backward"]) == (layers, layers)
 
 
 def test_grouped_heads_are_flagged_where_the_version_of_torch_has_the_flag(stand_in: pytest.MonkeyPatch) -> None:
-    flags = []
+    flags, attend = [], torch_varlen.varlen_attn
 
-    def newer(*arguments: Any, scale: float, window_size: tuple[int, int], enable_gqa: bool = False) -> torch.Tensor:
+    def older(*arguments: Any, scale: float, window_size: tuple[int, int]) -> Any:
+        """Of torch 2.11, which has no flag."""
+        return attend(*arguments, scale=scale, window_size=window_size, enable_gqa=True)
+
+    def newer(*arguments: Any, scale: float, window_size: tuple[int, int], enable_gqa: bool = False) -> Any:
         flags.append(enable_gqa)
-        return plainly(*arguments, scale=scale, window_size=window_size)
+        return attend(*arguments, scale=scale, window_size=window_size, enable_gqa=enable_gqa)
 
-    attended(drawn(4, 2, 8), "varlen")  # without the flag
+    stand_in.setattr(torch_varlen, "varlen_attn", older)
+    attended(drawn(4, 2, 8), "varlen")
     stand_in.setattr(torch_varlen, "varlen_attn", newer)
     attended(drawn(4, 2, 8), "varlen")
     attended(drawn(4, 4, 8), "varlen")
     assert flags == [True, False]
 
 
-@pytest.mark.parametrize("width", [12, WIDEST + 8])
-def test_head_widths_that_flash_attention_refuses_take_the_loop(stand_in: pytest.MonkeyPatch, width: int) -> None:
-    def refusing(*_: Any, **__: Any) -> torch.Tensor:
-        raise AssertionError("flash attention was asked")
-
-    stand_in.setattr(torch_varlen, "varlen_attn", refusing)
-    tensors = drawn(2, 2, width)
+def test_heads_wider_than_flash_attention_takes_go_to_the_loop(stand_in: pytest.MonkeyPatch) -> None:
+    tensors = drawn(2, 2, WIDEST + 8)
     for found, wanted in zip(attended(tensors, "varlen"), attended(tensors, "loop"), strict=True):
         assert torch.equal(found, wanted)
+    assert not flash.CALLS
+
+
+def test_operators_keep_their_contracts(stand_in: pytest.MonkeyPatch) -> None:
+    """Shapes without numbers, schemas and gradients, as torch checks them: of the stand-in, and of all of our own."""
+    query, key = (torch.randn(n, heads, 8, requires_grad=True) for n, heads in ((10, 4), (12, 2)))
+    ends = [torch.tensor(x, dtype=torch.int32) for x in ([0, 4, 10], [0, 4, 12])]
+    samples = {"torch_attn::_varlen_attn": (query, key, key.detach() * 2, *ends, 6, 8, True, 0.3, [-1, 0], True)}
+    own = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("prefopt::")}
+    assert own <= samples.keys(), "an operator without a sample here"
+    for name, arguments in samples.items():
+        space, _, operator = name.partition("::")
+        torch.library.opcheck(getattr(getattr(torch.ops, space), operator).default, arguments)
 
 
 def test_values_wider_than_keys_are_not_cut() -> None:
@@ -128,13 +131,14 @@ def test_values_wider_than_keys_are_not_cut() -> None:
 @pytest.mark.parametrize("responses", [2, 5])
 def test_gradients_of_a_prefix_are_added_in_order_and_rounded_once(responses: int) -> None:
     index = torch.cat([torch.arange(6)] * (responses + 1))
+    sums = tuple((torch.from_numpy(rows), torch.from_numpy(at)) for rows, at in occurrences(index.numpy()))
     wide = torch.randn(6, 3, requires_grad=True)
     upstream = torch.randn(len(index), 3)
     (plain,) = torch.autograd.grad(wide.index_select(0, index), wide, upstream)
-    (ours,) = torch.autograd.grad(gathered(wide, index, occurrences(index)), wide, upstream)
+    (ours,) = torch.autograd.grad(gathered(wide, index, sums), wide, upstream)
     assert torch.equal(ours, plain), "in float32 the bits are those of torch on the CPU"
     narrow = wide.detach().bfloat16().requires_grad_()
-    (found,) = torch.autograd.grad(gathered(narrow, index, occurrences(index)), narrow, upstream.bfloat16())
+    (found,) = torch.autograd.grad(gathered(narrow, index, sums), narrow, upstream.bfloat16())
     truth = upstream.bfloat16().float().view(responses + 1, 6, 3).sum(0)
     assert torch.equal(found, truth.bfloat16())
 
@@ -165,9 +169,17 @@ class TestTheLoadCheck:
     def test_passes_what_is_right(self, scorer: Scorer) -> None:
         assert scorer.kernel == "varlen"
         check_scoring(scorer, groups_of_every_kind())
+        assert flash.CALLS["backward"]
 
     def test_stops_a_window_that_is_off(self, scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(_WINDOW_ERROR, "extra", 3)
+        attend: Any = torch_varlen.varlen_attn
+
+        @wraps(attend)
+        def wider(*arguments: Any, window_size: tuple[int, int], **options: Any) -> Any:
+            left, right = window_size
+            return attend(*arguments, window_size=(left + 3 if left >= 0 else left, right), **options)
+
+        monkeypatch.setattr(torch_varlen, "varlen_attn", wider)
         with pytest.raises(ModelError, match=r"small copy"):
             check_scoring(scorer, groups_of_every_kind())
 
@@ -183,8 +195,11 @@ class TestTheLoadCheck:
             def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
                 return grads[0] * (1.5 if grads[0].dtype == torch.bfloat16 else 1.0)
 
-        def louder(*arguments: Any, **options: Any) -> torch.Tensor:
-            return Louder.apply(plainly(*arguments, **options))  # type: ignore[no-any-return,no-untyped-call]
+        attend: Any = torch_varlen.varlen_attn
+
+        @wraps(attend)
+        def louder(*arguments: Any, **options: Any) -> Any:
+            return Louder.apply(attend(*arguments, **options))  # type: ignore[no-untyped-call]
 
         monkeypatch.setattr(torch_varlen, "varlen_attn", louder)
         with pytest.raises(ModelError, match=r"gradients by the fast attention kernel .* give --attention loop"):
@@ -194,6 +209,15 @@ class TestTheLoadCheck:
         twin = tiny_clone(scorer.model.config)  # type: ignore[arg-type]
         assert twin is not None
         assert twin.config.sliding_window == 8
+
+
+def test_a_plan_is_the_same_as_written_segment_by_segment() -> None:
+    plan = gather_plan(SEGMENTS, CPU)
+    rows = [[*range(o, o + p), *range(a, b)] for a, b, o, p in SEGMENTS]
+    assert plan["index"].tolist() == [row for keys in rows for row in keys]
+    assert plan["cu_k"].tolist() == np.cumsum([0, *map(len, rows)]).tolist()
+    assert plan["cu_q"].tolist() == np.cumsum([0, *(b - a for a, b, _, _ in SEGMENTS)]).tolist()
+    assert (plan["max_q"], plan["max_k"]) == (9, 16)
 
 
 def test_the_capability_asked_for_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

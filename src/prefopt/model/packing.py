@@ -19,6 +19,7 @@ import torch
 
 from prefopt.data.group import Group
 from prefopt.data.table import GroupTable, IndexArray
+from prefopt.transfer import on_device
 
 Segment = tuple[int, int, int, int]
 """(start, stop, prefix start, prefix length): queries and own keys in [start, stop), and the prefix they all see."""
@@ -56,14 +57,14 @@ class PackedBatch:
         return sum(len(p.ids) for p in self.passes)
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch with its tensors on ``device``."""
-
-        def move(x: torch.Tensor) -> torch.Tensor:
-            return x.to(device, non_blocking=True)
-
-        passes = tuple(ForwardPass(move(p.ids), move(p.positions), p.segments) for p in self.passes)
+        """The batch, which is on the CPU, with its tensors on ``device``."""
+        if device.type == "cpu":
+            return self
         numbers = (self.read, self.target, self.owner, self.length, self.last)
-        return PackedBatch(self.groups, passes, *map(move, numbers))
+        inputs = [x for p in self.passes for x in (p.ids, p.positions)]
+        there = iter(on_device([x.numpy() for x in (*inputs, *numbers)], device))
+        passes = tuple(ForwardPass(next(there), next(there), p.segments) for p in self.passes)
+        return PackedBatch(self.groups, passes, *there)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,20 +16,23 @@ import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from prefopt.data.table import ranges
 from prefopt.errors import ModelError
 from prefopt.model.kernels.flash_cpu import FlashShared, gathered, occurrences
 from prefopt.model.packing import Segment
+from prefopt.transfer import on_device
 
 # An unregistered mask function makes transformers build no [T, T] mask at all; the name must not contain "flash".
 HOOK = "prefopt_shared"
 
-WIDEST = 256
-"""Largest head width of variable-length flash attention; widths are multiples of 8."""
+WIDEST, WIDTH_STEP = 256, 8
+"""Largest head width of variable-length flash attention, and what widths are multiples of: others are padded."""
 
 TRIAL = "trial"
 """In place of a kernel: only test whether a layer's attention is supported; see :class:`HookReached`."""
@@ -92,9 +95,11 @@ def shared_attention(
         raise HookReached
     width, scale = value.shape[-1], scaling if scaling is not None else query.shape[-1] ** -0.5
     both = max(width, key.shape[-1])  # multi-head latent attention: pad the narrower, cut the result
-    query, key, value = (x if x.shape[-1] == both else F.pad(x, (0, both - x.shape[-1])) for x in (query, key, value))
-    if prefix_kernel == "varlen" and (s_aux is not None or prefix_gather is None or both > WIDEST or both % 8):
+    if prefix_kernel == "varlen" and (s_aux is not None or prefix_gather is None or both > WIDEST):
         prefix_kernel = "loop"
+    if prefix_kernel == "varlen":
+        both = -(-both // WIDTH_STEP) * WIDTH_STEP
+    query, key, value = (x if x.shape[-1] == both else F.pad(x, (0, both - x.shape[-1])) for x in (query, key, value))
     if softcap is not None or prefix_kernel == "loop":
         out = _loop(query, key, value, prefix_segments, scale, sliding_window, softcap, s_aux)
     elif prefix_kernel == "varlen":
@@ -171,26 +176,22 @@ def visible_keys(rows: int, columns: int, window: int | None, device: torch.devi
 
 
 def gather_plan(segments: tuple[Segment, ...], device: torch.device) -> dict[str, Any]:
-    """Arguments of ``varlen``, made once per pass: the row of every segment's keys, and both cumulative lengths."""
-    rows = [
-        torch.cat([torch.arange(o, o + p, dtype=torch.int64), torch.arange(a, b, dtype=torch.int64)])
-        for a, b, o, p in segments
-    ]
-    queries = [b - a for a, b, _, _ in segments]
-    keys = [len(r) for r in rows]
-    index = torch.cat(rows)
-
-    def cumulative(lengths: list[int]) -> Tensor:
-        ends = torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return F.pad(ends, (1, 0)).to(device, non_blocking=True)
-
+    """Arguments of ``varlen``, made once per pass: the row of every segment's keys, the sums of their gradients, and
+    both cumulative lengths."""
+    start, stop, origin, prefix = np.array(segments, np.int64).T
+    queries, keys = stop - start, stop - start + prefix
+    runs, lengths = (np.stack(pair, 1).ravel() for pair in ((origin, start), (prefix, queries)))
+    index = ranges(runs, lengths, np.arange(len(runs)))
+    ends = [np.concatenate([[0], np.cumsum(many)]).astype(np.int32) for many in (queries, keys)]
+    sums = occurrences(index)
+    moved, cu_q, cu_k, *pairs = on_device([index, *ends, *(x for pair in sums for x in pair)], device)
     return {
-        "index": index.to(device, non_blocking=True),
-        "sums": tuple(tuple(x.to(device, non_blocking=True) for x in part) for part in occurrences(index)),
-        "cu_q": cumulative(queries),
-        "cu_k": cumulative(keys),
-        "max_q": max(queries),
-        "max_k": max(keys),
+        "index": moved,
+        "sums": tuple(zip(pairs[::2], pairs[1::2], strict=True)),
+        "cu_q": cu_q,
+        "cu_k": cu_k,
+        "max_q": int(queries.max()),
+        "max_k": int(keys.max()),
     }
 
 

@@ -23,9 +23,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from prefopt.data.table import IndexArray
 from prefopt.model.packing import Segment
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -225,20 +227,22 @@ def _merge(out: Tensor, lse: Tensor, more: Tensor, lse_more: Tensor) -> tuple[Te
 
 
 Sums = tuple[tuple[Tensor, Tensor], ...]
-"""For the first, second, ... occurrence of a row in an index: rows and positions. Rows within a pair differ, so that
-adding one pair after the other is deterministic."""
+"""What :func:`occurrences` gives, on a device."""
 
 
-def occurrences(index: Tensor) -> Sums:
-    """The occurrences of each row in ``index``; see :data:`Sums`.
+def occurrences(index: IndexArray) -> list[tuple[IndexArray, IndexArray]]:
+    """For the first, second, ... occurrence of a row in ``index``: rows, in order, and their positions. Rows within a
+    pair differ, so that adding one pair after the other is deterministic.
 
-    >>> [[x.tolist() for x in pair] for pair in occurrences(torch.tensor([0, 1, 0, 2, 0]))]
+    >>> [[x.tolist() for x in pair] for pair in occurrences(np.array([0, 1, 0, 2, 0]))]
     [[[0, 1, 2], [0, 1, 3]], [[0], [2]], [[0], [4]]]
     """
-    rows, order = index.sort(stable=True)
-    starts = torch.searchsorted(rows, rows)
-    times = torch.arange(len(rows)) - starts
-    return tuple((rows[times == k], order[times == k]) for k in range(int(times.max()) + 1 if len(rows) else 0))
+    order = np.argsort(index, kind="stable")
+    rows = index[order]
+    times = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    by_time = np.argsort(times, kind="stable")
+    cuts = np.cumsum(np.bincount(times))[:-1]
+    return list(zip(np.split(rows[by_time], cuts), np.split(order[by_time], cuts), strict=True))
 
 
 def gathered(x: Tensor, index: Tensor, sums: Sums) -> Tensor:
@@ -256,5 +260,5 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         total = grads[0].new_zeros(ctx.shape, dtype=torch.promote_types(ctx.dtype, torch.float32))
         for rows, places in ctx.sums:
-            total[rows] = total[rows] + grads[0][places].to(total.dtype)
+            total.index_add_(0, rows, grads[0][places].to(total.dtype))
         return total.to(ctx.dtype), None, None
