@@ -11,23 +11,17 @@ import ctypes
 import hashlib
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 SOURCE = Path(__file__).with_name("device.cpp")
 CACHE = Path(os.environ.get("PREFOPT_FAKE_CUDA") or Path(__file__).resolve().parents[2] / ".pytest_cache/fake_cuda")
-
-
-def why_not() -> str | None:
-    """Why this machine cannot compile the device, in one line; None where it can."""
-    if not sys.platform.startswith("linux"):
-        return f"the fake device is compiled for Linux, and this is {sys.platform}"
-    return None if shutil.which("g++") else "the fake device needs the compiler g++"
 
 
 def compiled() -> Path:
@@ -53,9 +47,12 @@ assert "torch" not in sys.modules, "torch keeps what it found when it was import
 ctypes.CDLL(str(compiled()), ctypes.RTLD_GLOBAL)
 
 import torch  # noqa: E402
+import torch.nn.attention.varlen as torch_varlen  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
+
+from model import flash  # noqa: E402
 
 CUDA = torch.device("cuda", 0)
 
@@ -79,19 +76,35 @@ class _HostIsReal(TorchFunctionMode):
 
 @contextmanager
 def fake_cuda() -> Iterator[None]:
-    """In this block tensors on ``cuda`` have no numbers."""
-    from_numpy = torch.from_numpy  # which no mode sees
+    """In this block tensors on ``cuda`` have no numbers, the device has the capability of an H100, and flash attention
+    checks its arguments as its kernel would."""
+    from_numpy, attend = torch.from_numpy, torch_varlen.varlen_attn
 
-    def real(array: Any) -> torch.Tensor:
+    def real(array: Any) -> torch.Tensor:  # no mode sees it
         with unset_fake_temporarily():
             return from_numpy(array)
 
-    torch.from_numpy = real
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _HostIsReal():
-            yield
-    finally:
-        torch.from_numpy = from_numpy
+    @wraps(attend)
+    def checked(query: Any, key: Any, value: Any, cu_q: Any, cu_k: Any, *sizes: int, **options: Any) -> Any:
+        flash.check(query, key, value, cu_q, cu_k, narrow=True)
+        assert query.device == CUDA
+        flash.CALLS["traced"] += 1
+        return attend(query, key, value, cu_q, cu_k, *sizes, **options)
+
+    flash.CALLS.clear()
+    with (
+        patch.object(torch, "from_numpy", real),
+        patch.object(torch_varlen, "varlen_attn", checked),
+        patch.multiple(
+            torch.cuda,
+            get_device_capability=lambda device=None: (9, 0),
+            get_rng_state_all=list,
+            set_rng_state_all=lambda states: None,
+        ),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        _HostIsReal(),
+    ):
+        yield
 
 
 def moved(model: torch.nn.Module) -> torch.nn.Module:

@@ -6,7 +6,7 @@ from host memory that is not pinned waits too, once the device is busy: the driv
 
 from __future__ import annotations
 
-from fake_cuda.device import FakeTensor  # isort: skip - before torch
+from fake_cuda.device import FakeTensor, unset_fake_temporarily  # isort: skip - before torch
 
 import traceback
 from dataclasses import dataclass, field
@@ -70,6 +70,13 @@ def _listed(x: FakeTensor, traffic: Traffic) -> Any:
     return np.ones(x.shape).tolist()
 
 
+def _pinned(x: torch.Tensor) -> bool:
+    if isinstance(x, FakeTensor):
+        return False
+    with unset_fake_temporarily():
+        return x.is_pinned()
+
+
 class _Calls(TorchFunctionMode):
     """Gives numbers to what has been copied to the host."""
 
@@ -108,7 +115,7 @@ class _Operators(TorchDispatchMode):
             return
         if to.type == "cpu":
             self.traffic.waits.append(_place("copy to the host"))
-        elif not isinstance(source, FakeTensor) and source.is_pinned():
+        elif _pinned(source):
             self.traffic.pinned += 1
         else:
             self.traffic.pageable.append(_place(f"{source.dtype} {list(source.shape)}"))
