@@ -5,6 +5,7 @@ What torch's kernel itself computes is for test_gpu.py; here it is what we hand 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -15,13 +16,13 @@ import torch.nn.attention.varlen as torch_varlen
 
 from model import flash
 from model.architectures import SHARED, build
-from model.oracle import assert_same, assert_same_gradients, gradients, groups_of_every_kind
+from model.oracle import Draw, assert_same, assert_same_gradients, gradients, groups_of_every_kind
 from prefopt.errors import ModelError
 from prefopt.model import scorer as scorer_module
 from prefopt.model.check import check_scoring, tiny_clone
 from prefopt.model.kernels import attention
 from prefopt.model.kernels.attention import WIDEST, gather_plan, shared_attention
-from prefopt.model.kernels.flash_cpu import gathered, occurrences
+from prefopt.model.kernels.gather import gathered, occurrences
 from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer
 
@@ -141,6 +142,19 @@ def test_gradients_of_a_prefix_are_added_in_order_and_rounded_once(responses: in
     (found,) = torch.autograd.grad(gathered(narrow, index, sums), narrow, upstream.bfloat16())
     truth = upstream.bfloat16().float().view(responses + 1, 6, 3).sum(0)
     assert torch.equal(found, truth.bfloat16())
+
+
+def test_states_read_by_many_responses_get_their_gradients_in_order(stand_in: pytest.MonkeyPatch) -> None:
+    """On CUDA. The state at the end of a prompt is read by each of 40 responses; their sum is rounded once."""
+    batch = pack([Draw().group(3, *[2] * 40)])
+    sums = tuple((torch.from_numpy(rows), torch.from_numpy(at)) for rows, at in occurrences(batch.read.numpy()))
+    assert len(sums) == 40
+    hidden = torch.randn(batch.tokens, 16, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    upstream = torch.randn(len(batch.read), 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = replace(batch, reads=sums).read_from(hidden)
+    assert torch.equal(found, batch.read_from(hidden))
+    truth = torch.zeros(batch.tokens, 16).index_add(0, batch.read, upstream.float()).bfloat16()
+    assert torch.equal(torch.autograd.grad(found, hidden, upstream)[0], truth)
 
 
 def test_the_loop_rounds_the_gradient_of_a_prefix_once() -> None:

@@ -138,7 +138,7 @@ def _metric_places(found: Sequence[Stage]) -> list[npt.NDArray[Any]]:
     sides = [(i, group) for sets in (best, last) for group, members in sets.items() for i in members]
     split = sum(map(len, best.values()))
     pairs = [(i, j, s.group) for s in found for i in s.tier for j in s.later]
-    tables = [(sides[:split], 2), (sides[split:], 2), (pairs, 3)]
+    tables: list[tuple[Sequence[object], int]] = [(sides[:split], 2), (sides[split:], 2), (pairs, 3)]
     return [column for rows, width in tables for column in _whole(rows).reshape(-1, width).T]
 
 

@@ -201,10 +201,8 @@ class Scorer(PackedModel):
     def forward(self, batch: PackedBatch, request: ScoreRequest | None = None) -> torch.Tensor | TokenScores:
         """Log-probability [M] of every scored token, float32 (float64 for a float64 model); more with ``request``."""
         head, how = self._head_module(), self.head
-        if how.kind == "model":
-            hidden = self._own_logits(batch)
-        else:  # Mamba ends with its residual in float32, whatever its weights are in
-            hidden = self.hidden(batch).index_select(0, batch.read).to(self.dtype)
+        # Mamba ends with its residual in float32, whatever its weights are in.
+        hidden = self._own_logits(batch) if how.kind == "model" else batch.read_from(self.hidden(batch)).to(self.dtype)
         fused, squares = how.kind == "fused", request is not None and request.squares
         options = {"bias": head.bias, "scale": how.scale, "softcap": how.softcap} if fused else {}
         if request is not None and request.reference is not None:

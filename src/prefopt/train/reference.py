@@ -17,6 +17,7 @@ from prefopt.errors import ModelError
 from prefopt.losses.parse import WeightedLoss
 from prefopt.model.architectures import causal_model, context_length, vocabulary_size
 from prefopt.model.check import check_scoring
+from prefopt.model.costs import MEMORY_ERRORS
 from prefopt.model.kernels.head import vocabulary_of
 from prefopt.model.load import base_and_adapter, load_model
 from prefopt.model.packing import pack
@@ -153,7 +154,7 @@ class ReferenceRun:
                     stop=self.run.stop.check,
                     world=self.run.world,
                 )
-            except RuntimeError as error:
+            except MEMORY_ERRORS as error:
                 largest = int(cache.space.costs(groups).max())
                 token_budget = smaller_budget(error, token_budget, "scoring the reference", largest, self.device)
                 self.run.say(f"out of memory: the reference is scored with {token_budget} tokens at once")

@@ -24,7 +24,8 @@ from transformers import AttentionInterface
 
 from prefopt.data.table import ranges
 from prefopt.errors import ModelError
-from prefopt.model.kernels.flash_cpu import FlashShared, gathered, occurrences
+from prefopt.model.kernels.flash_cpu import FlashShared
+from prefopt.model.kernels.gather import gathered, occurrences
 from prefopt.model.packing import Segment
 from prefopt.transfer import on_device
 

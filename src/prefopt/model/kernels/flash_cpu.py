@@ -13,7 +13,7 @@ become its heads, along which the keys have stride zero.
 
 For many short responses to one prompt the prompt's keys for adjoining responses are one tile, and short responses of
 one length are one batch. Gradients of a prefix's keys are added in the order of the segments, in float32, and rounded
-once; torch's own backward of a gather adds them in the tensor's dtype, on CUDA in any order.
+once.
 """
 
 from __future__ import annotations
@@ -23,11 +23,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from prefopt.data.table import IndexArray
 from prefopt.model.packing import Segment
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -224,41 +222,3 @@ def _merge(out: Tensor, lse: Tensor, more: Tensor, lse_more: Tensor) -> tuple[Te
     total = torch.logaddexp(lse, lse_more)
     a, b = (torch.exp(x - total)[..., None] for x in (lse, lse_more))
     return (out.to(total.dtype) * a + more.to(total.dtype) * b).to(out.dtype), total
-
-
-Sums = tuple[tuple[Tensor, Tensor], ...]
-"""What :func:`occurrences` gives, on a device."""
-
-
-def occurrences(index: IndexArray) -> list[tuple[IndexArray, IndexArray]]:
-    """For the first, second, ... occurrence of a row in ``index``: rows, in order, and their positions. Rows within a
-    pair differ, so that adding one pair after the other is deterministic.
-
-    >>> [[x.tolist() for x in pair] for pair in occurrences(np.array([0, 1, 0, 2, 0]))]
-    [[[0, 1, 2], [0, 1, 3]], [[0], [2]], [[0], [4]]]
-    """
-    order = np.argsort(index, kind="stable")
-    rows = index[order]
-    times = np.arange(len(rows)) - np.searchsorted(rows, rows)
-    by_time = np.argsort(times, kind="stable")
-    cuts = np.cumsum(np.bincount(times))[:-1]
-    return list(zip(np.split(rows[by_time], cuts), np.split(order[by_time], cuts), strict=True))
-
-
-def gathered(x: Tensor, index: Tensor, sums: Sums) -> Tensor:
-    """``x`` [T, ...] at ``index``, as ``index_select`` gives it; ``sums`` from :func:`occurrences`."""
-    return cast(Tensor, _Gathered.apply(x, index, sums))  # type: ignore[no-untyped-call]
-
-
-class _Gathered(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, sums: Sums) -> Tensor:
-        ctx.shape, ctx.dtype, ctx.sums = x.shape, x.dtype, sums
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        total = grads[0].new_zeros(ctx.shape, dtype=torch.promote_types(ctx.dtype, torch.float32))
-        for rows, places in ctx.sums:
-            total.index_add_(0, rows, grads[0][places].to(total.dtype))
-        return total.to(ctx.dtype), None, None
