@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+Array = npt.NDArray[Any]
 _ALIGNMENT = 16  # bytes; more than any element has
 
 
-def on_device(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> list[torch.Tensor]:
+def on_device(arrays: Sequence[Array], device: torch.device) -> list[torch.Tensor]:
     """The arrays as tensors on ``device``, with their shapes and dtypes (float32 in place of float64 on mps).
 
     On CUDA they are views of one buffer that is copied without a wait; on the CPU they share the arrays' memory.
@@ -26,13 +27,27 @@ def on_device(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> list[
     arrays = [np.ascontiguousarray(a) for a in arrays]
     if device.type != "cuda":
         return [torch.from_numpy(a).to(device) for a in arrays]
+    starts = _starts(arrays)
+    buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
+    _fill(buffer, arrays, starts)
+    return _views(buffer.to(device, non_blocking=True), arrays, starts)
+
+
+def _starts(arrays: Sequence[Array]) -> list[int]:
+    """The first byte of each array in a buffer, and the size of that."""
     sizes = [-(-a.nbytes // _ALIGNMENT) * _ALIGNMENT for a in arrays]
-    buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
-    memory, starts = buffer.numpy(), np.cumsum([0, *sizes]).tolist()
+    found: list[int] = np.cumsum([0, *sizes]).tolist()
+    return found
+
+
+def _fill(buffer: torch.Tensor, arrays: Sequence[Array], starts: Sequence[int]) -> None:
+    memory = buffer.numpy()
     for array, start in zip(arrays, starts, strict=False):
         memory[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
-    there = buffer.to(device, non_blocking=True)
+
+
+def _views(buffer: torch.Tensor, arrays: Sequence[Array], starts: Sequence[int]) -> list[torch.Tensor]:
     return [
-        there[start : start + array.nbytes].view(torch.from_numpy(array[:0]).dtype).view(array.shape)
+        buffer[start : start + array.nbytes].view(torch.from_numpy(array[:0]).dtype).view(array.shape)
         for array, start in zip(arrays, starts, strict=False)
     ]

@@ -16,7 +16,7 @@ from model.oracle import Draw, groups_of_every_kind
 from prefopt.model.packing import pack
 
 KINDS = ("full", "checkpointed", "lora")
-QUICK = {("llama", "checkpointed"), ("mistral", "full"), ("latent attention", "lora")}
+QUICK = {("llama", "checkpointed"), ("mistral", "lora")}
 IN_LOOP = {"gemma2", "gpt_oss"}
 """Soft-caps and sinks."""
 
