@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from fake_cuda.device import CUDA, fake_cuda, moved  # isort: skip - before torch
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from fake_cuda.policy import scorer_of, trainer_of
 from fake_cuda.traffic import Traffic
@@ -27,6 +29,7 @@ from prefopt.train.columns import mismatched
 from prefopt.train.objective import PreferenceObjective
 from prefopt.train.objectives import BalancedObjective, LikelihoodObjective, RewardObjective
 from prefopt.train.step import InMemoryColumns
+from prefopt.transfer import on_device
 from train.ranked import columns_for, mixed, pairs_only, terms
 
 BUDGET = 55
@@ -157,3 +160,32 @@ def test_balanced_experts() -> None:
         objective = BalancedObjective(inner, routers_of(scorer.model), 0.01)
         trainer = trainer_of(scorer, {"policy": weights}, objective, BUDGET)
         passes(trainer, Batch(list(data), columns), "balanced")
+
+
+def test_the_detector_sees_waits_and_copies() -> None:
+    waits: list[Any] = [
+        lambda x: x.sum().item(),
+        lambda x: x.tolist(),
+        lambda x: x.cpu().numpy(),
+        lambda x: bool((x > 0).all()),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: torch.repeat_interleave(x, x.long()),
+    ]
+    pageable: list[Any] = [
+        lambda x: torch.ones(3).to(CUDA, non_blocking=True),
+        lambda x: x.copy_(torch.ones(4), non_blocking=True),
+        lambda x: torch.tensor(3.0, device=CUDA),
+        lambda x: x.new_tensor([1.0]),
+    ]
+    with fake_cuda():
+        x = torch.ones(4, device=CUDA)
+        for calls, expected in ((waits, (1, 0, 0)), (pageable, (0, 1, 0))):
+            for number, call in enumerate(calls):
+                with Traffic() as traffic, suppress(DynamicOutputShapeException):
+                    call(x)
+                assert (len(traffic.waits), len(traffic.pageable), traffic.pinned) == expected, number
+        with Traffic() as traffic:
+            on_device([np.ones(3), np.arange(2)], CUDA)
+            x.new_full((), 2.0).add_(x.sum())
+        assert (len(traffic.waits), len(traffic.pageable), traffic.pinned) == (0, 0, 1)

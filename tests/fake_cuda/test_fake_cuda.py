@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,9 +14,18 @@ import pytest
 
 HERE = Path(__file__).parent
 
+
+def built_for_cuda() -> bool:
+    """Whether torch has CUDA, without importing it."""
+    found = importlib.util.find_spec("torch")
+    assert found is not None and found.origin is not None
+    return re.search(r"^cuda\b.*= None$", Path(found.origin).with_name("version.py").read_text(), re.M) is None
+
+
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the fake device is compiled for Linux"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="the fake device needs the compiler g++"),
+    pytest.mark.skipif(built_for_cuda(), reason="this torch has a CUDA device of its own; install one for the CPU"),
 ]
 
 
