@@ -60,8 +60,8 @@ class PackedBatch:
         return sum(len(p.ids) for p in self.passes)
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The batch, which is on the CPU, with its tensors on ``device``."""
-        if device.type == "cpu":
+        """The batch, packed on the CPU, with its tensors on ``device``."""
+        if device.type == self.read.device.type:
             return self
         numbers = (self.read, self.target, self.owner, self.length, self.last)
         inputs = [x for p in self.passes for x in (p.ids, p.positions)]
