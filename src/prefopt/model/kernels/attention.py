@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from prefopt.errors import ModelError
+from prefopt.model.kernels.device import kind_of
 from prefopt.model.kernels.flash_cpu import FlashShared, gathered, occurrences
 from prefopt.model.packing import Segment
 
@@ -58,12 +59,13 @@ def kernel_for(device: torch.device, dtype: torch.dtype, preference: str = "auto
     """The kernel for ``device`` and ``dtype``; ``preference`` ``loop`` forces the plain one."""
     if preference == "loop":
         return "loop"
-    if device.type == "cpu":
+    if kind_of(device) == "cpu":
         return "flash-cpu"
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+    if kind_of(device) != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "loop"
     has_varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
-    return "varlen" if has_varlen and torch.cuda.get_device_capability(device) >= (8, 0) else "loop"
+    capable = device.type == "meta" or torch.cuda.get_device_capability(device) >= (8, 0)
+    return "varlen" if has_varlen and capable else "loop"
 
 
 def shared_attention(

@@ -38,6 +38,7 @@ from transformers import PreTrainedModel
 
 from prefopt.errors import ModelError
 from prefopt.model.architectures import body_of, class_logits, logit_transforms
+from prefopt.model.kernels.device import kind_of
 
 KEEP_BYTES = 256 * 2**20
 """Largest [M, V] that is kept between forward and backward."""
@@ -152,7 +153,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def tiles(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
     """Even tiles of rows, small enough for their logits."""
-    height = max(16, _TILE_ELEMENTS.get(device.type, 2**25) // vocabulary)
+    height = max(16, _TILE_ELEMENTS.get(kind_of(device), 2**25) // vocabulary)
     height = -(-rows // -(-rows // height)) if rows else 1  # even tiles
     for start in range(0, rows, height):
         yield slice(start, min(start + height, rows))
@@ -167,7 +168,7 @@ def transformed(z: Tensor, scale: float, softcap: float | None) -> Tensor:
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Logits [rows, V], accumulated in float32 or float64 where the device can."""
-    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
+    if kind_of(hidden.device) == "cuda" and hidden.dtype in (torch.bfloat16, torch.float16):
         z = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
     else:
         z = torch.mm(hidden, weight.t()).to(wide_dtype(hidden.dtype))
