@@ -1,8 +1,8 @@
 """Memory of a training pass, counted before it is made.
 
 The model's own code is run on ``meta`` tensors, which have shapes and no contents: forward and backward, head and all,
-with adapters, checkpointing and offloading as they are, for each kind of layer at most twice. What every layer keeps for
-backward and needs for a moment is read off, and added up for the whole depth::
+with adapters, checkpointing and offloading as they are, for each kind of layer at most twice. What every layer keeps
+for backward and needs for a moment is read off, and added up for the whole depth::
 
     peak = embedded + max( layers before + forward pass of the next,  all layers + head,
                            layers up to the i-th + backward pass of the i-th,  embedding's backward pass )
@@ -116,6 +116,17 @@ class Blueprint:
         twin = _without_contents(scorer, taken)
         kind = kind or next(scorer.model.parameters()).device.type
         return cls(twin, tuple(like), kind, dtype or scorer.dtype)
+
+    def gathered(self) -> int:
+        """Bytes that a model in shards (FSDP2) puts together: the weights of two layers, and of what is in no layer;
+        and gradients of one of these, also in float32, in which they are summed."""
+        narrow, wide = self.dtype.itemsize, torch.promote_types(self.dtype, torch.float32).itemsize
+        layers = [list(layer.parameters()) for layer in _layers(self.scorer.model)]
+        within = {id(p) for layer in layers for p in layer}
+        outside = [p for p in self.scorer.parameters() if id(p) not in within]
+        sizes = [sum(p.numel() for p in some) for some in (*layers, outside)]
+        trained = [sum(p.numel() for p in some if p.requires_grad) for some in (*layers, outside)]
+        return narrow * (2 * max(sizes[:-1]) + sizes[-1]) + (narrow + wide) * max(trained)
 
     def count(self, groups: Sequence[Group]) -> PassMemory:
         """The memory of a training pass over ``groups``, scored together."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -34,6 +34,7 @@ from prefopt.model.kernels.head import (
     vocabulary_of,
     wide_dtype,
 )
+from prefopt.model.offload import HostActivations
 from prefopt.model.packing import ForwardPass, PackedBatch, PackLayout
 
 
@@ -60,6 +61,7 @@ class PackedModel(torch.nn.Module):
         self.layout = PackLayout(self.reason is None, rope_limit(config))
         self.attention = attention
         self.compute_dtype: torch.dtype | None = None  # set where weights are gathered in another dtype than they have
+        self.offload: HostActivations | None = None  # set where activations wait for backward in host memory
         # All configurations that a layer may read: the model's, its text part's, and those of inner models.
         configs = [causal.config, config, *(m.config for m in causal.modules() if isinstance(m, PreTrainedModel))]
         self._configs = list({id(c): c for c in configs}.values())
@@ -159,7 +161,8 @@ class PackedModel(torch.nn.Module):
             extra = {"position_ids": row.positions[None], "prefix_segments": row.segments, "prefix_kernel": kernel}
             if kernel == "varlen":
                 extra["prefix_gather"] = gather_plan(row.segments, row.ids.device)
-        out = body(input_ids=row.ids[None], use_cache=False, return_dict=True, **extra)
+        with self.offload.saving() if self.offload is not None and torch.is_grad_enabled() else nullcontext():
+            out = body(input_ids=row.ids[None], use_cache=False, return_dict=True, **extra)
         return cast(torch.Tensor, out.last_hidden_state[0])
 
 

@@ -20,6 +20,7 @@ from prefopt.model.architectures import causal_model, checkpoint_activations, co
 from prefopt.model.kernels.head import TokenScores, wide_dtype
 from prefopt.model.load import load_model, local_folder
 from prefopt.model.merge import load_merged
+from prefopt.model.offload import HostActivations
 from prefopt.model.packing import PackedBatch, PackLayout, pack
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scalar import ScalarScorer, load_scalar, scalar_from
@@ -94,12 +95,11 @@ class PpoModels:
 
     def memory(self) -> dict[str, int]:
         """Bytes of weights by model. What the reference shares with the actor counts as the actor's."""
-        actor, held = self.actor, self.reference.weights
-        reference = held.saved().values() if held is not None else self.reference.scorer.model.parameters()
+        actor = self.actor
         judge = self.judge.scorer.model.parameters() if isinstance(self.judge, RewardModelScorer) else ()
         return {
             "actor": bytes_of([*actor.scorer.model.parameters(), *actor.masters.masters.values()]),
-            "reference": bytes_of(reference),
+            "reference": self.reference.bytes_held,
             "reward": bytes_of(judge),
             "critic": self.critic.weight_bytes if self.critic is not None else 0,
         }
@@ -212,11 +212,13 @@ def _network_critic(config: PpoConfig, kind: str, actor: Policy, source: str, to
         alpha = config.lora_alpha or LORA_ALPHA_PER_RANK * rank
         targets = config.lora_targets
         model = new_lora(model, rank=rank, alpha=alpha, dropout=0.0, targets=targets, task=ScalarPolicy.task)
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing is True:
         checkpoint_activations(model)
-    weights = MasterWeights(model, dtype)
+    weights = MasterWeights(model, dtype, on_host=config.offloads("optimizer"))
     what = "an adapter on a network of its own" if config.lora else "a network of its own"
     scorer = ScalarScorer(model, attention=actor.scorer.attention)
+    if config.offloads("activations"):
+        scorer.offload = HostActivations(scorer)
     return Critic(f"{what}, started from the {kind} model", weights, scorer)
 
 

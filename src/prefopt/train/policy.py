@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -19,6 +20,8 @@ from prefopt.model.architectures import causal_model, checkpoint_activations
 from prefopt.model.checkpoint import describe_untouched, origin_of
 from prefopt.model.load import base_and_adapter, load_model, local_folder
 from prefopt.model.lora_targets import tower_weights
+from prefopt.model.memory import Blueprint
+from prefopt.model.offload import HostActivations
 from prefopt.model.precision import MasterWeights, disable_dropout
 from prefopt.model.scalar import ScalarScorer, has_scalar_head, load_scalar, merge_trained_adapter, scalar_from
 from prefopt.model.scorer import PackedModel, Scorer
@@ -42,12 +45,17 @@ class Trained(Generic[AnyScorer]):
         """``dtype`` is that of computation. ``named``: the model was not given in Python."""
         self.sharded = False
         """Whether each of several processes holds a part of every weight."""
+        self.blueprint: Blueprint | None = None
+        """Of a model in shards: how it was before, to count the memory of a pass."""
         self.config, self.dtype, self._named = config, dtype, named
         self._new_lora = config.lora and config.named_adapter is None
         for parameter in model.parameters() if self._new_lora else ():
             parameter.requires_grad_(False)
-        self.masters = MasterWeights(model, dtype)
+        self.masters = self._masters(model)
         self.scorer = self.score_with(model)
+
+    def _masters(self, model: torch.nn.Module) -> MasterWeights:
+        return MasterWeights(model, self.dtype, on_host=self.config.offloads("optimizer"))
 
     def score_with(self, model: torch.nn.Module) -> AnyScorer:
         """The scorer of a model."""
@@ -73,8 +81,8 @@ class Trained(Generic[AnyScorer]):
         return f"not trained, and saved as they are: {words}" if origin.kept else f"not in a reward model: {words}"
 
     def make_trainable(self, world: World = ALONE, *, whole: bool = False) -> str:
-        """Add a new LoRA adapter and activation checkpointing, and cut the weights into shards, as configured. Returns
-        a line on what trains. ``whole``: not into shards, however large they are."""
+        """Add a new LoRA adapter, activation checkpointing and offloading, and cut the weights into shards, as
+        configured. Returns a line on what trains. ``whole``: not into shards, however large they are."""
         config = self.config
         torch.manual_seed(config.seed)
         if self._new_lora:
@@ -91,10 +99,13 @@ class Trained(Generic[AnyScorer]):
             if self._named:  # the name, not the folder in the cache of the Hub
                 for adapter in getattr(model, "peft_config", {}).values():
                     adapter.base_model_name_or_path = config.model
-            self.masters = MasterWeights(model, self.dtype)
+            self.masters.release()
+            self.masters = self._masters(model)
             self.scorer = self.score_with(model)
-        if config.gradient_checkpointing:
+        if config.gradient_checkpointing is True:
             checkpoint_activations(self.scorer.model)
+        if config.offloads("activations"):
+            self.scorer.offload = HostActivations(self.scorer)
         trained = sum(p.numel() for p in self.masters.masters.values())
         total = sum(p.numel() for p in self.scorer.model.parameters())
         if not config.lora:
@@ -104,8 +115,11 @@ class Trained(Generic[AnyScorer]):
 
             # One given in Python may have been made on each rank, of numbers drawn at random.
             world.agree("weights at the start", digest_of(self.scorer.model.parameters()))
+            whole = whole or config.optimizer != "adamw"
             mode, why = choose("none" if whole else config.shard, world, self.scorer, self.masters.masters)
             if mode != "none":
+                with suppress(Exception):  # of any kind, from the model's class: memory is then estimated
+                    self.blueprint = Blueprint.of(self.scorer)
                 self.masters = shard(self.scorer, self.masters, world, self.dtype, hybrid=mode == "hybrid")
                 self.sharded = True
         where = [f": adapters of rank {config.lora_rank} on {targets}" for targets in self.adapters.values()]
