@@ -178,7 +178,7 @@ class RunOptions(MachineOptions, ProgressOptions):
     optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = option(
         "adamw",
         "adamw-8bit: AdamW with moments in 8 bits, 2 bytes of state for a weight and not 8; paged-adamw-8bit: its"
-        ' moments move to host memory where a GPU is full. Both need pip install "prefopt[bitsandbytes]"',
+        ' moments move to host memory where a GPU is full. Both need pip install "prefopt[quantise]"',
     )
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; a huge number clips nothing", above=0)
 

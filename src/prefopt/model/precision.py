@@ -76,11 +76,18 @@ class MasterWeights:
     host: HostGradients | None = None
     """Where masters are on the host: what adds up their gradients there."""
 
-    def __init__(self, model: torch.nn.Module, compute: torch.dtype, *, on_host: bool = False) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        compute: torch.dtype,
+        *,
+        on_host: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
         """Cast ``model`` to ``compute`` in place and give its trainable weights float32 masters (float64 stays).
 
         ``on_host``: masters and their gradients are in host memory, apart from the weights that are computed with,
-        which leaves room on a GPU for these alone.
+        which leaves room on a GPU for these alone. ``device``: where the model moves to, from the host.
         """
         self.model = model
         self.host = HostGradients() if on_host else None
@@ -93,13 +100,15 @@ class MasterWeights:
                 parameter.data = wide
                 self.masters[name] = parameter
                 continue
-            parameter.data = wide.to(target)
+            parameter.data = wide.to(device or wide.device, target)
             if self.host is not None and not wide.is_meta:
                 wide = wide.to("cpu", copy=True)
             self.masters[name] = torch.nn.Parameter(wide)
             self._copies[name] = parameter
             add = _collect if self.host is None else self.host.add
             self._hooks.append(parameter.register_post_accumulate_grad_hook(partial(add, self.masters[name])))
+        if device is not None and next(model.parameters()).device != device:
+            model.to(device)  # buffers, and weights that do not train
 
     def release(self) -> None:
         """Remove the hooks: gradients stay on the model's own weights again."""

@@ -26,7 +26,7 @@ from prefopt.model.precision import MasterWeights
 from prefopt.model.scalar import ScalarScorer, load_scalar, scalar_from
 from prefopt.model.scorer import Scorer, ScoreRequest
 from prefopt.reference.in_memory import InMemoryReference, SwappedWeights
-from prefopt.train.policy import Policy, ScalarPolicy
+from prefopt.train.policy import Policy, ScalarPolicy, loaded_on
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +193,7 @@ def _network_critic(config: PpoConfig, kind: str, actor: Policy, source: str, to
     or optimiser state. Raises :class:`ModelError` where the architecture has no scalar head.
     """
     dtype, seed = actor.dtype, config.seed
-    wide, device = torch.promote_types(dtype, torch.float32), actor.device
+    wide, device = torch.promote_types(dtype, torch.float32), loaded_on(config, actor.device)
     own_tokens = copy.deepcopy(tokenizer)  # it may get a pad token
     name = config.reward if kind == "reward" else source
     model: torch.nn.Module
@@ -214,7 +214,7 @@ def _network_critic(config: PpoConfig, kind: str, actor: Policy, source: str, to
         model = new_lora(model, rank=rank, alpha=alpha, dropout=0.0, targets=targets, task=ScalarPolicy.task)
     if config.gradient_checkpointing is True:
         checkpoint_activations(model)
-    weights = MasterWeights(model, dtype, on_host=config.offloads("optimizer"))
+    weights = MasterWeights(model, dtype, on_host=config.offloads("optimizer"), device=actor.device)
     what = "an adapter on a network of its own" if config.lora else "a network of its own"
     scorer = ScalarScorer(model, attention=actor.scorer.attention)
     if config.offloads("activations"):

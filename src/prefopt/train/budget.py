@@ -168,7 +168,7 @@ class Speed:
 def refuse_8bit(name: str, device: torch.device, dtype: torch.dtype) -> None:
     """Raise :class:`ConfigError` where an 8-bit optimiser does not work."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f'--optimizer {name} needs bitsandbytes: pip install "prefopt[bitsandbytes]"')
+        raise ConfigError(f'--optimizer {name} needs bitsandbytes: pip install "prefopt[quantise]"')
     if device.type != "cuda" and (name.startswith("paged") or device.type != "cpu"):
         raise ConfigError(f"--optimizer {name} needs a CUDA device, not {device.type}; try --optimizer adamw")
     if dtype == torch.float64:

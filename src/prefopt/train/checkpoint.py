@@ -234,6 +234,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
         f"{i}.{name}": value if isinstance(value, torch.Tensor) else torch.tensor(value)
         for i, (parameter, _) in enumerate(_parameters(optimizer))
         for name, value in optimizer.state.get(parameter, {}).items()
+        if not name.startswith("qmap")  # of bitsandbytes: constants, which all parameters share
     }
 
 

@@ -15,7 +15,12 @@ from prefopt.core.terminal import size
 from prefopt.data.group import Group
 from prefopt.data.table import GroupTable
 from prefopt.errors import first_line
-from prefopt.model.architectures import checkpoint_activations, checkpoints_activations
+from prefopt.model.architectures import (
+    causal_model,
+    checkpoint_activations,
+    checkpoints_activations,
+    vocabulary_size,
+)
 from prefopt.model.costs import free_memory
 from prefopt.model.kernels.head import KEEP_BYTES
 from prefopt.model.memory import Blueprint, PassMemory
@@ -120,8 +125,11 @@ class TrainingMemory:
         return sum(self._rough(t, tokens).peak for t in self.trainees)
 
     def _rough(self, trainee: Trainee, tokens: int) -> PassMemory:
-        kept = tokens * bytes_per_token(trainee.scorer, checkpointing=trainee.checkpointed)
-        return PassMemory(kept, KEEP_BYTES, kept + KEEP_BYTES)
+        scorer = trainee.scorer
+        kept = tokens * bytes_per_token(scorer, checkpointing=trainee.checkpointed)
+        logits = tokens * vocabulary_size(causal_model(scorer.model)) * scorer.dtype.itemsize
+        head = 4 * min(logits, KEEP_BYTES)
+        return PassMemory(kept, head, kept + head)
 
     @property
     def room(self) -> int:
@@ -130,7 +138,7 @@ class TrainingMemory:
 
     def is_small(self, tokens: int) -> bool:
         """Whether a pass of so many tokens takes so little that it need not be counted."""
-        return self.rough(tokens) - KEEP_BYTES * len(self.trainees) < SMALL * self.room
+        return self.rough(tokens) < SMALL * self.room
 
     def token_budget(self, groups: Sequence[Group]) -> tuple[int, bool]:
         """Tokens of a micro-batch of ``groups``, and whether it fits: the largest group may not."""
@@ -186,7 +194,8 @@ class TrainingMemory:
     def line(self, groups: Sequence[Group], tokens: int) -> str:
         """What the run takes, in one line."""
         parts = [f"{name} {size(count)}" for name, count in self.parts().items()]
-        pass_of = f"a pass of {min(tokens, _tokens(self.trainees[0].scorer, groups))} tokens"
+        tokens = min(tokens, _tokens(self.trainees[0].scorer, groups))
+        pass_of = f"a pass of {tokens} tokens"
         if self.trainees[0].checkpointed:
             pass_of += ", with checkpointed activations,"
         if self.is_small(tokens):

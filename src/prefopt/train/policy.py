@@ -41,8 +41,17 @@ class Trained(Generic[AnyScorer]):
     """PEFT's task type."""
     scorer: AnyScorer
 
-    def __init__(self, config: Options, dtype: torch.dtype, model: torch.nn.Module, *, named: bool) -> None:
-        """``dtype`` is that of computation. ``named``: the model was not given in Python."""
+    def __init__(
+        self,
+        config: Options,
+        dtype: torch.dtype,
+        model: torch.nn.Module,
+        *,
+        named: bool,
+        device: torch.device | None = None,
+    ) -> None:
+        """``dtype`` is that of computation, ``device`` where the model moves to. ``named``: the model was not given in
+        Python."""
         self.sharded = False
         """Whether each of several processes holds a part of every weight."""
         self.blueprint: Blueprint | None = None
@@ -51,11 +60,11 @@ class Trained(Generic[AnyScorer]):
         self._new_lora = config.lora and config.named_adapter is None
         for parameter in model.parameters() if self._new_lora else ():
             parameter.requires_grad_(False)
-        self.masters = self._masters(model)
+        self.masters = self._masters(model, device)
         self.scorer = self.score_with(model)
 
-    def _masters(self, model: torch.nn.Module) -> MasterWeights:
-        return MasterWeights(model, self.dtype, on_host=self.config.offloads("optimizer"))
+    def _masters(self, model: torch.nn.Module, device: torch.device | None = None) -> MasterWeights:
+        return MasterWeights(model, self.dtype, on_host=self.config.offloads("optimizer"), device=device)
 
     def score_with(self, model: torch.nn.Module) -> AnyScorer:
         """The scorer of a model."""
@@ -148,7 +157,9 @@ class Policy(Trained[Scorer]):
         model = given
         if model is None:
             adapter = local_folder(config.named_adapter) if config.named_adapter else None
-            model = load_model(source, dtype=_loaded_in(config, dtype), device=device, adapter=adapter)
+            model = load_model(
+                source, dtype=_loaded_in(config, dtype), device=loaded_on(config, device), adapter=adapter
+            )
             if adapter is not None:
                 # An adapter may name its base relative to its own folder; what is saved names it as it was found.
                 for peft in getattr(model, "peft_config", {}).values():
@@ -156,7 +167,7 @@ class Policy(Trained[Scorer]):
                         peft.base_model_name_or_path = config.model
         else:
             disable_dropout(model)
-        super().__init__(config, dtype, model, named=given is None)
+        super().__init__(config, dtype, model, named=given is None, device=device if given is None else None)
 
     def score_with(self, model: torch.nn.Module) -> Scorer:
         return Scorer(model, attention=self.config.attention)
@@ -174,11 +185,12 @@ class ScalarPolicy(Trained[ScalarScorer]):
         wide = _loaded_in(config, dtype)
         self.fresh = given is not None or not has_scalar_head(source)
         if given is None:
-            model = load_scalar(source, dtype=wide, device=device, tokenizer=tokenizer, seed=config.seed)
+            where = loaded_on(config, device)
+            model = load_scalar(source, dtype=wide, device=where, tokenizer=tokenizer, seed=config.seed)
         else:
             disable_dropout(given)
             model = scalar_from(given, tokenizer, seed=config.seed)
-        super().__init__(config, dtype, model, named=given is None)
+        super().__init__(config, dtype, model, named=given is None, device=device if given is None else None)
 
     def score_with(self, model: torch.nn.Module) -> ScalarScorer:
         return ScalarScorer(model, attention=self.config.attention)
@@ -207,6 +219,11 @@ class ScalarPolicy(Trained[ScalarScorer]):
 def _loaded_in(config: Options, dtype: torch.dtype) -> torch.dtype:
     """The dtype to load in: full fine-tuning needs float32 masters from the file, not rounded ones."""
     return dtype if config.lora else torch.promote_types(dtype, torch.float32)
+
+
+def loaded_on(config: Options, device: torch.device) -> torch.device:
+    """Where to load a model: float32 weights that stay on the host never fill a GPU."""
+    return torch.device("cpu") if config.offloads("optimizer") and not config.lora else device
 
 
 Config = TypeVar("Config")
