@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -132,6 +133,13 @@ def test_the_peak_is_that_of_the_sizes_that_fit(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(flops, "_best_seconds", small)
     assert matmul_peak(torch.device("cpu"), torch.float32) == 2 * 512**3 / 1e-3
+
+
+def test_without_sharing_each_response_has_its_prompt() -> None:
+    flops = FlopCount.of(build("gemma3"))
+    apart = pack([replace(g, continuations=(c,), pairs=()) for g in GROUPS for c in g.continuations])
+    assert flops.unshared(pack(GROUPS)) == pytest.approx(flops(apart))
+    assert flops(apart) > flops(pack(GROUPS))
 
 
 def test_a_measurement_that_cannot_be_had_is_left_out(

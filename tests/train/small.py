@@ -23,7 +23,14 @@ from prefopt.train.run import TrainingResult
 Row = dict[str, str]
 
 # What differs between two runs of the same thing.
-CLOCKS = {"step_seconds", "tokens_per_second", "pairs_per_second", "utilisation", "peak_memory_bytes"}
+CLOCKS = {
+    "step_seconds",
+    "tokens_per_second",
+    "pairs_per_second",
+    "utilisation",
+    "utilisation_unshared",
+    "peak_memory_bytes",
+}
 
 QUICK: dict[str, Any] = {
     "batch_size": 4,

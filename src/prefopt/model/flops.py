@@ -17,7 +17,7 @@ recurrent layers are not counted.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,11 +65,19 @@ class FlopCount:
     def __call__(self, batch: PackedBatch) -> float:
         """Operations of ``batch``."""
         segments = [s for p in batch.passes for s in p.segments]
+        return self._total(batch.tokens, len(batch.target), segments)
+
+    def unshared(self, batch: PackedBatch) -> float:
+        """Operations of the responses of ``batch`` as sequences of their own, each with its prompt."""
+        lengths = [len(g.prefix) + len(c.ids) for g in batch.groups for c in g.continuations]
+        return self._total(sum(lengths), len(batch.target), [(0, length, 0, 0) for length in lengths])
+
+    def _total(self, tokens: int, scored: int, segments: Sequence[Segment]) -> float:
         pairs = sum(layers * visible_pairs(segments, window) for window, layers in self.windows)
-        return self.per_token * batch.tokens + self.per_scored * len(batch.target) + self.per_pair * pairs
+        return self.per_token * tokens + self.per_scored * scored + self.per_pair * pairs
 
 
-def visible_pairs(segments: list[Segment], window: int | None = None) -> int:
+def visible_pairs(segments: Sequence[Segment], window: int | None = None) -> int:
     """(Query, key) pairs of causal attention in one layer."""
     total = 0
     for start, stop, _, prefix in segments:

@@ -87,7 +87,7 @@ def note(record: Mapping[str, float]) -> list[str]:
     return [text.format(*values[name]) for name, text in pattern.items() if None not in values[name]]
 
 
-RATES = ("tokens_per_second", "pairs_per_second", "rows_per_second", "utilisation")
+RATES = ("tokens_per_second", "pairs_per_second", "rows_per_second", "utilisation", "utilisation_unshared")
 PER_STEP = ("grad_norm", "step_seconds", "tokens")
 
 

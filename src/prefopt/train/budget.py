@@ -134,8 +134,9 @@ def try_largest(
 
 
 class Speed:
-    """Metrics of speed of a step by ``ranks`` devices; groups are called ``unit``. ``utilisation`` is left out where
-    the model's FLOPs cannot be counted."""
+    """Metrics of speed of a step by ``ranks`` devices; groups are called ``unit``. ``utilisation`` counts a shared
+    prompt once, ``utilisation_unshared`` once for each response; both are left out where the model's FLOPs cannot be
+    counted."""
 
     def __init__(
         self, model: torch.nn.Module, device: torch.device, dtype: torch.dtype, unit: str, ranks: int = 1
@@ -149,18 +150,25 @@ class Speed:
 
     def work(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
         """What packed batches were to compute; that of several ranks adds up."""
-        flops = sum(map(self._flops, batches)) if self._flops is not None else 0
-        return {"tokens": sum(b.tokens for b in batches), "groups": sum(len(b.groups) for b in batches), "flops": flops}
+        found: dict[str, float] = {
+            "tokens": sum(b.tokens for b in batches),
+            "groups": sum(len(b.groups) for b in batches),
+        }
+        if self._flops is not None:
+            found["flops"] = sum(map(self._flops, batches))
+            found["flops_unshared"] = sum(map(self._flops.unshared, batches))
+        return found
 
     def record(self, work: Mapping[str, float], seconds: float) -> Record:
         """The metrics of a step that did ``work`` in ``seconds``."""
         tokens = int(work["tokens"])
+        flops = {name: x for name, x in work.items() if name.startswith("flops")}
         return {
             "step_seconds": seconds,
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
             f"{self.unit}_per_second": work["groups"] / seconds,
-            **({"utilisation": work["flops"] / seconds / self.peak} if self._flops is not None else {}),
+            **{"utilisation" + name.removeprefix("flops"): x / seconds / self.peak for name, x in flops.items()},
             "peak_memory_bytes": peak_memory(self.device),
         }
 
