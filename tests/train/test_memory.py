@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from prefopt.train import budget, memory
 from prefopt.train.checkpoint import optimizer_tensors, restore_optimizer
 from prefopt.train.memory import Trainee, TrainingMemory
 from prefopt.train.optim import adamw, adamw_8bit
+from prefopt.train.policy import Policy
 from train.small import dpo, pairs, same_bits, write_model
 from train.test_resume import stopped_at
 
@@ -163,7 +165,7 @@ def test_runs_with_parts_on_the_host_end_with_the_same_bits(
 def test_ppo_on_the_host_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from methods import small_world as world
     from methods.test_ppo import ppo
-    from methods.test_ppo_details import same_bits as same
+    from methods.test_ppo import same_bits as same
 
     start = world.write_world(tmp_path / "m")
     ppo(start, tmp_path / "plain", critic="actor", max_steps=2)
@@ -243,6 +245,13 @@ def test_a_stopped_8_bit_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
 def test_what_does_not_go_together_is_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         DpoConfig(**GIVEN, **options)
+
+
+def test_several_processes_keep_no_state_on_the_host(model: str) -> None:
+    policy = Policy(DpoConfig(**{**GIVEN, "model": model}, offload=["optimizer"]), model, torch.float32, CPU, None)
+    with pytest.raises(ConfigError, match="--offload optimizer is for one process"):
+        policy.make_trainable(SimpleNamespace(alone=False))  # type: ignore[arg-type]
+    policy.release()
 
 
 def test_checkpointing_of_earlier_files_still_means_the_same() -> None:

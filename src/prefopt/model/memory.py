@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from prefopt.data.group import Group
 from prefopt.model.architectures import causal_model
@@ -44,7 +45,7 @@ class LiveBytes(TorchDispatchMode):
     :meth:`mark`. Tensors that were there before do not count."""
 
     def __init__(self, kind: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kind, self.live, self.peak = kind, 0, 0
         self.marks: dict[str, tuple[int, int]] = {}
         """By name: bytes live at the mark, and the most since the mark before."""
@@ -266,7 +267,7 @@ def _without_contents(scorer: AnyScorer, taken: Sequence[int]) -> AnyScorer:
         for module in memo[id(layers)][number].modules():
             if getattr(module, "layer_idx", None) == place:
                 module.layer_idx = number
-    configs = {id(m.config): m.config for m in twin.modules() if hasattr(m, "config")}.values()
+    configs: list[Any] = [m.config for m in twin.modules() if isinstance(m, PreTrainedModel)]
     for config in {id(c): c for whole in configs for c in (whole, whole.get_text_config())}.values():
         for name, value in list(vars(config).items()):
             if isinstance(value, list) and len(value) == count:

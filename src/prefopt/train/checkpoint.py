@@ -249,8 +249,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> Non
     if not hasattr(own, "init_state"):
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         return
-    for index, values in state.items():  # of bitsandbytes, whose paged memory only its own state has
-        parameter, (group, place) = parameters[index]
+    for number, values in state.items():  # of bitsandbytes, whose paged memory only its own state has
+        parameter, (group, place) = parameters[number]
         own.init_state(optimizer.param_groups[group], parameter, group, place)
         for name, before in values.items():
             there = optimizer.state[parameter][name]

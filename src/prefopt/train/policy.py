@@ -93,6 +93,10 @@ class Trained(Generic[AnyScorer]):
         """Add a new LoRA adapter, activation checkpointing and offloading, and cut the weights into shards, as
         configured. Returns a line on what trains. ``whole``: not into shards, however large they are."""
         config = self.config
+        if not world.alone and config.offloads("optimizer"):
+            raise ConfigError(
+                "--offload optimizer is for one process; of several, shards divide the state: --shard full"
+            )
         torch.manual_seed(config.seed)
         if self._new_lora:
             self.scorer.detach_hook()
@@ -124,7 +128,7 @@ class Trained(Generic[AnyScorer]):
 
             # One given in Python may have been made on each rank, of numbers drawn at random.
             world.agree("weights at the start", digest_of(self.scorer.model.parameters()))
-            whole = whole or config.optimizer != "adamw"
+            whole = whole or config.optimizer != "adamw" or bool(config.offload)
             mode, why = choose("none" if whole else config.shard, world, self.scorer, self.masters.masters)
             if mode != "none":
                 with suppress(Exception):  # of any kind, from the model's class: memory is then estimated
