@@ -101,13 +101,13 @@ def try_largest(
     groups: Sequence[Group],
     batch_of: Callable[[Sequence[int]], Batch],
     token_budget: int,
-    to_come: int = 0,
+    optimizer_state: int = 0,
 ) -> tuple[int, float]:
     """Run forward and backward on the largest micro-batch of ``groups``, halving the budget on out-of-memory.
 
     ``batch_of`` makes a batch of groups by their places. Returns the budget that works and its tokens per second. In
-    lockstep (shards), running out of memory is fatal. ``to_come``: bytes of gradients and optimiser state, which a GPU
-    must have room for beside the pass: all but the first pass of all find them there.
+    lockstep (shards), running out of memory is fatal. On a GPU gradients are there before the pass, and
+    ``optimizer_state`` bytes are held, since all passes but the first find both there.
     Weights and random states do not change.
     """
     scorer = differentiator.scorer
@@ -118,7 +118,10 @@ def try_largest(
         batch = batch_of(largest_batch(costs, token_budget))
         started, held = time.monotonic(), None
         try:
-            held = torch.empty(to_come if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+            if device.type == "cuda":
+                held = torch.empty(optimizer_state, dtype=torch.uint8, device=device)
+                for master in (m for m in weights.masters.values() if m.is_cuda):
+                    master.grad = torch.zeros_like(master)
             with same_randomness(device):
                 found = differentiator.gradients(batch, max(token_budget, int(costs.max())))
             if device.type == "cuda":

@@ -158,8 +158,8 @@ class OfflineRun:
         tokens = memory.plan(groups, tokens=tokens, checkpointed=before.get("checkpointed"), world=run.world)
         tokens = run.world.smallest(int(tokens))
         differentiator = Differentiator(policy.scorer, objective, reference, lockstep=policy.sharded)
-        arguments = (differentiator, policy.masters, groups, source.of, tokens)
-        tokens, speed = budget.try_largest(*arguments, to_come=memory.to_come)
+        state = memory.parts().get("optimiser state", 0)
+        tokens, speed = budget.try_largest(differentiator, policy.masters, groups, source.of, tokens, state)
         tokens = run.world.smallest(tokens)
         run.folder.remember(token_budget=tokens, checkpointed=memory.trainees[0].checkpointed)
         return tokens, speed * run.world.size
