@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.architectures import build
 from prefopt.data.group import Group
 from prefopt.model.adapter import new_lora
 from prefopt.model.architectures import checkpoint_activations
@@ -105,6 +106,16 @@ def test_layers_of_several_kinds_are_counted_each_for_itself() -> None:
     assert len(blueprint.depth) == 8 and max(blueprint.depth) == 3, "two layers of each kind stand for eight"
     groups = groups_of(3, 20, 30)
     assert blueprint.count(groups).peak == pytest.approx(peak_of_allocator(scorer, groups), rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "falcon", "lfm2"])
+def test_other_architectures_are_counted(name: str) -> None:
+    """Among them one that scores each response separately and one without attention in every layer."""
+    scorer = Scorer(build(name, torch.float32).eval())
+    MasterWeights(scorer.model, torch.float32)
+    groups = groups_of(2, 40, 30)
+    counted = Blueprint.of(scorer.train()).count(groups)
+    assert counted.peak == pytest.approx(peak_of_allocator(scorer, groups), rel=0.1)
 
 
 def test_a_reward_model_is_counted() -> None:

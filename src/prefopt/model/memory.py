@@ -132,7 +132,7 @@ class Blueprint:
     def count(self, groups: Sequence[Group]) -> PassMemory:
         """The memory of a training pass over ``groups``, scored together."""
         twin = self.scorer
-        with meta_as(self.kind), uncounted(), torch.random.fork_rng(devices=[]), _FusedAttention():
+        with meta_as(self.kind), uncounted(), torch.random.fork_rng(devices=[]), _AsOnDevice():
             weights = MasterWeights(twin.model, self.dtype)
             for parameter in weights.masters.values():
                 parameter.grad = torch.zeros_like(parameter)
@@ -197,13 +197,16 @@ def _marked(twin: PackedModel, live: LiveBytes) -> Iterator[None]:
             hook.remove()
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Counts scaled dot-product attention as the fused kernels keep it: devices have them, ``meta`` has not."""
+class _AsOnDevice(TorchFunctionMode):
+    """What ``meta`` has not: scaled dot-product attention by a fused kernel, and answers of tensors. Models ask whether
+    a row is one sequence (it is) and whether it holds a pad token (no)."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        return _attend(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention:
+            return _attend(*args, **(kwargs or {}))
+        if func in (Tensor.__bool__, Tensor.__contains__) and args[0].is_meta:
+            return func is Tensor.__bool__
+        return func(*args, **(kwargs or {}))
 
 
 def _attend(
