@@ -150,6 +150,14 @@ def test_kernels_of_a_gpu_are_counted_without_one() -> None:
     assert there.kept - here.kept == pytest.approx(config.num_hidden_layers * width * (keys - tokens), rel=0.2)
 
 
+def test_shards_gather_two_layers_what_is_in_none_and_gradients() -> None:
+    scorer, _ = scorer_of(WIDE, torch.bfloat16)
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in scorer.model.model.layers]  # type: ignore
+    outside = sum(p.numel() for p in scorer.parameters()) - sum(layers)
+    gathered = 2 * (2 * layers[0] + outside) + (2 + 4) * max(layers[0], outside)
+    assert len(set(layers)) == 1 and Blueprint.of(scorer).gathered() == gathered
+
+
 def test_live_bytes_are_those_of_new_memory() -> None:
     old = torch.zeros(10)
     with LiveBytes("cpu") as live:
