@@ -38,7 +38,6 @@ from transformers import PreTrainedModel
 
 from prefopt.errors import ModelError
 from prefopt.model.architectures import body_of, class_logits, logit_transforms
-from prefopt.model.kernels.device import kind_of
 from prefopt.model.kernels.head_device import aligned, fused_head, tiles
 from prefopt.model.placeholders import is_placeholder
 
@@ -164,7 +163,7 @@ def transformed(z: Tensor, scale: float, softcap: float | None) -> Tensor:
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Logits [rows, V], accumulated in float32 or float64 where the device can."""
-    if kind_of(hidden.device) == "cuda" and hidden.dtype in (torch.bfloat16, torch.float16):
+    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
         if len(weight) % 8 == 0:
             z = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
         else:
