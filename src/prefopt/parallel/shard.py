@@ -103,7 +103,9 @@ class ShardedWeights(MasterWeights):
         kept = kept_in_float32(causal_model(scorer.model)) if dtype.itemsize < 4 else lambda name: False
         whole = {p for n, p in self.model.named_parameters() if kept(n)}
         # Frozen weights have the dtype of computation already; those that train are float32 until they are gathered.
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32))
+        # Inputs of layers keep their dtype: a class may add what a float32 router weighs to a residual in bfloat16.
+        wide = torch.promote_types(dtype, torch.float32)
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
         options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": whole}
         for layer in layers_of(scorer.model):
             fully_shard(layer, **options)
