@@ -58,7 +58,7 @@ def test_every_command_of_the_readme(
                 continue
             line, _, into = " ".join(words[1:]).partition(" > ")
             shutil.rmtree("OUTPUT", ignore_errors=True)  # one name for many
-            if verb != "dpo":
+            if verb not in ("dpo", "launch"):
                 kept = Path("adapter" if verb == "merge" else "whole")
                 shutil.copytree(kept, "OUTPUT") if kept.exists() else None
             monkeypatch.setattr("sys.stdin", io.StringIO("/exit\n"))
