@@ -34,7 +34,7 @@ from prefopt.core.ranks import Ranks
 from prefopt.data.group import Group
 from prefopt.model.adapter import new_lora
 from prefopt.model.architectures import checkpoint_activations
-from prefopt.model.kernels.head import Head
+from prefopt.model.kernels.head_class import Head
 from prefopt.model.packing import pack
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer

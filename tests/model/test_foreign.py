@@ -22,7 +22,7 @@ from prefopt.core.model_folder import vet_folder
 from prefopt.data.tokenizer import load_tokenizer
 from prefopt.errors import ModelError
 from prefopt.model.adapter import add_adapter, new_lora
-from prefopt.model.kernels.head import head_of
+from prefopt.model.kernels.head_class import head_of
 from prefopt.model.load import load_config, load_model, local_folder, new_model
 from prefopt.model.save import copy_side_files, end_tokens
 from prefopt.model.scorer import Scorer

@@ -13,7 +13,7 @@ from model.oracle import groups_of_every_kind
 from model.test_families import built
 from prefopt.model.architectures import class_logits
 from prefopt.model.check import check_scoring, clone_difference
-from prefopt.model.kernels.head import Head, head_of
+from prefopt.model.kernels.head_class import Head, head_of
 from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer, ScoreRequest
 

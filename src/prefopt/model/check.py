@@ -27,7 +27,7 @@ from prefopt.data.table import GroupTable
 from prefopt.errors import ModelError
 from prefopt.model.architectures import causal_model, transformers_log_level
 from prefopt.model.costs import uncounted
-from prefopt.model.kernels.head import Head
+from prefopt.model.kernels.head_class import Head
 from prefopt.model.packing import pack
 from prefopt.model.quantised import check_packed
 from prefopt.model.scalar import ScalarScorer

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,6 +47,12 @@ TURNS = ("<|im_start|>", "<|im_end|>")
 """Special tokens of new tokenizers for a ChatML template that fine-tuning may add."""
 SLACK, SMALL = 4, 10_000_000
 """A configuration may describe this multiple of the parameters that its weights hold, and this many more."""
+_STRICTLY = {
+    "use_safetensors": True,
+    "trust_remote_code": False,
+    "output_loading_info": True,
+    "ignore_mismatched_sizes": True,  # and then refused, in one line
+}
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -163,25 +170,15 @@ def load_weights(
         )
     own_config = copy.deepcopy(config)
     disable_dropout(config)
-    options: dict[str, Any] = {
-        "config": config,
-        "dtype": dtype,
-        "use_safetensors": True,
-        "trust_remote_code": False,
-        "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # and then refused, in one line
-    }
-    if dtype == torch.float64:
-        options["experts_implementation"] = "eager"
     with model_errors(name), backend_errors(name, config), quiet_loading():
         if quantise is None:
-            options |= loading_options(name, config, device)
+            options = loading_options(name, config, device)
         else:
-            options |= quantised_loading(quantise, kind, name, config, device, dtype)
-        if from_first is None:
-            model, info = kind.from_pretrained(source, **options)
-        else:
-            model, info = load_placeholders(kind, source, **options)
+            options = quantised_loading(quantise, kind, name, config, device, dtype)
+        if dtype == torch.float64:
+            options["experts_implementation"] = "eager"
+        read = kind.from_pretrained if from_first is None else partial(load_placeholders, kind)
+        model, info = read(source, config=config, dtype=dtype, **_STRICTLY, **options)
     origin = trace_origin(model, WeightFiles.read(source), own_config)
     keep_unpacked_names(model, own_config)
     if kind is AutoModelForCausalLM:

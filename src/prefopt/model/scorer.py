@@ -31,10 +31,8 @@ from prefopt.model.kernels import flash, varlen
 from prefopt.model.kernels.attention import HOOK, TRIAL, HookReached, UnshareableError, gather_plan, kernel_for
 from prefopt.model.kernels.head import (
     Distributions,
-    Head,
     TokenScores,
     head_logits,
-    head_of,
     head_scores,
     logit_scores,
     module_logprobs,
@@ -43,6 +41,7 @@ from prefopt.model.kernels.head import (
     vocabulary_of,
     wide_dtype,
 )
+from prefopt.model.kernels.head_class import Head, head_of
 from prefopt.model.kernels.shared import segments_tensor
 from prefopt.model.packing import ForwardPass, PackedBatch, PackLayout
 

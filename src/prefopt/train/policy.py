@@ -18,7 +18,7 @@ from prefopt.errors import ConfigError
 from prefopt.model.adapter import new_lora
 from prefopt.model.architectures import causal_model, checkpoint_activations, weights_in
 from prefopt.model.checkpoint import describe_untouched, origin_of
-from prefopt.model.kernels.head import Head
+from prefopt.model.kernels.head_class import Head
 from prefopt.model.load import base_and_adapter, load_config, load_model, local_folder
 from prefopt.model.lora_targets import tower_weights
 from prefopt.model.placeholders import FromFirst, skeleton

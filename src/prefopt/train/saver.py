@@ -34,7 +34,7 @@ Sums = dict[str, str]
 """Checksums by file."""
 
 
-class _Job:
+class _Files:
     """Files on their way to the disk. Once they are there on all ranks, the first one calls ``commit``, if there is
     one, with all checksums, and every rank calls ``then``."""
 
@@ -42,7 +42,7 @@ class _Job:
         self,
         write: Callable[[], Sums],
         *,
-        before: _Job | None,
+        before: _Files | None,
         then: Callable[[], None] = lambda: None,
         commit: Callable[[Sums], None] | None = None,
         aside: Path | None = None,
@@ -96,7 +96,7 @@ class Saver:
 
     def __init__(self, folder: Path, world: World = ALONE, say: Callable[[str], object] = log.info) -> None:
         self.folder, self.world, self._say = folder, world, say
-        self._jobs: list[_Job] = []
+        self._jobs: list[_Files] = []
         self._copies = HostCopies()
         self._told = False
 
@@ -182,7 +182,7 @@ class Saver:
             with held or nullcontext():
                 return write()
 
-        job = _Job(work, before=self._jobs[-1] if self._jobs else None, **about)
+        job = _Files(work, before=self._jobs[-1] if self._jobs else None, **about)
         self._jobs.append(job)
         if wait:
             self.settle()
