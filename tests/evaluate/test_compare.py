@@ -163,6 +163,17 @@ def test_the_kl_of_a_model_to_itself_is_zero_in_bfloat16(model: str, prompts: st
     assert len(without.notes) == 1 and "the model that drew it was not found" in without.notes[0]
 
 
+def test_a_model_quantised_at_loading_is_found_by_the_record_of_its_samples(
+    model: str, prompts: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    file = str(tmp_path / "drawn.jsonl")
+    prefopt.sample(model, prompts, output=file, num=2, **QUICK, quantise="int8")
+    result = compared(model, file, prompts=[prompts], num=2, reference=model, **QUICK)
+    distance = result.models[file].distance
+    assert not result.notes and distance is not None and distance.k3 > 0
+
+
 def test_too_few_prompts_and_empty_answers_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = PROMPTS[:4]
     a = samples(tmp_path / "a.jsonl", [["x y"], ["x"], [""], ["z"]], few)

@@ -36,6 +36,8 @@ def test_with_one_sample_it_is_the_exact_binomial_test_and_with_many_students() 
         values = np.repeat([0.5, -0.5, 0.0], [won, lost, 5])
         assert sign_flip_test(values) == pytest.approx(stats.binomtest(won, won + lost).pvalue, rel=1e-9)
     assert sign_flip_test(np.zeros(20)) == 1.0
+    for scale in (1e-300, 1e-12, 1e9):  # a p-value has no unit
+        assert sign_flip_test(scale * np.repeat([0.5, -0.5], [9, 1])) == pytest.approx(0.021484375, rel=1e-6)
     assert sign_flip_test(np.full(300, 0.5)) == SMALLEST_P
     for values in (np.random.default_rng(1).normal(0.02, 1, 4000), np.random.default_rng(2).integers(-6, 8, 9000) / 14):
         assert sign_flip_test(values) == pytest.approx(stats.ttest_1samp(values, 0).pvalue, abs=0.003)

@@ -15,7 +15,7 @@ from prefopt.core.plugins import installed_version
 from prefopt.errors import ModelError
 from prefopt.model.load import load_config, load_model
 from prefopt.model.save import save_weights
-from prefopt.model.supported import ADAPTED, PACKAGES, refuse_untrainable
+from prefopt.model.supported import ADAPTED, PACKAGES, UNPACKED, refuse_untrainable
 
 METHODS: dict[str, tuple[dict[str, Any], str]] = {
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, 4 bits"),
@@ -61,6 +61,12 @@ def test_one_line_for_who_trains(plain: Path, tmp_path: Path, method: str) -> No
     if not adapted:
         with pytest.raises(ModelError, match="PEFT has no adapters for that"):
             refuse_untrainable("MODEL", load_config(folder), adapter=True)
+    elif method.split()[0] not in UNPACKED:
+        refuse_untrainable("MODEL", load_config(folder), adapter=True)
+        with pytest.raises(ModelError, match=r"reward model is saved with its adapter merged, .* it was"):
+            refuse_untrainable("MODEL", load_config(folder), adapter=True, merged=True)
+    else:
+        refuse_untrainable("MODEL", load_config(folder), adapter=True, merged=True)
 
 
 @pytest.mark.parametrize("method", [*METHODS, "compressed-tensors"])

@@ -21,7 +21,9 @@ def scorer_on(device: str, kernel: str, name: str = "llama") -> PackedModel:
     """As much of a scorer as the choice reads."""
     model: Any = build(name)
     model.parameters = lambda: iter([types.SimpleNamespace(device=torch.device(device))])
-    return types.SimpleNamespace(model=model, kernel=kernel)  # type: ignore[return-value]
+    scorer: Any = types.SimpleNamespace(model=model, kernel=kernel)
+    scorer.flash_takes_all = PackedModel.flash_takes_all.fget(scorer)  # type: ignore[attr-defined]
+    return scorer  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(
@@ -30,7 +32,8 @@ def scorer_on(device: str, kernel: str, name: str = "llama") -> PackedModel:
         (("cuda", "varlen"), {}, True),
         (("cuda", "varlen"), {"deterministic": True}, False),
         (("cuda", "varlen"), {"router_aux_loss_coef": 0.1}, False),
-        (("cuda", "varlen", "gemma2"), {}, False),
+        (("cuda", "varlen", "gemma2"), {}, False),  # soft-capped
+        (("cuda", "varlen", "latent attention"), {}, False),  # keys wider than values
         (("cuda", "loop"), {"attention": "loop"}, False),
         (("cuda", "varlen"), {"compile": "off"}, False),
         (("cpu", "flash-cpu"), {}, False),

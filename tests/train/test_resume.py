@@ -17,6 +17,7 @@ import pytest
 
 import prefopt
 from prefopt.cli import main
+from prefopt.core.terminal import StopRequest
 from prefopt.errors import Interrupted, RunError
 from prefopt.runs.metrics import Metrics
 from train.small import doubtful_pairs, dpo, evaluations, pairs, same_bits, steps, words, write_model, write_rows
@@ -112,6 +113,31 @@ def test_a_signal_ends_the_command_with_a_checkpoint(number: int, status: int, m
     for name in ("weights.safetensors", "optimizer.safetensors"):
         assert (files[0] / name).read_bytes() == (files[1] / name).read_bytes()
     assert steps(tmp_path / "parts") == steps(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("late", range(4))
+def test_a_signal_at_any_moment_leaves_a_checkpoint(
+    late: int, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes between two of the trainer's looks at it."""
+    looks: list[int] = []
+
+    def look(self: StopRequest) -> int | None:
+        if "asked" not in vars(self) and (tmp_path / "out/metrics.jsonl").exists():
+            looks.append(1)
+            if len(looks) > late:
+                vars(self)["asked"] = signal.SIGTERM
+        return vars(self).get("asked")
+
+    def put(self: StopRequest, number: int | None) -> None:
+        if number is not None:
+            vars(self)["asked"] = number
+
+    monkeypatch.setattr(StopRequest, "signal", property(look, put), raising=False)
+    with pytest.raises(Interrupted, match="stopped after step"):
+        dpo(model, ROWS, tmp_path / "out", epochs=4, save_every=1000)
+    (saved,) = (tmp_path / "out/checkpoints").iterdir()
+    assert int(saved.name.removeprefix("step-")) == len(steps(tmp_path / "out"))
 
 
 def test_a_run_stopped_while_it_scores_keeps_what_it_scored(

@@ -140,8 +140,9 @@ def sign_flip_test(values: npt.ArrayLike) -> float:
     total = float(np.abs(x).sum())
     if not total:
         return 1.0
+    # relative to the largest, so that small values are not taken for zeros
     scaled = (q * x for q in range(1, 65))
-    steps = next((y for y in scaled if np.abs(y - np.rint(y)).max() < 1e-6), None)
+    steps = next((y for y in scaled if np.abs(y - np.rint(y)).max() < 1e-6 * np.abs(y).max()), None)
     if steps is None or np.abs(steps).sum() > MOST_STEPS:
         steps = x * (max(2**14, 4 * len(x)) / total)
     size, times = np.unique(np.rint(np.abs(steps)).astype(np.int64), return_counts=True)

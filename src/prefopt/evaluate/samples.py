@@ -124,11 +124,12 @@ def sampling_model(path: Path, config: CompareConfig) -> SampledModel | None:
     hold that model."""
     try:
         record = read_record(path)
-        name, adapter = record["options"]["model"], record["options"].get("adapter")
+        options = record["options"]
+        name, adapter, quantise = options["model"], options.get("adapter"), options.get("quantise")
         folders = [name, *([adapter] if adapter else []), *([base_of(name)] if is_adapter(name) else [])]
         if not all(Path(folder).is_dir() for folder in folders):
             return None
-        model = SampledModel(name, adapter=adapter, device=config.device, dtype=config.dtype)
+        model = SampledModel(name, adapter=adapter, quantise=quantise, device=config.device, dtype=config.dtype)
         return model if model.identity().digest == record["model"] else None
     except (UserError, OSError, KeyError, TypeError):  # no record, or none of a file of samples
         return None

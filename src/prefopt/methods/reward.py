@@ -55,7 +55,7 @@ def run(
         raise ConfigError("a reward model is made of whole weights: merge the adapter with merge_and_unload() first")
     with open_run(config, model=model, callbacks=callbacks) as run:
         config, say = run.config, run.say
-        start = read_model(run, tokenizer)
+        start = read_model(run, tokenizer, merged=True)
         data = run.world.first_on_node(lambda: load_data(config, start, rows, run.reporter, run.stop, kind="pairs"))
         where = (run.dtype, run.device)
         policy = run.loading(ScalarPolicy(config, start.source, *where, model, start.tokenizer, run.world))

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from prefopt.errors import ModelError, UserError, first_line
 from prefopt.model.architectures import (
+    AttentionShape,
     attention_shapes,
     body_of,
     causal_model,
@@ -64,6 +65,10 @@ class HeldElsewhere(Protocol):
         ...
 
 
+def _fits_flash(shape: AttentionShape) -> bool:
+    return shape.key_width == shape.value_width <= varlen.WIDEST and shape.key_width % 8 == 0
+
+
 class PackedModel(torch.nn.Module):
     """Last hidden states of packed batches, by a transformers model or one wrapped by PEFT.
 
@@ -94,7 +99,7 @@ class PackedModel(torch.nn.Module):
         self.attach_hook()
         if self.layout.share and (reason := self._try_hook()):
             self.separate(reason)
-        self._choose_flash()
+        self.choose_flash()
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -109,7 +114,8 @@ class PackedModel(torch.nn.Module):
         self.detach_hook()
         self.layout, self.reason = PackLayout(False, self.layout.rope_limit), reason
 
-    def _choose_flash(self) -> None:
+    def choose_flash(self) -> None:
+        """Switch on the best flash attention for the device that the weights are on: again where they have moved."""
         device = next(self.model.parameters()).device
         try:
             if self.kernel != "varlen":
@@ -117,10 +123,18 @@ class PackedModel(torch.nn.Module):
             shapes = attention_shapes(causal_model(self.model).config)
         except Exception:  # of any kind, from the model's configuration
             return
-        fitting = [s for s in shapes if s.key_width == s.value_width <= varlen.WIDEST and s.key_width % 8 == 0]
+        fitting = list(filter(_fits_flash, shapes))
         windows = [s.window for s in fitting if s.window is not None]
         heads = sorted({(s.heads, s.key_heads, s.key_width) for s in fitting})
         flash.activate(device, self.dtype, heads, min(windows, default=None))
+
+    @property
+    def flash_takes_all(self) -> bool:
+        """Whether flash attention computes every layer of packed rows; FlexAttention and plain code take the others."""
+        config = causal_model(self.model).config.get_text_config()
+        if self.kernel != "varlen" or getattr(config, "attn_logit_softcapping", None):
+            return False
+        return all(map(_fits_flash, attention_shapes(config)))
 
     def compile_layers(self, *, backend: str = "inductor") -> str:
         """Compile the layers from now on. Returns a line that says so, or why not."""

@@ -37,6 +37,8 @@ UNQUANTISED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config", "compresse
 """Methods whose weights are unquantised at loading, on every device, with transformers' class of their settings."""
 ADAPTED = "aqlm awq bitsandbytes eetq gptq hqq torchao".split()
 """Methods on whose layers PEFT puts adapters."""
+UNPACKED = ["bitsandbytes"]
+"""Methods whose packed weights can be read back, so that an adapter can be merged into them."""
 _SAME_NAME = "aqlm auto-round bitsandbytes compressed-tensors hqq torchao vptq"
 PACKAGES = {name: name for name in _SAME_NAME.split()} | {
     "awq": "gptqmodel",
@@ -48,12 +50,12 @@ PACKAGES = {name: name for name in _SAME_NAME.split()} | {
 """Packages to install for common methods, beside transformers and accelerate."""
 
 
-def refuse_untrainable(name: str, config: Any, *, adapter: bool = False) -> None:
+def refuse_untrainable(name: str, config: Any, *, adapter: bool = False, merged: bool = False) -> None:
     """Raise :class:`ModelError` for a model that cannot be trained, before data or weights are read. ``adapter``:
-    weights of an adapter train, and its own are frozen."""
+    weights of an adapter train, and its own are frozen; ``merged``: the adapter is to be merged into them."""
     if not any(a.endswith("ForSequenceClassification") for a in architectures_of(config)):  # of any architecture
         refuse_other_kinds(name, config)
-    refuse_packed(name, config, adapter=adapter)
+    refuse_packed(name, config, adapter=adapter, merged=merged)
 
 
 def stays_packed(config: Any) -> bool:
@@ -61,11 +63,16 @@ def stays_packed(config: Any) -> bool:
     return _quantisation(config)[0] not in (None, *UNQUANTISED)
 
 
-def refuse_packed(name: str, config: Any, *, adapter: bool) -> None:
-    """Raise :class:`ModelError` for a quantised model that cannot be trained."""
+def refuse_packed(name: str, config: Any, *, adapter: bool, merged: bool = False) -> None:
+    """Raise :class:`ModelError` for a quantised model that cannot be trained; see :func:`refuse_untrainable`."""
     method, _ = _quantisation(config)
-    if not stays_packed(config) or (adapter and method in ADAPTED):
+    if not stays_packed(config) or (adapter and method in (UNPACKED if merged else ADAPTED)):
         return
+    if adapter and method in ADAPTED:
+        raise ModelError(
+            f"{name} is quantised ({quantisation_of(config)}); a reward model is saved with its adapter merged, which"
+            f" prefopt does into weights of {', '.join(UNPACKED)} alone: give the model it was quantised from"
+        )
     what = "its weights cannot train: add --lora, or" if method in ADAPTED else "PEFT has no adapters for that;"
     raise ModelError(f"{name} is quantised ({quantisation_of(config)}); {what} give the model it was quantised from")
 

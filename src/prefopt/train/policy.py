@@ -79,7 +79,8 @@ class Trained(Generic[AnyScorer]):
     def _begin(self, model: torch.nn.Module) -> None:
         if is_quantised(model):
             name = self.config.model if self._named else type(model).__name__
-            refuse_packed(name, causal_model(model).config, adapter=self.config.lora)
+            merged = isinstance(self, ScalarPolicy)
+            refuse_packed(name, causal_model(model).config, adapter=self.config.lora, merged=merged)
             set_compute_dtype(model, self.dtype)
         for parameter in model.parameters() if self._new_lora else ():
             parameter.requires_grad_(False)
@@ -108,6 +109,7 @@ class Trained(Generic[AnyScorer]):
         self.masters, self.reading = shard_unread(
             self.scorer, self.masters, world, self.dtype, device, hybrid=shards == "hybrid"
         )
+        self.scorer.choose_flash()
         self.shards = shards
 
     def _with_adapter(self, model: torch.nn.Module) -> torch.nn.Module:
@@ -315,15 +317,14 @@ def _packed(config: Options, source: str) -> bool:
 def compiles(config: Options, scorer: PackedModel) -> bool:
     """What ``--compile`` comes to. A run that must resume to the same bits is not compiled by ``auto``: generated code
     may depend on the shapes that it was first made for. Nor is one with a load-balancing loss, which reads the routers
-    inside of layers, and a model whose attention is compiled by itself (FlexAttention)."""
+    inside of layers, or a model of which flash attention does not take every layer (FlexAttention compiles itself)."""
     if config.compile != "auto":
         return config.compile == "on"
     reads_routers = getattr(config, "router_aux_loss_coef", None) is not None
     device = next(scorer.model.parameters()).device
     if device.type != "cuda" or config.deterministic or config.attention == "loop" or reads_routers:
         return False
-    text = causal_model(scorer.model).config.get_text_config()
-    if scorer.kernel != "varlen" or getattr(text, "attn_logit_softcapping", None):
+    if not scorer.flash_takes_all:
         return False
     from torch.utils._triton import has_triton
 

@@ -232,6 +232,7 @@ class ReferenceRun:
         scorer = Scorer(model, attention=self.run.config.attention)
         weights = MasterWeights(model, dtype)
         _, line = shard_unread(scorer, weights, world, dtype, self.device, hybrid=self.shards == "hybrid")
+        scorer.choose_flash()
         self.run.say(f"reference: {line.removeprefix('weights: ')}")
         return scorer
 

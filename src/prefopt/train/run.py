@@ -273,8 +273,9 @@ class ModelStart:
     limit: int
 
 
-def read_model(run: Run, tokenizer: Any = None) -> ModelStart:
-    """Read the tokenizer and the configuration of the run's model. ``tokenizer`` is one given in Python.
+def read_model(run: Run, tokenizer: Any = None, *, merged: bool = False) -> ModelStart:
+    """Read the tokenizer and the configuration of the run's model. ``tokenizer`` is one given in Python; ``merged``: an
+    adapter will be saved merged into the model.
 
     Raises :class:`prefopt.errors.ModelError` for a model that cannot be trained.
     """
@@ -284,7 +285,7 @@ def read_model(run: Run, tokenizer: Any = None) -> ModelStart:
     found = copy.deepcopy(tokenizer) if tokenizer is not None else tokenizer_of_name(config.model, config.named_adapter)
     configuration = run.given.config if run.given is not None else load_config(source)
     name = config.model if run.given is None else type(run.given).__name__
-    refuse_untrainable(name, configuration, adapter=config.lora)
+    refuse_untrainable(name, configuration, adapter=config.lora, merged=merged)
     if run.given is None:
         check_quantisable(config.quantise, configuration, name, run.device, run.dtype)
     elif config.quantises:

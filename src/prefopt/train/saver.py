@@ -21,7 +21,7 @@ import torch
 
 from prefopt.core.files import aside_of, output_errors
 from prefopt.errors import Diverged
-from prefopt.parallel.tensors import is_sharded, shards_of, whole_tensors
+from prefopt.parallel.tensors import shards_of, whole_tensors
 from prefopt.parallel.world import ALONE, World
 from prefopt.runs.callbacks import CallbackFailed
 from prefopt.train import checkpoint
@@ -156,7 +156,7 @@ class Saver:
             return {}
 
         # What was put together from shards is a copy already.
-        self._submit(write, files, copies=None if all(map(is_sharded, named.values())) else self._copies)
+        self._submit(write, files, copies=None if all(shards_of(t) > 1 for t in named.values()) else self._copies)
 
     def _submit(
         self,

@@ -122,8 +122,9 @@ class HostCopies:
                             room = free.pop() if free else torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
                             used += [room] if pinned else []
                         size = min(len(source), len(room))
-                        # In the order of the GPU's stream: what training does next finds the copy made.
-                        copied[-1].append(room[:size].copy_(source[:size], non_blocking=True))
+                        # In the order of the GPU's stream: what training does next finds the copy made. Other devices
+                        # have no event to wait for, so their copies are waited for here.
+                        copied[-1].append(room[:size].copy_(source[:size], non_blocking=pinned))
                         source, room, left = source[size:], room[size:], left - size
         except RuntimeError as error:
             self._kept += used

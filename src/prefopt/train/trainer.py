@@ -154,12 +154,12 @@ class Trainer:
 
     def pause(self) -> None:
         """After a stop request: write a checkpoint and raise. Several ranks stop at the update that they agreed on."""
-        if not self.world.alone:
-            if self._stop_signal is None:
-                return
-            self.stop.signal = self._stop_signal
-        if self.stop.signal is not None:
-            self.keep()
+        # Read once: a signal that comes later than this is for the next pause, which then writes a checkpoint.
+        asked = self.stop.signal if self.world.alone else self._stop_signal
+        if asked is None:
+            return
+        self.stop.signal = asked
+        self.keep()
         done = self.state.done
         within = f", {done} of the updates of the next one made" if done else ""
         self.stop.check(f" after step {self.state.step} of {self.steps}{within}")
