@@ -4,6 +4,7 @@
 # make test-slow  run the tests that take longer
 # make test-triton run the fused head's kernels in Triton's interpreter, which is installed for that: 1 GB
 # make lint       style and types only
+# make docs       write the site of documentation to site/, refuse broken links, check the Dockerfile
 #
 # Everything is installed into .venv in this folder; PYTHON names another interpreter than python3.
 
@@ -17,7 +18,7 @@ TORCH := $(shell grep "^torch==" constraints.txt)
 # One thread per test process: tensors in tests are small, and two processes use two cores better than threads do.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo quick test test-slow test-triton lint setup clean
+.PHONY: demo quick test test-slow test-triton lint docs setup clean
 
 demo: setup
 	$(BIN)/python -m prefopt demo
@@ -34,6 +35,11 @@ test-slow: setup
 test-triton: setup
 	$(BIN)/python -m pip install --quiet --no-deps "triton>=3.4"
 	$(PYTEST) tests/model/test_head_triton.py
+
+docs: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation --editable ".[docs]"
+	$(BIN)/hadolint Dockerfile
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 lint: setup
 	$(BIN)/python -m ruff check .

@@ -1,4 +1,4 @@
-"""Every command of the README does what it says, on a tiny model and a few rows in place of its names."""
+"""Every command of README and tour does what it says, on a tiny model and a few rows in place of its names."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ QUICK = {
     "rlhf": ["--max-new-tokens", "4", "--max-length", "64", *("--ppo", "batch_size=4", "max_kl=1e6")],
     **{verb: ["--max-new-tokens", "4"] for verb in ("sample", "compare")},
 }
-"""What makes a command short, beside what stands in the README."""
+"""What makes a command short, beside what stands there."""
 ELSEWHERE = {"collect serve": "waits for people", "frontier": "hours", "methods": "hours"}
 """Commands that tests of their own run."""
 
 
-def test_every_command_of_the_readme(
+def test_every_command_of_readme_and_tour(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -49,7 +49,7 @@ def test_every_command_of_the_readme(
     assert Path(model).is_dir()
 
     done = []
-    for block in blocks(ROOT / "README.md"):
+    for block in [*blocks(ROOT / "README.md"), *blocks(ROOT / "docs/tour.md")]:
         for words in commands(block.text) if block.language in SHELL else ():
             if not words or Path(words[0]).name != "prefopt":
                 continue

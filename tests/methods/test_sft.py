@@ -190,7 +190,7 @@ def test_a_dry_run_shows_what_would_be_learned(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.slow
 def test_the_recipe_of_the_shipped_model_makes_one_like_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = Path(__file__).resolve().parents[2] / "recipes/tiny_imdb.yaml"
+    recipe = Path(__file__).resolve().parents[2] / "src/prefopt/recipes/tiny_imdb.yaml"
     monkeypatch.chdir(recipe.parents[1])  # it names the shipped model's folder
     words = ["aeiou", "film", "of", "the", "klm", "a", "plot", "good", "bad", "and", "long"]
     texts = [{"text": " ".join(words[(i * j + i) % 11] for j in range(1, 60))} for i in range(24)]

@@ -8,20 +8,20 @@ import pytest
 
 from prefopt.cli import main
 from prefopt.config.sweeps import FrontierConfig
+from prefopt.core.files import expanded
 from prefopt.core.yaml_file import read_document
 from prefopt.sweeps.points import read_frontier
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "recipes/sentiment.yaml"
+RECIPE = "prefopt:recipes/sentiment.yaml"
 
 
 def test_the_recipe_is_whole() -> None:
-    config = FrontierConfig.from_dict(read_document(str(RECIPE)))
+    config = FrontierConfig.from_dict(read_document(RECIPE))
     methods = [t.method for t in config.trainings()]
     assert {r: methods.count(r) for r in methods} == dict.fromkeys(
         ("dpo", "ppo-true", "ppo-learned", "sft", "unlikelihood", "best-of"), 3
     )
-    assert (ROOT / config.model / "model.safetensors").exists() and (ROOT / config.prompts[0]).exists()
+    assert (expanded(config.model) / "model.safetensors").exists() and expanded(config.prompts[0]).exists()
 
 
 @pytest.mark.slow
@@ -29,13 +29,13 @@ def test_two_points_of_every_road(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("vaderSentiment")
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)  # outside of a clone
     methods = ["dpo:beta=0.1,1", "ppo-true:beta=0.01,0.1", "ppo-learned:beta=0.01,0.1", "sft:learning_rate=1e-4,4e-4"]
     methods += ["unlikelihood:alpha=0.1,0.5", "best-of:n=2,8"]
     little = ["--responses", "64", "--rounds", "1", "--num", "2", "--checkpoints", "1", "--held-out", "24"]
     little += ["--max-new-tokens", "12", "--methods", *methods, "--progress", "none"]
     ppo = ["--ppo", "batch_size=16", "learning_rate=1e-4", "critic=head", "ppo_epochs=2"]
-    words = ["frontier", "--config", str(RECIPE), "--output", str(tmp_path / "out"), *little, *ppo]
+    words = ["frontier", "--config", RECIPE, "--output", str(tmp_path / "out"), *little, *ppo]
     assert main(words) == 0
     found = read_frontier(tmp_path / "out")
     assert found.finished and len(found.points) == 13

@@ -35,11 +35,17 @@ from prefopt.errors import ConfigError, RunError, UserError
 
 LEFT_SECONDS = 3600.0
 """Age of a temporary file that counts as left over, where no lock excludes a writer."""
+SHIPPED = "prefopt:"
+"""Begins the name of a file or folder that ships with prefopt."""
 _ASIDE = re.compile(r"\.(\d{1,9})(?:-\w+)?$")  # SQLite adds -journal
 
 
 def expanded(name: str | Path) -> Path:
-    """The path that a user named, with ``~`` expanded. Raises :class:`ConfigError` where no system has one so long."""
+    """The path that a user named, with ``~`` expanded, and ``prefopt:`` to the folder that prefopt is installed in, for
+    what ships with it: ``prefopt:recipes/sentiment.yaml``. Raises :class:`ConfigError` where no system has one so
+    long."""
+    if str(name).startswith(SHIPPED):
+        return Path(__file__).resolve().parents[1] / str(name).removeprefix(SHIPPED)
     path = Path(os.path.expanduser(name))  # noqa: PTH111  (Path.expanduser fails where there is no such user)
     with suppress(ValueError):
         try:
@@ -48,6 +54,11 @@ def expanded(name: str | Path) -> Path:
             if error.errno == errno.ENAMETOOLONG:
                 raise ConfigError(f"{str(name)[:60]}...: too long for the name of a file or folder") from None
     return path
+
+
+def is_path(name: str) -> bool:
+    """Whether a name can only be a local file or folder, never a repository of the Hub."""
+    return name.startswith((".", "/", "~", SHIPPED)) or name.count("/") > 1
 
 
 @contextmanager

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from prefopt.core.files import expanded
 from prefopt.core.options import options
 from prefopt.errors import ConfigError
 
@@ -55,7 +55,7 @@ for _class in (_Loader, _Dumper):
 def read_document(path: str) -> dict[str, object]:
     """The options in a YAML file, by their field's name. Raises ``ConfigError`` that names the file and line."""
     try:
-        with Path(path).open("rb") as file:
+        with expanded(path).open("rb") as file:
             raw = file.read(MOST + 1)
         if len(raw) > MOST:
             raise ConfigError(f"--config {path} is larger than {MOST >> 20} MiB; give a file of options")

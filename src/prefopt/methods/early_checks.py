@@ -11,7 +11,7 @@ from typing import Any
 from prefopt.config.methods import method_of
 from prefopt.config.sample import SampleConfig
 from prefopt.config.tools import IMPLICIT, RULES, ScoreConfig, is_model_reward
-from prefopt.core.files import OVERWRITE, RESUME, expanded, one_below, refuse_existing
+from prefopt.core.files import OVERWRITE, RESUME, expanded, is_path, one_below, refuse_existing
 from prefopt.core.hub import no_telemetry, why_not_read
 from prefopt.core.ranks import ranks_in, restarted
 from prefopt.data.files.content import look
@@ -94,7 +94,7 @@ def _check_model(name: str | None) -> None:
         return
     if name.endswith(".jsonl"):
         raise DataError("no such file; check the path", file=name)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if is_path(name):
         raise ModelError(f"{name}: no such folder")
     no_telemetry()
     from huggingface_hub import HfApi, try_to_load_from_cache

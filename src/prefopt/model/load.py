@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from prefopt.core.files import expanded
+from prefopt.core.files import expanded, is_path
 from prefopt.core.hub import no_telemetry
 from prefopt.core.model_folder import base_of, is_adapter, refuse_both, task_of, vet_folder
 from prefopt.core.terminal import size
@@ -33,7 +33,6 @@ from prefopt.model.quantised import chosen, quantised_loading, set_compute_dtype
 from prefopt.model.supported import (
     backend_errors,
     drop_foreign_attention,
-    is_path,
     keep_unpacked_names,
     loading_options,
     model_errors,

@@ -21,7 +21,7 @@ from transformers import __version__ as transformers_version
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from prefopt.core.files import one_below
+from prefopt.core.files import is_path, one_below
 from prefopt.core.hub import why_not_read
 from prefopt.core.model_folder import read_object
 from prefopt.core.plugins import installed_version
@@ -257,8 +257,3 @@ def _key_of(folder: Path, args: tuple[object, ...]) -> str:
         if isinstance(value, dict):
             waiting += value.items()
     return ""
-
-
-def is_path(name: str) -> bool:
-    """Whether a name can only be a local folder, never a repository of the Hub."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
