@@ -13,21 +13,39 @@ from model.test_logprobs import TRANSFORMS, LargestTensor, M, V, inputs
 from prefopt.model.adapter import new_lora
 from prefopt.model.kernels import head as logprobs
 from prefopt.model.kernels import head_device
-from prefopt.model.kernels.head import Distributions, TokenScores, head_scores, logit_scores, token_logprobs
+from prefopt.model.kernels.divergence import Divergence
+from prefopt.model.kernels.head import FORWARD, Distributions, TokenScores, head_scores, logit_scores, token_logprobs
 from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer, ScoreRequest
 
 ARCHITECTURES = ["llama", "gemma2", "granite", "head with bias", "mamba"]  # plain, soft-cap, scale, bias, own logits
 
+REVERSE, JSD = Divergence("reverse"), Divergence("jsd", 0.5)
 
-def naive(z: torch.Tensor, r: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+
+def apart(logp: torch.Tensor, ref: torch.Tensor, divergence: Divergence) -> torch.Tensor:
+    """The definitions, by :func:`torch.nn.functional.kl_div`."""
+
+    def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+
+    if divergence.kind != "jsd":
+        return kl(ref, logp) if divergence.kind == "forward" else kl(logp, ref)
+    w = divergence.weight
+    mixed = (w * ref.exp() + (1 - w) * logp.exp()).log()
+    return w * kl(ref, mixed) + (1 - w) * kl(logp, mixed)
+
+
+def naive(
+    z: torch.Tensor, r: torch.Tensor, target: torch.Tensor, divergence: Divergence = FORWARD
+) -> dict[str, torch.Tensor]:
     """The formulas, over logits that are held."""
     logp, ref = z.log_softmax(-1), r.log_softmax(-1)
     at = torch.arange(len(target))
     return {
         "logp_M": logp[at, target],
         "square_M": logp.exp().square().sum(-1).log(),
-        "kl_M": (ref.exp() * (ref - logp)).sum(-1),
+        "divergence_M": apart(logp, ref, divergence),
         "other_logp_M": ref[at, target],
     }
 
@@ -40,8 +58,9 @@ def transformed(z: torch.Tensor, scale: float = 1.0, softcap: float | None = Non
 @pytest.mark.parametrize("way", ["fused", "frozen", "module"])
 @pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("divergence", [FORWARD, REVERSE, JSD, Divergence("jsd", 0.1)], ids=str)
 def test_values_and_gradients_are_those_of_the_formula(
-    way: str, transform: str, biased: bool, monkeypatch: pytest.MonkeyPatch
+    divergence: Divergence, way: str, transform: str, biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(head_device, "tile_elements", lambda _: V * 16)
     hidden, weight, bias, target = inputs()
@@ -53,17 +72,18 @@ def test_values_and_gradients_are_those_of_the_formula(
     used = bias if biased else torch.zeros_like(bias)
     leaves = [x for x in (hidden, weight, *([bias] if biased else [])) if x.requires_grad]
     if way == "module":
-        found = logit_scores(lambda h: transformed(h @ weight.T + used, **options), hidden, target, other)
+        found = logit_scores(lambda h: transformed(h @ weight.T + used, **options), hidden, target, other, divergence)
     else:
+        options = {**options, "divergence": divergence}
         found = head_scores(hidden, weight, target, other, bias=bias if biased else None, **options)
-    expected = naive(transformed(hidden @ weight.T + used, **options), r, target)
+    expected = naive(transformed(hidden @ weight.T + used, **TRANSFORMS[transform]), r, target, divergence)
     for name, value in expected.items():
         torch.testing.assert_close(getattr(found, name), value, rtol=1e-11, atol=1e-11)
     assert found.square_M is not None and not found.square_M.requires_grad
     upstream = [torch.randn(M, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (1, 2)]
     grads = [
         torch.autograd.grad([a, b], leaves, upstream)
-        for a, b in ((found.logp_M, found.kl_M), (expected["logp_M"], expected["kl_M"]))
+        for a, b in ((found.logp_M, found.divergence_M), (expected["logp_M"], expected["divergence_M"]))
     ]
     for got, wanted in zip(*grads, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
@@ -113,10 +133,12 @@ def test_a_model_against_another(name: str) -> None:
         found: TokenScores = scorers[0](batches[0], ScoreRequest(squares=True, reference=kept))
         upstream = [torch.linspace(-1, 1, len(r)).double(), torch.linspace(2, -1, len(r)).double()]
         weights = [p for p in policy.parameters() if p.requires_grad]
-        grads = torch.autograd.grad([found.logp_M, found.kl_M], weights, upstream, allow_unused=True)
+        grads = torch.autograd.grad([found.logp_M, found.divergence_M], weights, upstream, allow_unused=True)
         scorers[0].detach_hook()
         expected = naive(held_logits(policy), r, batches[0].target)
-        wanted = torch.autograd.grad([expected["logp_M"], expected["kl_M"]], weights, upstream, allow_unused=True)
+        wanted = torch.autograd.grad(
+            [expected["logp_M"], expected["divergence_M"]], weights, upstream, allow_unused=True
+        )
     for word, value in expected.items():
         torch.testing.assert_close(getattr(found, word), value, rtol=1e-9, atol=1e-9)
     top = max(float(g.abs().max()) for g in wanted if g is not None)
@@ -131,7 +153,7 @@ def test_a_model_is_not_far_from_itself() -> None:
     batch = pack(groups_of_every_kind(), scorer.layout)
     with torch.no_grad():
         found = scorer(batch, ScoreRequest(reference=scorer(batch, ScoreRequest(distributions=True)).distributions))
-    assert torch.equal(found.logp_M, found.other_logp_M) and float(found.kl_M.abs().max()) < 1e-6
+    assert torch.equal(found.logp_M, found.other_logp_M) and float(found.divergence_M.abs().max()) < 1e-6
     torch.testing.assert_close(found.logp_M, scorer(batch), rtol=1e-5, atol=1e-6)
 
 
@@ -150,5 +172,5 @@ def test_the_logits_of_a_batch_are_never_held(head: str, monkeypatch: pytest.Mon
         with torch.no_grad():
             kept = scorer(batch, ScoreRequest(distributions=True)).distributions
         scores = scorer(batch, ScoreRequest(squares=True, reference=kept))
-        (scores.logp_M.sum() + scores.kl_M.sum()).backward()
+        (scores.logp_M.sum() + scores.divergence_M.sum()).backward()
     assert 32 * vocabulary <= seen.elements < 0.3 * len(batch.target) * vocabulary

@@ -78,7 +78,7 @@ def test_everything_that_is_asked_of_a_head_comes_from_its_class(odd: Scorer) ->
         odd.model.lm_head.weight.data = odd.model.lm_head.weight * 2  # type: ignore[union-attr]
         torch.testing.assert_close(kept.logits(slice(0, 5)), logits[:5])
         compared: Any = odd(batch, ScoreRequest(reference=kept))
-        assert (compared.kl_M > 0).all()
+        assert (compared.divergence_M > 0).all()
 
 
 def test_the_temperature_of_a_class_head(odd: Scorer) -> None:

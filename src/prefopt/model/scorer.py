@@ -30,7 +30,9 @@ from prefopt.model.architectures import (
 from prefopt.model.costs import Purpose, count_pass, out_of_memory
 from prefopt.model.kernels import flash, varlen
 from prefopt.model.kernels.attention import HOOK, TRIAL, HookReached, UnshareableError, gather_plan, kernel_for
+from prefopt.model.kernels.divergence import Divergence
 from prefopt.model.kernels.head import (
+    FORWARD,
     Distributions,
     TokenScores,
     head_logits,
@@ -264,12 +266,13 @@ class PackedModel(torch.nn.Module):
 
 class ScoreRequest(NamedTuple):
     """Values that a forward pass returns beside log-probabilities: the log of summed ``squares`` of probabilities, the
-    divergence from ``reference`` distributions, its own ``distributions``, and the ``hidden`` states."""
+    ``divergence`` from ``reference`` distributions, its own ``distributions``, and the ``hidden`` states."""
 
     squares: bool = False
     reference: Distributions | None = None
     distributions: bool = False
     hidden: bool = False
+    divergence: Divergence = FORWARD
 
 
 class Scorer(PackedModel):
@@ -308,9 +311,10 @@ class Scorer(PackedModel):
         options = {"bias": head.bias, "scale": how.scale, "softcap": how.softcap} if fused else {}
         if request is not None and request.reference is not None:
             if fused:
+                options |= {"divergence": request.divergence}
                 scores = head_scores(hidden, head.weight, batch.target, request.reference, **options)
             else:
-                scores = logit_scores(self.logits, hidden, batch.target, request.reference)
+                scores = logit_scores(self.logits, hidden, batch.target, request.reference, request.divergence)
             return self._complete(scores, hidden, request)
         if fused:
             logp_M, square_M = token_logprobs(hidden, head.weight, batch.target, squares=squares, **options)

@@ -110,7 +110,7 @@ class PreferenceObjective(Objective):
         scores = scorer(packed, ScoreRequest(squares=square, reference=reference))
         values = self._sums(scores.logp_M, packed, batch, "logp")
         if reference is not None:
-            values["kl_N"] = response_sums(scores.kl_M, packed)
+            values["kl_N"] = response_sums(scores.divergence_M, packed)
             values |= self._sums(scores.other_logp_M, packed, batch, "ref_logp")
         if square:
             values["wpo_N"] = response_sums(scores.logp_M.detach() - scores.square_M, packed) / packed.length

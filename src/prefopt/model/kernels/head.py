@@ -7,9 +7,9 @@ For hidden states h [M, H], the head's weight W [V, H], targets y [M] and anothe
     z      = cap * tanh(scale * (h W^T + b) / cap)      (soft-cap and scale only where the model has them)
     logp   = z[y] - logsumexp(z)
     square = logsumexp(2 z) - 2 logsumexp(z)            (log of the sum of squared probabilities)
-    kl     = sum over v of ref(v) (log ref(v) - log pi(v)),  ref = softmax(r), pi = softmax(z)
+    a divergence of softmax(z) from softmax(r), see :mod:`prefopt.model.kernels.divergence`
 
-in tiles of rows, with sums in float32 (float64 for a float64 model). Backward of kl computes the tiles again, that of
+in tiles of rows, with sums in float32 (float64 for a float64 model). Its backward computes the tiles again, that of
 logp works in one of three ways:
 
 frozen head     d logp / d h is computed in the forward pass and kept as [M, H]; backward multiplies it by a factor per
@@ -32,10 +32,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from prefopt.model.kernels.divergence import Divergence
 from prefopt.model.kernels.head_device import aligned, fused_head, tiles
 
 KEEP_BYTES = 256 * 2**20
 """Largest [M, V] that is kept between forward and backward."""
+FORWARD = Divergence("forward")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +50,13 @@ class Distributions:
 
 
 class TokenScores(NamedTuple):
-    """Scores of M tokens by one forward pass. ``kl_M`` and ``other_logp_M`` with distributions to compare with;
+    """Scores of M tokens by one forward pass. ``divergence_M`` and ``other_logp_M`` with distributions to compare with;
     ``square_M`` (log of the sum of squared probabilities, without gradient), ``distributions`` and ``hidden_M`` [M, H]
     where requested."""
 
     logp_M: Tensor
     square_M: Tensor | None = None
-    kl_M: Tensor | None = None
+    divergence_M: Tensor | None = None
     other_logp_M: Tensor | None = None
     distributions: Distributions | None = None
     hidden_M: Tensor | None = None
@@ -111,14 +113,20 @@ def head_scores(
     bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
+    divergence: Divergence = FORWARD,
 ) -> TokenScores:
     """Scores of hidden [M, H] under a head weight [V, H], compared with ``other``; target [M], bias [V]."""
-    found = _HeadScores.apply(hidden, weight, bias, target, scale, softcap, other)  # type: ignore[no-untyped-call]
+    arguments = (hidden, weight, bias, target, scale, softcap, other, divergence)
+    found = _HeadScores.apply(*arguments)  # type: ignore[no-untyped-call]
     return TokenScores(*found)
 
 
 def logit_scores(
-    logits: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor, other: Distributions
+    logits: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    target: Tensor,
+    other: Distributions,
+    divergence: Divergence = FORWARD,
 ) -> TokenScores:
     """The same by any other head: ``logits`` maps hidden [rows, H] to [rows, V], in checkpointed tiles."""
 
@@ -126,15 +134,14 @@ def logit_scores(
         z, r = logits(h), other.logits(slice(int(first), int(first) + len(y)))
         logp, ref = z.log_softmax(-1), r.log_softmax(-1)
         square = (2 * logp.detach()).logsumexp(-1)
-        kl = (ref.exp() * (ref - logp)).sum(-1)
-        return logp.gather(-1, y[:, None])[:, 0], square, kl, ref.gather(-1, y[:, None])[:, 0]
+        apart = divergence.value(logp, ref)
+        return logp.gather(-1, y[:, None])[:, 0], square, apart, ref.gather(-1, y[:, None])[:, 0]
 
     done = [
         checkpoint(tile, hidden[rows], target[rows], torch.tensor(rows.start), use_reentrant=False)
         for rows in tiles(len(target), other.vocabulary, hidden.device)
     ]
-    logp, square, kl, ref = map(torch.cat, zip(*done, strict=True))
-    return TokenScores(logp, square, kl, ref)
+    return TokenScores(*map(torch.cat, zip(*done, strict=True)))
 
 
 def vocabulary_of(head: torch.nn.Module) -> int:
@@ -236,10 +243,11 @@ class _HeadScores(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         other: Distributions,
+        divergence: Divergence,
     ) -> tuple[Tensor, ...]:
-        ctx.scale, ctx.softcap, ctx.other = scale, softcap, other
+        ctx.scale, ctx.softcap, ctx.other, ctx.divergence = scale, softcap, other, divergence
         logp = hidden.new_empty(len(target), dtype=wide_dtype(hidden.dtype))
-        square, kl, ref_logp, lse, ref_lse = (torch.empty_like(logp) for _ in range(5))
+        square, apart, ref_logp, lse, ref_lse = (torch.empty_like(logp) for _ in range(5))
         for part in tiles(len(target), weight.shape[0], hidden.device):
             z = transformed(head_logits(hidden[part], weight, bias), scale, softcap)
             r = other.logits(part).to(z.dtype)
@@ -247,28 +255,33 @@ class _HeadScores(torch.autograd.Function):
             square[part] = (2 * z).logsumexp(-1) - 2 * lse[part]
             logp[part] = z.gather(-1, target[part, None])[:, 0] - lse[part]
             ref_logp[part] = r.gather(-1, target[part, None])[:, 0] - ref_lse[part]
-            r.sub_(ref_lse[part, None])
-            kl[part] = (r.exp() * (r - z.sub_(lse[part, None]))).sum(-1)
+            apart[part] = divergence.value(z.sub_(lse[part, None]), r.sub_(ref_lse[part, None]))
         ctx.save_for_backward(hidden, weight, bias, target, lse, ref_lse)
         ctx.mark_non_differentiable(square, ref_logp)
-        return logp, square, kl, ref_logp
+        return logp, square, apart, ref_logp
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        g_logp, _, g_kl, _ = grads
+        g_logp, _, g_apart, _ = grads
         hidden, weight, bias, target, lse, ref_lse = ctx.saved_tensors
         gradients = HeadGradients(ctx.needs_input_grad, hidden, weight, bias)
         for part in tiles(len(target), weight.shape[0], hidden.device):
             z = transformed(head_logits(hidden[part], weight, bias), ctx.scale, ctx.softcap)
             r = ctx.other.logits(part).to(z.dtype)
-            # d logp / dz is one-hot - pi, d kl / dz is pi - ref.
-            slope = torch.exp(z - lse[part, None]).mul_((g_kl[part] - g_logp[part])[:, None])
+            logp, ref = z - lse[part, None], r.sub_(ref_lse[part, None])
+            # d logp / dz is one-hot - p.
+            if ctx.divergence.kind == "forward":  # p - ref: one product less
+                slope = logp.exp_().mul_((g_apart[part] - g_logp[part])[:, None])
+                other = ref.exp_().mul_(g_apart[part, None])
+            else:
+                other = ctx.divergence.slope(logp, ref).mul_(-g_apart[part, None])
+                slope = logp.exp_().mul_(-g_logp[part, None])
             slope[torch.arange(len(z), device=z.device), target[part]] += g_logp[part]
-            slope.sub_(r.sub_(ref_lse[part, None]).exp_().mul_(g_kl[part, None]))
+            slope.sub_(other)
             if ctx.softcap is not None:
                 slope *= 1 - (z / ctx.softcap) ** 2
             gradients.add(part, _narrowed(slope.mul_(ctx.scale), hidden.dtype))
-        return *gradients.rounded(), *(None,) * 4
+        return *gradients.rounded(), *(None,) * 5
 
 
 class HeadGradients:
