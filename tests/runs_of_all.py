@@ -17,6 +17,7 @@ REWARD = "methods.small_world:reward"
 PPO = ["--num", "2", "--max-new-tokens", "3", "--batch-size", "4", "--learning-rate", "1e-3", "--max-kl", "1e6"]
 METHODS = {
     "sft": ["sft", "--data", "pairs.jsonl", "--eval-fraction", "0.3", *DATA],
+    "distil": ["distil", "--teacher", "teacher", "--data", "pairs.jsonl", "--on-policy", "0.5", *DATA],
     "dpo": ["dpo", "--data", "pairs.jsonl", "--eval-fraction", "0.3", "--epochs", "6", *DATA],
     "lora": ["dpo", "--data", "pairs.jsonl", "--lora", "--lora-rank", "2", *DATA],
     "kto": ["dpo", "--data", "labels.jsonl", "--loss", "kto", *DATA],
@@ -41,6 +42,7 @@ def command(name: str) -> list[str]:
 def write_runs(folder: Path, names: list[str]) -> Path:
     """The runs of these names in ``folder``, each in one of its own, beside the model ``base`` and their data."""
     write_model(folder / "base")
+    write_model(folder / "teacher", seed=1)
     write_rows(folder / "pairs.jsonl", pairs(10))
     write_rows(folder / "ranked.jsonl", RANKED)
     write_rows(folder / "labels.jsonl", LABELLED)

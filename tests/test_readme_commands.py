@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 QUICK = {
-    **{verb: ["--max-length", "64", "--batch-size", "4"] for verb in ("dpo", "sft", "reward")},
+    **{verb: ["--max-length", "64", "--batch-size", "4"] for verb in ("dpo", "sft", "distil", "reward")},
     "ppo": ["--max-new-tokens", "4", "--batch-size", "4", "--max-kl", "1e6"],
     "rlhf": ["--max-new-tokens", "4", "--max-length", "64", *("--ppo", "batch_size=4", "max_kl=1e6")],
     **{verb: ["--max-new-tokens", "4"] for verb in ("sample", "compare")},
@@ -74,4 +74,4 @@ def test_every_command_of_readme_and_tour(
                 Path(into).write_text(out)
             done.append(verb)
     assert {"dpo", "data check", "losses", "collect new", "runs", "plot", "sample", "chat", "merge"} <= set(done)
-    assert {"compare", "report", "sft", "reward", "ppo", "rlhf"} <= set(done)
+    assert {"compare", "report", "sft", "distil", "reward", "ppo", "rlhf"} <= set(done)

@@ -1,6 +1,7 @@
 """The Python functions: one per command, with names or objects.
 
-``prefopt.dpo``, ``sft``, ``reward`` and ``ppo`` are made from the table of methods by :func:`method_function`.
+``prefopt.dpo``, ``sft``, ``distil``, ``reward`` and ``ppo`` are made from the table of methods by
+:func:`method_function`.
 """
 
 from __future__ import annotations

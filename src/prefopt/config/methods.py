@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from prefopt.config.data import READING, RowOptions, TemplateOptions
+from prefopt.config.distil import DistilConfig
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.reward import RewardConfig
@@ -56,6 +57,7 @@ METHODS: Mapping[str, Method] = {
     m.name: m
     for m in (
         Method("sft", SftConfig, "fine-tune a model on demonstrations, chosen responses of preferences, or raw text"),
+        Method("distil", DistilConfig, "train a model to predict what a teacher does, on data or on its own responses"),
         Method("dpo", DpoConfig, "align a model with preferences by DPO or another loss"),
         Method("reward", RewardConfig, "train a reward model, which scores responses, on preferences"),
         Method("ppo", PpoConfig, "align a model with a reward by PPO or RLOO, on its own responses", rows="prompts"),

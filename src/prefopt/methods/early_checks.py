@@ -20,7 +20,7 @@ from prefopt.errors import ConfigError, DataError, ModelError
 from prefopt.rewards import load_reward
 from prefopt.runs.folder import check_output
 
-MODELS = ("model", "adapter", "reference", "reference_adapter", "a", "b")
+MODELS = ("model", "adapter", "reference", "reference_adapter", "teacher", "teacher_adapter", "a", "b")
 DATA = ("data", "eval_data", "prompts", "ptx_data", "files")
 TEXT = ".txt"
 CONFIGS = ("config.json", "adapter_config.json")

@@ -92,9 +92,10 @@ class TrDpoUpdate:
 class InMemoryReference:
     """A reference that is scored with every batch: the policy's model with other weights, or another model."""
 
-    def __init__(self, scorer: Scorer, weights: SwappedWeights | None = None) -> None:
-        """``scorer`` is the policy's where ``weights`` are given, else the reference's own."""
-        self.scorer, self.weights = scorer, weights
+    def __init__(self, scorer: Scorer, weights: SwappedWeights | None = None, *, vocabulary: int | None = None) -> None:
+        """``scorer`` is the policy's where ``weights`` are given, else the reference's own. ``vocabulary``: the tokens
+        that the policy has; distributions are over these alone."""
+        self.scorer, self.weights, self.vocabulary = scorer, weights, vocabulary
 
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch) -> torch.Tensor:
@@ -106,7 +107,11 @@ class InMemoryReference:
     def distributions(self, batch: PackedBatch) -> Distributions:
         """Next-token distributions at every scored token."""
         with self._as_reference(batch) as packed:
-            return cast(Distributions, self.scorer(packed, ScoreRequest(distributions=True)).distributions)
+            found = cast(Distributions, self.scorer(packed, ScoreRequest(distributions=True)).distributions)
+        tokens = self.vocabulary
+        if tokens is None or tokens == found.vocabulary:
+            return found
+        return Distributions(tokens, lambda rows: found.logits(rows)[:, :tokens])
 
     @contextmanager
     def _as_reference(self, batch: PackedBatch) -> Iterator[PackedBatch]:

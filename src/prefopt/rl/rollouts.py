@@ -126,6 +126,11 @@ def in_order(parts: Sequence[Rollouts], order: np.ndarray) -> Rollouts:
     )
 
 
+def seed_of_step(seed: int, step: int) -> int:
+    """The seed of samples in a step: another one in each, so that a prompt that is repeated gets new responses."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+
+
 SCORING_AHEAD = 4
 """Batches are this much larger than training's: no activations are kept for backward."""
 LARGEST_SCORE = 1e18
@@ -217,9 +222,7 @@ class Collector:
         self, step: int, prompts: Sequence[int], streams: Sequence[int], progress: ProgressCallback
     ) -> tuple[tuple[Group, ...], list[Sample]]:
         """Prompts with their responses, and these."""
-        # Another seed in each step: a prompt that is repeated gets new responses.
-        seed = int(np.random.SeedSequence([self.settings.seed, step]).generate_state(1)[0])
-        settings = replace(self.settings, seed=seed)
+        settings = replace(self.settings, seed=seed_of_step(self.settings.seed, step))
         ids = [self.prompts.ids[i] for i in prompts]
         drawn = self.sampler.sample(ids, self.num, settings, streams=streams, progress=progress)
         groups = tuple(group_of(prompt, many) for prompt, many in zip(ids, drawn, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from prefopt.data.table import IndexArray
 from prefopt.model.architectures import causal_model, vocabulary_size
 from prefopt.model.check import CheckReport
 from prefopt.model.costs import peak_memory
+from prefopt.model.scorer import Scorer
+from prefopt.reference.in_memory import TrDpoUpdate
 from prefopt.runs.folder import fingerprint
 from prefopt.train import budget, checkpoint
 from prefopt.train.data import DataBatches, TrainingData
@@ -23,10 +25,28 @@ from prefopt.train.objective import Objective
 from prefopt.train.objectives import balanced
 from prefopt.train.optim import Network
 from prefopt.train.policy import Trained
-from prefopt.train.reference import ReferencePlan, check_vocabulary
+from prefopt.train.reference import check_vocabulary
 from prefopt.train.run import ModelStart, Run, TrainingResult, steps_of
 from prefopt.train.step import Differentiator, InMemoryColumns
 from prefopt.train.trainer import Inspect, Trainer
+
+
+class Plan(Protocol):
+    """The model that a policy is compared with: a reference, or a teacher. ``movement``: how it follows the policy."""
+
+    movement: TrDpoUpdate | None
+
+    def say_missing(self) -> None:
+        """Report what is still to be scored before training."""
+        ...
+
+    def seconds_ahead(self, scorer: Scorer, speed: float) -> float | None:
+        """Seconds of that, if ``scorer`` trains ``speed`` tokens per second; None if nothing is scored ahead."""
+        ...
+
+    def in_memory(self, policy: Trained[Any]) -> InMemoryColumns | None:
+        """What is scored with every micro-batch; ``policy`` is trainable already."""
+        ...
 
 
 @dataclass(kw_only=True)
@@ -80,7 +100,7 @@ class OfflineRun:
         objective: Objective,
         source: DataBatches,
         *,
-        plan: ReferencePlan | None = None,
+        plan: Plan | None = None,
         inspect: Inspect | None = None,
     ) -> Trainer:
         """Train to the end, then load the best weights if rows are held out. ``plan``: the reference, if any."""
@@ -107,7 +127,7 @@ class OfflineRun:
             run.say(f"the weights of step {state.best_step} are saved: the best on held-out {self.data.noun}")
         return trainer
 
-    def preview(self, objective: Objective, source: DataBatches, *, plan: ReferencePlan | None = None) -> None:
+    def preview(self, objective: Objective, source: DataBatches, *, plan: Plan | None = None) -> None:
         """The output of a dry run: rendered examples, options, time and memory."""
         run, policy = self.run, self.policy
         for group in self.data.source.groups[:2]:

@@ -79,12 +79,14 @@ def without_values(table: GroupTable, value: float = np.nan) -> ReferenceValues:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceChoice:
-    """The names of the reference's ``model`` and ``adapter``. ``is_start``: it is the policy before training."""
+    """The names of the reference's ``model`` and ``adapter``. ``is_start``: it is the policy before training.
+    ``option`` named it: ``--teacher`` for the model that is distilled."""
 
     model: str
     adapter: str | None
     is_start: bool
     identity: Identity
+    option: str = "--reference"
 
     @property
     def words(self) -> str:
@@ -173,13 +175,12 @@ class ReferenceRun:
         """Raises :class:`ModelError` where another model's vocabulary or context is too small for ``groups``."""
         if self.choice.is_start:
             return
-        model = causal_model(self._other().model)
-        check_vocabulary(groups, vocabulary_size(model), f"--reference {self.choice.model}")
+        model, name = causal_model(self._other().model), f"{self.choice.option} {self.choice.model}"
+        check_vocabulary(groups, vocabulary_size(model), name)
         context, longest = context_length(model.config), int(GroupTable.of(groups).longest_G.max())
         if context is not None and longest > context:
             raise ModelError(
-                f"--reference {self.choice.model}: its context is {context} tokens, but a row has {longest};"
-                f" give --max-length {context}"
+                f"{name}: its context is {context} tokens, but a row has {longest}; give --max-length {context}"
             )
 
     def in_memory(
@@ -194,12 +195,14 @@ class ReferenceRun:
         other = self._other()
         check_scoring(other, groups)
         rows = [vocabulary_of(causal_model(s.model).get_output_embeddings()) for s in (policy, other)]
-        if rows[0] != rows[1]:
-            raise ModelError(
-                f"--reference {self.choice.model}: it has {rows[1]} tokens and the model {rows[0]}, whose distributions"
-                " cannot be compared; give another one, or a loss that needs no distributions"
-            )
-        return InMemoryReference(other)
+        # Sizes of one family pad their vocabularies otherwise; a teacher's tokens beyond the model's stand for nothing.
+        if rows[0] == rows[1] or (rows[0] < rows[1] and self.choice.option == "--teacher"):
+            return InMemoryReference(other, vocabulary=rows[0])
+        otherwise = "" if self.choice.option == "--teacher" else ", or a loss that needs no distributions"
+        raise ModelError(
+            f"{self.choice.option} {self.choice.model}: it has {rows[1]} tokens and the model {rows[0]}, whose"
+            f" distributions cannot be compared; give another one{otherwise}"
+        )
 
     def missing(self, groups: Sequence[Group]) -> int:
         """Number of distinct responses without a cached value."""

@@ -141,7 +141,8 @@ def logit_scores(
         checkpoint(tile, hidden[rows], target[rows], torch.tensor(rows.start), use_reentrant=False)
         for rows in tiles(len(target), other.vocabulary, hidden.device)
     ]
-    return TokenScores(*map(torch.cat, zip(*done, strict=True)))
+    logp, square, apart, ref = map(torch.cat, zip(*done, strict=True))
+    return TokenScores(logp, square, apart, ref)
 
 
 def vocabulary_of(head: torch.nn.Module) -> int:
