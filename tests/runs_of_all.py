@@ -17,7 +17,18 @@ REWARD = "methods.small_world:reward"
 PPO = ["--num", "2", "--max-new-tokens", "3", "--batch-size", "4", "--learning-rate", "1e-3", "--max-kl", "1e6"]
 METHODS = {
     "sft": ["sft", "--data", "pairs.jsonl", "--eval-fraction", "0.3", *DATA],
-    "distil": ["distil", "--teacher", "teacher", "--data", "pairs.jsonl", "--on-policy", "0.5", *DATA],
+    "distil": [
+        "distil",
+        "--teacher",
+        "teacher",
+        "--data",
+        "pairs.jsonl",
+        "--on-policy",
+        "0.5",
+        "--eval-fraction",
+        "0.3",
+        *DATA,
+    ],
     "dpo": ["dpo", "--data", "pairs.jsonl", "--eval-fraction", "0.3", "--epochs", "6", *DATA],
     "lora": ["dpo", "--data", "pairs.jsonl", "--lora", "--lora-rank", "2", *DATA],
     "kto": ["dpo", "--data", "labels.jsonl", "--loss", "kto", *DATA],
