@@ -49,8 +49,10 @@ def shared() -> Path:
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give the test an empty cache, and undo what the one before did to torch's threads."""
+    """Give the test an empty cache, and undo what the one before did to torch's threads. Files are not flushed to the
+    disk, which a test could tell only by cutting the power; programs that tests start do flush them."""
     monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(os, "fsync", os.fstat)  # which takes the same handles
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
 
