@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -36,6 +37,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Of the programs that tests start, too."""
     os.environ["PREFOPT_DTYPE"] = config.getoption("--auto-dtype")
+
+
+def pytest_collection_finish() -> None:
+    """What is there when the tests begin stays: the collector does not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
