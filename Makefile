@@ -15,8 +15,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := $(shell grep "^torch==" constraints.txt)
 
-# One thread per test process: tensors in tests are small, and two processes use two cores better than threads do.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# One thread per test process: tensors in tests are small, and two processes use two cores better than threads do. A
+# worker that has nothing left takes over tests of another. Compiled tests and modules are kept, also where a container
+# forbids it: each worker and each program that a test starts would compile them again.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: demo quick test test-slow test-triton lint docs setup clean
 

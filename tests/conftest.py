@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -38,6 +39,12 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["PREFOPT_DTYPE"] = config.getoption("--auto-dtype")
 
 
+def pytest_collection_finish() -> None:
+    """What is there when the tests begin stays: the collector does not look through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of data sets, tokenizers and models that tests may read: ``PREFOPT_SHARED``, or beside the clone."""
@@ -49,8 +56,10 @@ def shared() -> Path:
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give the test an empty cache, and undo what the one before did to torch's threads."""
+    """Give the test an empty cache, and undo what the one before did to torch's threads. Files are not flushed to the
+    disk, which a test could tell only by cutting the power; programs that tests start do flush them."""
     monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(os, "fsync", os.fstat)  # which takes the same handles
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
 

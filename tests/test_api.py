@@ -19,12 +19,6 @@ ROWS = pairs(9)
 PROBE = torch.tensor([[0, 20, 30, 40]])
 
 
-@pytest.fixture(autouse=True)
-def _known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measuring the machine takes longer than most runs here."""
-    monkeypatch.setattr("prefopt.train.budget.matmul_peak", lambda *_: 1e10)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model folder that nobody changes."""

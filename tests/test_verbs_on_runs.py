@@ -21,6 +21,7 @@ from prefopt.errors import RunError
 from prefopt.runs.history import read_history
 from prefopt.sweeps import frontier, methods
 from runs_of_all import METHODS, QUICK, RUNS, command, write_runs
+from shortcuts import quick_runs_in
 
 pytest.importorskip("matplotlib", reason="plot and report draw with it: prefopt[plot]")
 pytestmark = [
@@ -40,9 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of every method, that nobody changes."""
     folder = tmp_path_factory.mktemp("runs")
     here = Path.cwd()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFOPT_CACHE", str(folder / "cache"))
-        patch.setattr("prefopt.train.budget.matmul_peak", lambda *_: 1e10)
+    with quick_runs_in(folder):
         os.chdir(folder)
         try:
             return write_runs(folder, list(METHODS))
@@ -180,9 +179,7 @@ def sweeps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweeps")
     given = values(write_place(folder), folder / "frontier")
     rates: dict[str, Any] = {"seeds": 1, "rate_factors": ["1"], "isolate": False, "sft": ["batch_size=4"]}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFOPT_CACHE", str(folder / "cache"))
-        patch.setattr("prefopt.train.budget.matmul_peak", lambda *_: 1e10)
+    with quick_runs_in(folder):
         frontier.run(FrontierConfig(**{**given, "methods": ["dpo:beta=0.1", "best-of:n=2"]}))
         methods.run(MethodsConfig(**{**given, **rates, "output": str(folder / "methods")}))
     return folder

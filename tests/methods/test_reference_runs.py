@@ -20,6 +20,7 @@ from prefopt.errors import ModelError, RunError
 from prefopt.reference.blocks import read_sealed, write_sealed
 from prefopt.reference.cache import FillReport
 from prefopt.train.reference import ReferenceRun
+from shortcuts import quick_runs_in
 from train.flat import response_logprobs
 from train.small import Row, dpo, pairs, steps, write_model, write_rows
 
@@ -138,9 +139,7 @@ def test_what_decides_the_values_is_never_shared(model: str, tmp_path: Path, rep
 def adapter(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """An adapter that has learnt something."""
     folder = tmp_path_factory.mktemp("adapter")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFOPT_CACHE", str(folder / "cache"))
-        patch.setattr("prefopt.train.budget.matmul_peak", lambda *_: 1e10)
+    with quick_runs_in(folder):
         dpo(model, ROWS, folder / "adapter", lora=True, lora_rank=4, learning_rate=0.03, epochs=2)
     return str(folder / "adapter")
 

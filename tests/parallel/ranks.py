@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import pickle
 import socket
 import traceback
@@ -13,9 +11,8 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
-# Forked from a process that has imported the package: a rank starts in a tenth of a second.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch.distributed", "transformers", "prefopt.methods.dpo", "prefopt.methods.ppo"])
+from forked import CONTEXT, forked
+
 SECONDS = 240
 STORES: list[Any] = []
 
@@ -34,11 +31,7 @@ def environment(rank: int, size: int, port: int, node: int) -> dict[str, str]:
     return {name: str(value) for name, value in numbers.items()} | agent
 
 
-def _rank(variables: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...], out: Connection) -> None:
-    os.environ.update(variables)
-    import torch
-
-    torch.set_num_threads(1)
+def _rank(function: Callable[..., Any], arguments: tuple[Any, ...], out: Connection) -> None:
     try:
         result: Any = function(*arguments)
     except BaseException as error:  # told to the test, which expects it or shows it
@@ -64,13 +57,11 @@ def started(
     # torchrun's store, which outlives the ranks.
     store = TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
     STORES.append(store)
-    keep = {name: os.environ[name] for name in ("PREFOPT_CACHE", "PREFOPT_DTYPE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")}
     found = []
     for rank in range(size):
-        ours, theirs = _CONTEXT.Pipe(duplex=False)
-        variables = keep | (environment(rank, size, store.port, node or size) if size > 1 else {})
-        process = _CONTEXT.Process(target=_rank, args=(variables, function, arguments, theirs), daemon=False)
-        process.start()
+        ours, theirs = CONTEXT.Pipe(duplex=False)
+        variables = environment(rank, size, store.port, node or size) if size > 1 else None
+        process = forked(_rank, function, arguments, theirs, variables=variables)
         theirs.close()
         found.append((process, ours))
     return found

@@ -27,6 +27,7 @@ from prefopt.reference.cache import FillReport, ReferenceCache
 from prefopt.sweeps import frontier
 from prefopt.sweeps.data import bradley_terry
 from prefopt.sweeps.points import Frontier, Point, plateau, read_frontier
+from shortcuts import quick_runs_in
 from train.small import write_rows
 from train.test_resume import stop_after
 
@@ -53,9 +54,7 @@ def sweep(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Fronti
         scored.append(report.scored_responses)
         return report
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFOPT_CACHE", str(output.with_name("cache")))
-        patch.setattr("prefopt.train.budget.matmul_peak", lambda *_: 1e10)
+    with quick_runs_in(output.parent) as patch:
         patch.setattr(ReferenceCache, "fill", counted)
         found = frontier.run(config(place, output, methods=methods, checkpoints=2))
     return found, output, scored

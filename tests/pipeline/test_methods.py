@@ -18,6 +18,7 @@ from prefopt.config.sweeps import MethodsConfig
 from prefopt.errors import ConfigError, Interrupted, RunError
 from prefopt.sweeps import methods
 from prefopt.sweeps.methods import MethodsTable, Outcome, Start, markdown, read_table
+from shortcuts import quick_runs_in
 from train.small import write_rows
 from train.test_resume import stop_after
 
@@ -40,9 +41,7 @@ def table(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Method
     text = write_rows(
         output.with_name("text.jsonl"), [{"prompt": "ab", "completion": "cab"}, {"prompt": "b", "completion": "c"}]
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFOPT_CACHE", str(output.with_name("cache")))
-        patch.setattr("prefopt.train.budget.matmul_peak", lambda *_: 1e10)
+    with quick_runs_in(output.parent):
         return methods.run(config(place, output, perplexity=[text], rate_factors=["1", "2"])), output
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -19,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import prefopt
 from data.small import small_tokenizer
+from forked import forked
 from prefopt.train.run import TrainingResult
 
 Row = dict[str, str]
@@ -154,20 +154,14 @@ def same_bits(one: Path, other: Path) -> bool:
 def start(arguments: list[str], log: Path, **options: Any) -> Any:
     """``prefopt`` with these arguments in a process of its own; what it prints goes to ``log``.
 
-    ``options``: as :func:`_child` takes them. The process is forked from a server that has imported torch already.
+    ``options``: as :func:`_child` takes them.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["prefopt.methods.dpo", "peft", "train.small"])
-    environment = {k: v for k, v in os.environ.items() if k.startswith(("PREFOPT", "HF_", "OMP_", "TOKENIZERS"))}
-    process = context.Process(target=_child, args=(arguments, log, environment), kwargs=options)
-    process.start()
-    return process
+    return forked(_child, arguments, log, **options)
 
 
 def _child(
     arguments: list[str],
     log: Path,
-    environment: dict[str, str],
     *,
     commit_seconds: float | None = None,
     largest_file: int | None = None,
@@ -178,8 +172,6 @@ def _child(
     from prefopt.cli import main
     from prefopt.reference import cache
 
-    os.environ.update(environment)
-    torch.set_num_threads(1)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
