@@ -296,3 +296,12 @@ class EnvConfig(Config):
     """The state of this installation."""
 
     json: bool = option(False, "print JSON, for programs", group="env")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionConfig(Config):
+    """The shell to complete commands in."""
+
+    shell: Literal["bash", "zsh", "fish"] = option(
+        help="shell: bash, zsh or fish; the script's first line says where it goes", group="shell", positional=True
+    )

@@ -13,6 +13,7 @@ from typing import Any
 
 from prefopt.core.files import output_errors
 from prefopt.core.options import nearest
+from prefopt.core.plugins import how_to_install
 from prefopt.errors import ConfigError
 from prefopt.runs.diagnose import loss_at_start
 from prefopt.runs.history import Curve, History
@@ -64,7 +65,7 @@ KNOWN = {
 def require_matplotlib() -> None:
     """Raises :class:`ConfigError` where matplotlib is not installed."""
     if find_spec("matplotlib") is None:
-        raise ConfigError('pictures need matplotlib: run pip install "prefopt[plot]"')
+        raise ConfigError(f"pictures need matplotlib: run {how_to_install('plot')}")
 
 
 def plot_runs(
