@@ -85,7 +85,7 @@ ROWS: list[tuple[str, type[Config], str, str]] = [
         "upload a finished model to the Hugging Face Hub, after confirmation",
         "runs/dpo --repo me/my-model",
     ),
-    ("runs", tools.RunsConfig, "list runs, describe one, or compare several", "runs"),
+    ("runs", tools.RunsConfig, "list runs, describe one, or compare two", "runs --sort accuracy"),
     ("plot", tools.PlotConfig, "plot the metrics of runs", "runs/dpo runs/ipo --output curves.png"),
     (
         "report",

@@ -235,12 +235,22 @@ class RunsConfig(Config):
 
     folder: list[str] | None = option(
         None,
-        "folders to list the runs of; or the output folder of one run to describe, or of several to compare",
+        "folders to list the runs of; or the output folder of one run to describe, or of two to compare",
         group="runs",
         default_text="the current folder",
         positional=True,
     )
+    sort: str | None = option(
+        None,
+        "order: started, name, method, took, status, accuracy, loss or reward (the best first), or an option's name",
+        default_text="started",
+    )
     json: bool = option(False, "print JSON, for programs")
+    csv: bool = option(False, "print CSV, for spreadsheets: every option that a run sets is a column")
+
+    def check(self) -> None:
+        if self.json and self.csv:
+            raise ConfigError("--json and --csv are two forms of the output: give one")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,8 @@ from prefopt.reports.comparison import comparison_report, read_comparison
 from prefopt.runs.diagnose import change_of, diagnose
 from prefopt.runs.history import History
 from prefopt.runs.plot import COLOURS, SIDES, Panel, figure_of, panels_by_method, require_matplotlib, shortened
-from prefopt.runs.table import as_number, caveats, differing, labels, reached, runs_of, shown, summary
+from prefopt.runs.settings import differing, shown
+from prefopt.runs.table import as_number, caveats, labels, reached, runs_of, summary
 
 Row = tuple[str, str]
 """A name and its value."""
