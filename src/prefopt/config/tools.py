@@ -170,7 +170,9 @@ class PushConfig(Config):
 
     folder: str = option(help="folder of a finished model or adapter", group="push", positional=True)
     repo: str = option(help="repository on the Hugging Face Hub, OWNER/NAME; created if absent")
-    private: bool = option(False, "create a private repository; refused where it exists and is public")
+    private: bool = option(
+        True, "create a private repository, and refuse one that exists and is public; false creates a public one"
+    )
     with_run: bool = option(
         False, "upload run.json, metrics.jsonl and config.yaml too; they contain paths of this machine"
     )

@@ -183,11 +183,11 @@ class Accuracy:
     rows: int
     step: int
 
-    def __str__(self) -> str:
-        return (
-            f"held-out accuracy {self.share:.0%} (95% interval {self.low:.0%} to {self.high:.0%}, {self.rows}"
-            f" row{'s' * (self.rows != 1)}, step {self.step})"
-        )
+    @property
+    def in_words(self) -> str:
+        """The accuracy with its interval, rows and step."""
+        rows = f"{self.rows} row{'s' * (self.rows != 1)}"
+        return f"{self.share:.0%} (95% interval {self.low:.0%} to {self.high:.0%}, {rows}, step {self.step})"
 
     @property
     def verdict(self) -> int:
@@ -209,12 +209,13 @@ def held_out_accuracy(run: History) -> Accuracy | None:
 
 
 def _accuracy(run: History) -> Iterator[Finding]:
-    numbers = held_out_accuracy(run)
-    if numbers is None:
+    found = held_out_accuracy(run)
+    if found is None:
         return
-    if numbers.verdict > 0:
-        yield Finding("accuracy", str(numbers))
-    elif numbers.verdict < 0:
+    numbers = f"held-out accuracy {found.in_words}"
+    if found.verdict > 0:
+        yield Finding("accuracy", numbers)
+    elif found.verdict < 0:
         yield Finding("worse than chance", f"{numbers}: worse than chance; are chosen and rejected swapped?", look=True)
     else:
         yield Finding("no better than chance", f"{numbers}: within chance", look=True)

@@ -95,10 +95,16 @@ def facts_of(run: History) -> Facts:
 
 
 def list_of(runs: Sequence[History], base: Path | None) -> list[str]:
-    """A line per run, its name below ``base``. Options are listed where they are set and differ."""
+    """A line per run, its name below ``base``."""
+    return columns(cells_of(runs, [_name(run, base) for run in runs]))
+
+
+def cells_of(runs: Sequence[History], names: Sequence[str]) -> list[list[str]]:
+    """The titles of the list, then the cells of each run. Options are listed where they are set and differ."""
     every = [facts_of(run) for run in runs]
     rows = [["run", "method", "started", "took"]]
-    rows += [[_name(run, base), run.label, when(run.record.get("started")), took(run)] for run in runs]
+    own = zip(names, runs, strict=True)
+    rows += [[name, run.label, when(run.record.get("started")), took(run)] for name, run in own]
     more: list[tuple[str, Callable[[Facts], str]]] = [("data", lambda f: data_words(f.run))]
     if any(f.accuracy for f in every):
         more.append(("held-out accuracy", lambda f: f.held_out))
@@ -112,7 +118,7 @@ def list_of(runs: Sequence[History], base: Path | None) -> list[str]:
     for title, cell in more:
         for row, text in zip(rows, [title, *map(cell, every)], strict=True):
             row.append(text)
-    return columns(rows)
+    return rows
 
 
 def _kinds_to_show(every: Sequence[Facts]) -> list[str]:

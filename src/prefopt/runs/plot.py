@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +79,16 @@ def plot_runs(
 
 
 def figure_of(
-    runs: Sequence[History], *, metrics: Sequence[str] | None = None, x: str = "step", titled: bool = True
+    runs: Sequence[History],
+    *,
+    metrics: Sequence[str] | None = None,
+    x: str = "step",
+    titled: bool = True,
+    among: Sequence[History] | None = None,
 ) -> Any:
     """A matplotlib figure, ``titled`` with what the runs have in common. Without ``metrics``, each method has its own
-    panels. Raises :class:`ConfigError` for metrics that no run has, and if matplotlib is not installed."""
+    panels. ``among``: all runs of a page, so that a run has one colour in all its figures. Raises :class:`ConfigError`
+    for metrics that no run has, and if matplotlib is not installed."""
     require_matplotlib()
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -98,7 +103,7 @@ def figure_of(
     if titled:
         figure.suptitle(_title(runs, 48 * across), fontsize=11)
     all_axes: list[Any] = list(figure.subplots(down, across, squeeze=False).flat)
-    colours = {id(run): COLOURS[i % len(COLOURS)] for i, run in enumerate(runs)}
+    colours = {id(run): COLOURS[i % len(COLOURS)] for i, run in enumerate(among or runs)}
     for axes, (panel, several) in zip(all_axes, panels, strict=False):
         known_start = any(loss_at_start(run) is not None for run in several if run.training)
         panel = panel if panel.name != "loss" or known_start else replace(panel, line=None)
@@ -106,8 +111,8 @@ def figure_of(
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
     if names:
-        drawn = zip(cycle(COLOURS), names, strict=False)
-        lines = [Line2D([], [], color=colour, linewidth=2.5, label=name) for colour, name in drawn]
+        drawn = zip(runs, names, strict=True)
+        lines = [Line2D([], [], color=colours[id(run)], linewidth=2.5, label=name) for run, name in drawn]
         figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
     return figure
 
