@@ -5,6 +5,7 @@
     PrefoptError
     ├── UserError            one line for the user: what, where, what to do; exit status 2
     │   ├── ConfigError      an option: unknown, misspelt, out of range, or at odds with another
+    │   │   └── ConfigErrors several of them, one a line
     │   ├── DataError        a file or a row of it
     │   ├── ModelError       a model folder, its tokenizer, or a model that cannot be scored as asked
     │   ├── CacheError       the reference cache
@@ -18,6 +19,8 @@ A traceback that reaches a user for anything under ``UserError`` is a bug.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class PrefoptError(Exception):
     """Root of everything prefopt raises on purpose."""
@@ -29,6 +32,14 @@ class UserError(PrefoptError):
 
 class ConfigError(UserError):
     """An option is unknown, misspelt, out of range or contradicts another."""
+
+
+class ConfigErrors(ConfigError):
+    """Several options at once: the message is one line, and ``lines`` hold a title, a line for each, and advice."""
+
+    def __init__(self, message: str, lines: Sequence[str]) -> None:
+        super().__init__(message)
+        self.lines = tuple(lines)
 
 
 class DataError(UserError):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.core.options import nearest
-from prefopt.core.plugins import load_function, load_plugin, plugins
+from prefopt.core.plugins import how_to_install, load_function, load_plugin, plugins
 from prefopt.errors import ConfigError, RunError
 from prefopt.records import Comparison
 
@@ -96,7 +96,7 @@ def _vader() -> Function:
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError:
-        raise ConfigError('the rule vader needs another package: pip install "prefopt[demo]"') from None
+        raise ConfigError(f"the rule vader needs vaderSentiment: {how_to_install('demo')}") from None
     analyzer = SentimentIntensityAnalyzer()
     return lambda prompts, responses: [analyzer.polarity_scores(text)["compound"] for text in responses]
 

@@ -113,9 +113,9 @@ def test_what_cannot_be_drawn_is_one_line(
     assert said in error and error.count("\n") == 1
 
 
-def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_its_installation_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plot, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r'pip install "prefopt\[plot\]"'):
+    with pytest.raises(ConfigError, match="pip install matplotlib"):
         plot_runs([read_history(write_run(tmp_path / "a"))], tmp_path / "p.png")
 
 
@@ -124,3 +124,21 @@ def test_a_mean_keeps_its_start_and_a_line_and_calms_its_end() -> None:
     assert smoothed(line)[:95] == pytest.approx(line[:95]) and window(100) == 11 and window(20) == 1
     jagged = [float(i % 2) for i in range(100)]
     assert smoothed(jagged)[0] == 0.0 and all(abs(value - 0.5) < 0.09 for value in smoothed(jagged)[10:])
+
+
+def test_losses_of_different_kinds_share_no_axis(tmp_path: Path) -> None:
+    runs = [
+        read_history(write_run(tmp_path / name, options={"loss": kind}))
+        for name, kind in (("a", "dpo"), ("b", "dpo"), ("c", "kto"))
+    ]
+    for metrics in (None, ["loss", "rewards/margins", "rewards/accuracies"]):
+        titles = [axes.get_title(loc="left") for axes in figure_of(runs, metrics=metrics).axes if axes.get_visible()]
+        assert titles[:2] == ["Loss (dpo)", "Loss (kto)"]
+        assert sum("Margin" in title for title in titles) == 2 and sum("Accuracy" in title for title in titles) == 1
+    dpo, kto = figure_of(runs, metrics=["loss"]).axes
+    assert (len(curves(dpo)), len(curves(kto))) == (2, 1)
+
+
+def curves(axes: Any) -> list[Any]:
+    """The smoothed curves of an axis."""
+    return [line for line in axes.get_lines() if line.get_linewidth() == 1.6]

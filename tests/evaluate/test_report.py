@@ -20,8 +20,10 @@ from prefopt.config.dpo import DpoConfig
 from prefopt.config.tools import ReportConfig
 from prefopt.errors import ConfigError
 from prefopt.evaluate.compare import run as compare
+from prefopt.reports.page import curves
 from prefopt.runs.diagnose import diagnose
 from prefopt.runs.history import read_history
+from prefopt.runs.plot import COLOURS
 from prefopt.runs.table import labels
 from prefopt.sweeps.points import Frontier, Point
 from prefopt.sweeps.report import write_report
@@ -111,6 +113,51 @@ def test_two_runs_on_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     used = {value.removeprefix("#") for value in page.values("href")}
     used |= set(re.findall(r"url\(#([^)]+)\)", target.read_text("utf-8")))
     assert used and used <= set(ids)
+
+
+def test_a_page_of_several_runs_is_found_through(tmp_path: Path) -> None:
+    """Contents that lead somewhere, a table of all runs, details folded, no more than four runs beside each other."""
+    record = {"started": "2026-01-31T14:05:09+0000", "environment": {"versions": {"torch": "2"}}}
+    rates = [1e-6, 2e-6, 3e-6, 4e-6, 5e-6]
+    data = ["/a/very/long/way/to/pairs.jsonl"]
+    folders = [write_run(tmp_path / f"r{r}", options={"learning_rate": r, "data": data}, record=record) for r in rates]
+    page = read(prefopt.report(folders, output=tmp_path / "r.html"))
+    text = (tmp_path / "r.html").read_text("utf-8")
+    linked = [value.removeprefix("#") for value in page.values("href")]
+    sections = ["runs", "curves", "differences", *(f"run-{n}" for n in range(1, 6)), "caveats"]
+    assert [name for name in linked if name in sections] == sections and set(sections) <= set(page.values("id"))
+    folded = text.split("<details>")
+    assert len(folded) == 1 + 4 * 5 and "<h3>What happened</h3>" in folded[0]
+    assert all("Every option" not in part.split("</details>")[-1] for part in folded)
+    differing = text[text.index('id="differences"') : text.index('id="run-1"')]
+    assert [head.count("<th ") for head in re.findall(r"<thead>.*?</thead>", differing)] == [5, 2]
+    # On a phone a cell says the title of its column, which is above it on a screen.
+    heads = page.values("data-head")
+    assert heads.count("held-out accuracy") == 5 and {"started", "took", "options set"} <= set(heads)
+    assert "2026-01-31 14:05" in page.words and "14:05:09" not in page.words
+    seen = "".join(part.split("</details>")[-1] for part in folded)
+    assert "/a/very/long" not in seen and "pairs.jsonl" in seen
+
+
+def test_the_headline_says_what_the_small_print_says(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    page = report(folder)
+    headline = page.words.split("Curves")[0]
+    found = [finding.text for finding in diagnose(read_history(folder)) if "accuracy" in finding.text]
+    assert len(found) == 1 and found[0] in headline and page.words.count(found[0]) == 2
+    few = write_run(tmp_path / "b", record={"data": "d1 90+3"})
+    assert "3 rows, step 30): within chance" in report(few).words.split("Curves")[0]
+
+
+def test_a_run_has_one_colour_in_all_figures(tmp_path: Path) -> None:
+    runs = [read_history(write_run(tmp_path / kind, options={"loss": kind})) for kind in ("dpo", "kto")]
+    for svg, _ in curves(runs):
+        label = re.search('aria-label="([^"]*)"', svg)
+        assert label is not None
+        drawn = {kind for kind in ("dpo", "kto") if kind in label[1].split(": ")[-1]}
+        assert {c for c, kind in zip(COLOURS, ("dpo", "kto"), strict=False) if c.lower() in svg.lower()} == {
+            COLOURS[("dpo", "kto").index(kind)] for kind in drawn
+        }
 
 
 def test_nothing_is_run_or_fetched_whatever_the_runs_say(tmp_path: Path) -> None:
@@ -298,7 +345,7 @@ def test_a_page_never_shows_the_pairs_of_another_comparison(tmp_path: Path, caps
 def test_the_order_of_held_out_pairs_is_the_datas(tmp_path: Path) -> None:
     """Who made the labels is not known: they may be a rule's as well as people's."""
     page = report(write_run(tmp_path / "run"))
-    assert "of their pairs are ranked as in the data" in page.words and "people" not in page.words
+    assert "held-out accuracy 85%" in page.words and "people" not in page.words
 
 
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
 
 from evaluate.small import write_run
 from prefopt.cli import main
+from prefopt.config.dpo import DpoConfig
 from prefopt.errors import RunError
 from prefopt.runs.history import read_history
-from prefopt.runs.table import caveats, differing, labels, reached, show_runs, shown, what_differs
+from prefopt.runs.listing import show_runs
+from prefopt.runs.settings import differing, set_options, shown
+from prefopt.runs.table import caveats, labels, reached, what_differs
 from train.small import dpo, evaluations, pairs, steps
+
+HEAD = ["run", "method", "started", "took", "data", "held-out accuracy"]
+HELD_OUT = "85% [54%, 96%] of 10"
 
 
 def cells(line: str) -> list[str]:
@@ -29,10 +37,10 @@ def test_runs_below_a_folder_are_listed_with_what_differs(tmp_path: Path) -> Non
     with FileLock(tmp_path / "c" / ".lock"):
         lines = show_runs([str(tmp_path)])
     assert [cells(line) for line in lines] == [
-        ["run", "status", "steps", "loss", "held-out loss", "held-out accuracy", "options that differ"],
-        ["b", "finished", "30", "0.555", "0.6", "0.85", "learning_rate=5e-7 lora=false"],
-        ["deep/a", "interrupted", "30 of 40", "0.41", "0.45", "0.85", "learning_rate=1e-6 lora=false"],
-        ["c", "running", "30", "0.41", "0.45", "0.85", "learning_rate=1e-6 lora=true"],
+        [*HEAD, "held-out dpo", "status", "options set"],
+        ["b", "dpo", "2026-01-01", "-", "a.jsonl", HELD_OUT, "0.6", "finished", "learning_rate=5e-7"],
+        ["deep/a", "dpo", "2026-01-02", "-", "a.jsonl", HELD_OUT, "0.45", "interrupted, step 30 of 40", "-"],
+        ["c", "dpo", "2026-01-03", "-", "a.jsonl", HELD_OUT, "0.45", "running", "learning_rate=1e-6 lora=true"],
     ]
     assert read_history(tmp_path / "c").status == "stopped", "nobody holds it any more"
 
@@ -49,6 +57,115 @@ def test_several_runs_are_compared_side_by_side(tmp_path: Path) -> None:
     notes = [line for line in text if line.startswith("note: ")]
     assert len(notes) == 2 and "beta changes the loss" in notes[0] and "different data" in notes[1]
     assert caveats([read_history(a), read_history(a)]) == []
+
+
+def test_a_line_says_method_time_data_and_reward(tmp_path: Path) -> None:
+    record = {"started": "2026-01-31T14:05:09+0000", "costs": {"seconds": 3725.0}, "rows": {"read": 1300, "kept": 1234}}
+    write_run(tmp_path / "kto", options={"loss": "kto", "data": ["/far/away/up.jsonl"]}, record=record)
+    rloo = {"method": "ppo", "algorithm": "rloo", "started": "2026-02-01T08:00:00+0000"}
+    write_run(tmp_path / "rloo", options={"prompts": ["p", "q"], "data": None}, record=rloo)
+    lines = (tmp_path / "rloo" / "metrics.jsonl").read_text().splitlines()
+    kept = [json.loads(line) for line in lines if "eval_loss" not in line]
+    scored = "".join(json.dumps({**line, "objective/scores": 0.5}) + "\n" for line in kept)
+    (tmp_path / "rloo" / "metrics.jsonl").write_text(scored)
+    head, kto, rloo_line = (cells(line) for line in show_runs([str(tmp_path)]))
+    assert head[:8] == [*HEAD, "held-out kto", "reward of samples"]
+    assert kto[:8] == [
+        "kto",
+        "dpo (kto)",
+        "2026-01-31 14:05",
+        "1 h 02 min",
+        "up.jsonl, 1,234 rows",
+        HELD_OUT,
+        "0.45",
+        "-",
+    ]
+    assert rloo_line[1:8] == ["ppo (rloo)", "2026-02-01 08:00", "-", "2 files", "-", "-", "0.5"]
+
+
+def test_losses_of_different_kinds_share_no_column(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / kind, options={"loss": kind}) for kind in ("dpo", "kto", "simpo")]
+    sft = write_run(tmp_path / "sft", record={"method": "sft"})
+    lines = [{"step": 10, "loss": 2.5, "nll": 2.5}, {"step": 10, "eval_loss": 2.25, "eval_nll": 2.25}]
+    (sft / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    head, *rows = (cells(line) for line in show_runs([str(tmp_path)]))
+    # Preferences have accuracies to compare; a loss has a column where a run has nothing else.
+    assert [title for title in head if "held-out" in title] == ["held-out accuracy", "held-out nll"]
+    assert [row[head.index("held-out nll")] for row in rows] == ["-", "-", "-", "2.25"]
+    compared = {cells(line)[0]: cells(line)[1:] for line in show_runs([str(runs[0]), str(runs[1])])[10:] if line}
+    assert "loss" not in compared and "rewards/margins" not in compared
+    assert compared["loss (dpo)"] == ["0.41", "-"] and compared["loss (kto)"] == ["-", "0.41"]
+    assert len(compared["rewards/accuracies"]) == 2 and "-" not in compared["rewards/accuracies"]
+    table = list(csv.DictReader(show_runs([str(tmp_path)], as_csv=True)))
+    of_loss = [name for name in table[0] if "loss " in name]
+    assert of_loss == [f"held_out_loss {kind}" for kind in ("dpo", "kto", "simpo", "nll")]
+    assert [sum(bool(row[name]) for name in of_loss) for row in table] == [1, 1, 1, 1]
+
+
+def test_options_are_listed_where_a_run_sets_them(tmp_path: Path) -> None:
+    def write(name: str, **values: Any) -> None:
+        config = DpoConfig(model="m", data=["d"], output=name, **values)
+        filled = (
+            {"beta": 2.0, "pairs": "all"} if values.get("loss") == "simpo" else {"beta": 0.1, "label_smoothing": 0.0}
+        )
+        write_run(tmp_path / name, options={**config.to_dict(), **filled})
+
+    write("a")
+    write("b", lora=True)  # whose rate, rank and alpha follow
+    write("c", loss="simpo")  # which has another beta
+    write("d", learning_rate=3e-6)
+    table = [cells(line) for line in show_runs([str(tmp_path)])]
+    assert {row[0]: row[-1] for row in table} == {
+        "run": "options set",
+        "a": "-",
+        "b": "lora=true",
+        "c": "-",
+        "d": "learning_rate=3e-6",
+    }
+    one = read_history(tmp_path / "b")
+    assert {"lora", "data"} <= set(set_options(one)) and "lora_rank" not in set_options(one)
+
+
+def test_runs_are_sorted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rates = {"a": 5e-7, "b": 1e-6, "c": 1e-5}
+    for (name, rate), fall, seconds in zip(rates.items(), (0.002, 0.01, 0.005), (30.0, 10.0, None), strict=True):
+        record = {"started": f"2026-01-0{'312'['abc'.index(name)]}", "costs": {"seconds": seconds} if seconds else {}}
+        write_run(tmp_path / name, options={"learning_rate": rate}, record=record, fall=fall)
+
+    def order(sort: str) -> str:
+        assert main(["runs", str(tmp_path), "--sort", sort]) == 0
+        return "".join(line[0] for line in capsys.readouterr().out.splitlines()[1:])
+
+    found = {sort: order(sort) for sort in ("started", "name", "took", "loss", "learning_rate", "learning-rate")}
+    assert found == {
+        "started": "bca",
+        "name": "abc",
+        "took": "bac",
+        "loss": "bca",
+        "learning_rate": "abc",
+        "learning-rate": "abc",
+    }
+    assert main(["runs", str(tmp_path), "--sort", "acuracy"]) == 2
+    assert "--sort acuracy: no run has it; did you mean accuracy?" in capsys.readouterr().err
+
+
+def test_csv_has_a_row_per_run_with_full_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "a", options={"data": ["/x/a, b.jsonl"], "lora": True})
+    write_run(tmp_path / "b")
+    assert main(["runs", str(tmp_path), "--csv"]) == 0
+    first, second = csv.DictReader(capsys.readouterr().out.splitlines())
+    assert first["folder"] == str(tmp_path / "a") and first["option data"] == "/x/a, b.jsonl"
+    assert (first["option lora"], second["option lora"]) == ("true", "")
+    assert float(first["held_out_accuracy"]) == pytest.approx(0.85) and first["held_out_rows"] == "10"
+    assert float(first["held_out_accuracy_low"]) == pytest.approx(0.5412, abs=1e-3)
+    assert main(["runs", str(tmp_path), "--csv", "--json"]) == 2
+
+
+def test_three_runs_named_have_a_line_each_and_what_to_mind(tmp_path: Path) -> None:
+    names = [str(write_run(tmp_path / kind, options={"loss": kind})) for kind in ("dpo", "kto", "ipo")]
+    lines = show_runs(names)
+    assert [cells(line)[0] for line in lines[1:4]] == names
+    assert lines[4].startswith("note: loss changes the loss: compare accuracies") and len(lines) == 5
 
 
 def test_one_run_is_told_about_with_its_curve_and_its_findings(tmp_path: Path) -> None:
@@ -77,6 +194,8 @@ def test_json_holds_what_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["runs", str(a), str(b), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [run["folder"] for run in found] == [str(a), str(b)]
+    assert found[0]["loss"] == "dpo" and found[0]["set"]["data"] == ["a.jsonl"]
+    assert found[0]["held_out_accuracy"]["rows"] == 10
     assert found[0]["held_out"]["loss"] == pytest.approx(0.45) and found[0]["status"] == "finished"
     assert {"name", "text", "look"} == set(found[0]["findings"][0])
 

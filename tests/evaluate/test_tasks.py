@@ -105,7 +105,7 @@ def test_without_lm_eval_the_remedy_is_named_before_anything_is_drawn(
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr("prefopt.methods.sample.run", lambda *_, **__: pytest.fail("drawn for nothing"))
     assert main(["compare", *models, *QUICK, "--tasks", "films"]) == 2
-    assert 'pip install "prefopt[lm-eval]"' in capsys.readouterr().err
+    assert "pip install lm-eval" in capsys.readouterr().err
 
 
 def test_results_that_lm_eval_wrote_are_read(tmp_path: Path) -> None:

@@ -213,5 +213,5 @@ def test_errors_are_one_line(fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(RunError, match="vLLM stopped: engine died; try"):
         VllmSampler("folder", context=CONTEXT).sample(PROMPTS, 1, SamplingParams(2))
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ConfigError, match=r"--engine vllm needs vllm.*pip install 'prefopt\[vllm\]'"):
+    with pytest.raises(ConfigError, match=r"--engine vllm needs vllm.*pip install vllm"):
         VllmSampler("folder", context=CONTEXT)

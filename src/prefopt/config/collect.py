@@ -126,7 +126,9 @@ class CollectInviteConfig(StudyOptions):
     """An invitation link for one annotator. Construction raises ``ConfigError``."""
 
     name: str = option(
-        help="name of the annotator; inviting the same name again revokes the earlier link", group="invitation"
+        help="name of the annotator; inviting the same name again revokes the earlier link",
+        group="invitation",
+        positional=True,
     )
     lead: bool = option(False, "the annotator also sees progress, agreement and all votes")
     days: float = option(30.0, "days that the link is valid", above=0)

@@ -23,12 +23,18 @@ LEARNING_RATE = {False: 1e-6, True: 2e-5}
 MIXUP_ALPHA = 0.6  # TR-DPO's soft update
 
 
+OF_LOSSES = ("beta", "label_smoothing", "divergence", "divergence_alpha")
+"""Options that losses may have, each with a default of its own."""
+FILLED = (*OF_LOSSES, "pairs")
+"""Options without a default here: a run fills in that of its loss."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DpoConfig(BalanceOptions, MethodOptions, ModelOptions):
     """One run of DPO, or of another loss. Construction raises ``ConfigError``.
 
-    Defaults that depend on the loss (``beta``, ``label_smoothing``, ``divergence``, ``pairs``) are None here and
-    filled in when the run begins, since losses need torch.
+    Defaults that depend on the loss (:data:`FILLED`) are None here and filled in when the run begins, since losses
+    need torch.
     """
 
     learning_rate: float = rate_option(LEARNING_RATE, "; 3e-7 to 1e-6 is usual, with LoRA 5e-6 to 5e-5")

@@ -170,7 +170,9 @@ class PushConfig(Config):
 
     folder: str = option(help="folder of a finished model or adapter", group="push", positional=True)
     repo: str = option(help="repository on the Hugging Face Hub, OWNER/NAME; created if absent")
-    private: bool = option(False, "create a private repository; refused where it exists and is public")
+    private: bool = option(
+        True, "create a private repository, and refuse one that exists and is public; false creates a public one"
+    )
     with_run: bool = option(
         False, "upload run.json, metrics.jsonl and config.yaml too; they contain paths of this machine"
     )
@@ -235,12 +237,22 @@ class RunsConfig(Config):
 
     folder: list[str] | None = option(
         None,
-        "folders to list the runs of; or the output folder of one run to describe, or of several to compare",
+        "folders to list the runs of; or the output folder of one run to describe, or of two to compare",
         group="runs",
         default_text="the current folder",
         positional=True,
     )
+    sort: str | None = option(
+        None,
+        "order: started, name, method, took, status, accuracy, loss or reward (the best first), or an option's name",
+        default_text="started",
+    )
     json: bool = option(False, "print JSON, for programs")
+    csv: bool = option(False, "print CSV, for spreadsheets: every option that a run sets is a column")
+
+    def check(self) -> None:
+        if self.json and self.csv:
+            raise ConfigError("--json and --csv are two forms of the output: give one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,3 +308,12 @@ class EnvConfig(Config):
     """The state of this installation."""
 
     json: bool = option(False, "print JSON, for programs", group="env")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionConfig(Config):
+    """The shell to complete commands in."""
+
+    shell: Literal["bash", "zsh", "fish"] = option(
+        help="shell: bash, zsh or fish; the script's first line says where it goes", group="shell", positional=True
+    )

@@ -210,8 +210,7 @@ class RunOptions(MachineOptions, ProgressOptions):
 
     track: list[str] | None = option(
         None,
-        f"log the metrics to {', '.join(TRACKERS[:-1])} or {TRACKERS[-1]}, one or more; each is an extra, such as"
-        ' pip install "prefopt[tensorboard]"',
+        f"log the metrics to {', '.join(TRACKERS[:-1])} or {TRACKERS[-1]}, one or more; each is a package to install",
         group="tracking",
         default_text="nothing leaves the output folder",
     )

@@ -35,6 +35,18 @@ def fetched(name: str, file: str) -> Path | None:
         return None
 
 
+def cached(name: str, file: str) -> Path | None:
+    """The path of a file of a model in the Hub's cache; None where it is not there. Asks no server."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, file)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
 def why_not_read(error: BaseException, name: str) -> str | None:
     """Why the model or adapter ``name`` could not be read from the Hub, with the remedy; None for other errors."""
     kinds, status = _kinds(error), _status(error)

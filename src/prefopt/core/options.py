@@ -37,7 +37,8 @@ from typing import Any, Literal, Self
 
 import yaml
 
-from prefopt.errors import ConfigError
+from prefopt.core.other_names import our_name
+from prefopt.errors import ConfigError, ConfigErrors
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[str]: "a list of text"}
 _COMPARE = {"of at least": operator.ge, "above": operator.gt, "of at most": operator.le, "below": operator.lt}
@@ -195,6 +196,24 @@ def checked(o: Option, value: object, place: str | None = None) -> Any:
     raise WrongValue(o, f"is {_quoted(value)}; it must be {o.expects}{guess}", place)
 
 
+class MissingOptions(ConfigError):
+    """Required options that are not given."""
+
+    def __init__(self, missing: Sequence[Option]) -> None:
+        super().__init__("; ".join(f"{o.flag} is missing: {o.help}" for o in missing))
+        self.missing = tuple(missing)
+
+
+def unknown_options(names: Sequence[str], known: Sequence[str], advice: str, place: str | None = None) -> ConfigError:
+    """The error for options that are not among ``known``, each with the nearest that is; ``advice`` without one."""
+    where = f"{place}: " if place else ""
+    if len(names) == 1:
+        return ConfigError(f"{where}unknown option {names[0]!r}{nearest(names[0], known) or f'; {advice}'}")
+    lines = [f"{name!r}{nearest(name, known)}" for name in names]
+    title = f"{where}{len(names)} unknown options"
+    return ConfigErrors(f"{title}: {', '.join(lines)}", [f"{title}:", *(f"  {line}" for line in lines), advice])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A set of options that checks itself on construction. Raises ``ConfigError``."""
@@ -253,14 +272,12 @@ class Config:
         # A file that lists all options of an earlier version has those that were renamed too, mostly without a value.
         plain = {name: value for name, value in values.items() if name not in RENAMED or value is not None}
         if unknown := [name for name in plain if name not in known]:
-            where = f"{place}: " if place else ""
-            guess = nearest(unknown[0], list(known)) or "; see --help for all of them"
-            raise ConfigError(f"{where}unknown option {unknown[0]!r}{guess}")
+            raise unknown_options(unknown, list(known), "see --help for all of them", place)
         for name in plain.keys() & (given or {}).keys():  # the file is checked whole, also where it is overridden
             checked(known[name], plain[name], place)
         plain |= given or {}
         if missing := [o for o in known.values() if o.required and o.name not in plain]:
-            raise ConfigError("; ".join(f"{o.flag} is missing: {o.help}" for o in missing))
+            raise MissingOptions(missing)
         try:
             return cls(**plain)
         except WrongValue as error:
@@ -270,12 +287,15 @@ class Config:
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """``; did you mean beta?`` where one of ``known`` is near, else nothing. A dash counts as an underscore."""
+    """``; did you mean beta?`` where one of ``known`` is near, or has the name ``word`` in another trainer; else
+    nothing. A dash counts as an underscore."""
     plain = {k.lower().replace("_", "-"): k for k in known}
     renamed = RENAMED.get(word.lstrip("-").replace("-", "_"), "").replace("_", "-")
     for new in (f"--{renamed}", renamed):
         if renamed and new in plain:
             return f"; it is now called {plain[new]}"
+    if found := our_name(word, known):
+        return f"; it is called {found[0]} here{f' ({found[1]})' if found[1] else ''}"
     close = difflib.get_close_matches(word.lower().replace("_", "-"), list(plain), n=1, cutoff=0.6)
     return f"; did you mean {plain[close[0]]}?" if close else ""
 

@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib import metadata
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
@@ -71,3 +73,21 @@ def installed_version(name: str) -> str | None:
     with suppress(PackageNotFoundError):
         return version(name)
     return None
+
+
+def extras() -> dict[str, list[str]]:
+    """The packages of each extra of prefopt but ``dev``, by what is installed; empty where prefopt is not."""
+    requirements: list[str] = []
+    with suppress(PackageNotFoundError):
+        requirements = metadata.requires("prefopt") or []
+    packages: dict[str, list[str]] = {}
+    for text in requirements:
+        condition, name = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", text), re.match(r"[\w.-]+", text)
+        if condition and name and condition[1] != "dev" and name[0] != "prefopt":
+            packages.setdefault(condition[1], []).append(name[0])
+    return packages
+
+
+def how_to_install(extra: str) -> str:
+    """The command that installs the packages of an extra: by their own names, however prefopt itself was installed."""
+    return f"pip install {' '.join(extras().get(extra, [f'prefopt[{extra}]']))}"

@@ -13,6 +13,7 @@ import numpy as np
 from scipy.special import ndtr
 
 from prefopt.core.files import parsed
+from prefopt.core.plugins import how_to_install
 from prefopt.core.statistics import holm, p_text
 from prefopt.errors import ConfigError, DataError, RunError, first_line
 from prefopt.evaluate.win_rate import LEVEL
@@ -92,7 +93,7 @@ class Harness:
             import lm_eval
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            install = 'pip install "prefopt[lm-eval]"'
+            install = how_to_install("lm-eval")
             raise ConfigError(f"--tasks needs lm-eval, which is not installed ({error}): {install}") from None
         self._evaluate, self._manager = lm_eval.simple_evaluate, TaskManager(include_path=task_folder)
         self._tasks, self._limit = list(tasks), limit

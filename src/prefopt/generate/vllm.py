@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from prefopt.core.model_folder import read_adapter, vet_folder
+from prefopt.core.plugins import how_to_install
 from prefopt.errors import ConfigError, ModelError, RunError, first_line
 from prefopt.generate.sampler import FloatArray, Ids, ProgressCallback, Sample, SamplingParams, key_of, occurrences
 
@@ -142,6 +143,6 @@ def _imported(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(
-            f"--engine vllm needs {name}, which cannot be imported ({first_line(error)}): pip install 'prefopt[vllm]',"
+            f"--engine vllm needs {name}, which cannot be imported ({first_line(error)}): {how_to_install('vllm')},"
             " or leave --engine out"
         ) from error

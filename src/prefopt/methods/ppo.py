@@ -21,6 +21,7 @@ from prefopt.generate.rewards import TextRewardScorer
 from prefopt.generate.sampler import SamplingParams, group_of
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.losses.rl import KlController
+from prefopt.model.card import portable
 from prefopt.model.check import CheckReport, check_scoring
 from prefopt.reference.identity import identity_of_name
 from prefopt.rewards import Reward, load_reward
@@ -254,7 +255,7 @@ def _finish(run: Run, models: PpoModels, prompts: PromptSet, steps: int, seconds
         seconds=seconds,
         title=_TITLES[config.algorithm],
         tag=config.algorithm,
-        data=f"{len(prompts.ids)} prompts, from {files}. The reward is `{config.reward}`.",
+        data=f"{len(prompts.ids)} prompts, from {files}. The reward is `{portable(config.reward)}`.",
         licence="The licences of the base model, of the reward model and of the data apply.",
         closing=lambda: [closing],
     )

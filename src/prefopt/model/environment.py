@@ -8,8 +8,6 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import psutil
 
 import prefopt
 from prefopt.core.cache_folder import cache_root
-from prefopt.core.plugins import installed_version
+from prefopt.core.plugins import extras, how_to_install, installed_version
 from prefopt.core.ranks import backend_of, ranks_in
 from prefopt.core.terminal import size
 from prefopt.errors import ConfigError
@@ -140,17 +138,9 @@ def _folders() -> Section:
 
 def _extras() -> Section:
     """Each extra of prefopt but ``dev``, with the versions of its packages or how to install it."""
-    requirements: list[str] = []
-    with suppress(metadata.PackageNotFoundError):
-        requirements = metadata.requires("prefopt") or []
-    packages: dict[str, list[str]] = {}
-    for text in requirements:
-        condition, name = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", text), re.match(r"[\w.-]+", text)
-        if condition and name and condition[1] != "dev" and name[0] != "prefopt":
-            packages.setdefault(condition[1], []).append(name[0])
     found: Section = {}
-    for extra, names in packages.items():
+    for extra, names in extras().items():
         versions = {name: installed_version(name) for name in names}
         installed = ", ".join(f"{name} {version}" for name, version in versions.items())
-        found[extra] = installed if all(versions.values()) else f'not installed: pip install "prefopt[{extra}]"'
+        found[extra] = installed if all(versions.values()) else f"not installed: {how_to_install(extra)}"
     return found

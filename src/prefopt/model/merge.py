@@ -6,7 +6,6 @@ Every layer is merged in float32 and rounded once, to the dtype in which it is s
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from prefopt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from prefopt.errors import ConfigError, ModelError, RunError
 from prefopt.model.adapter import peft_warnings_off
 from prefopt.model.architectures import causal_model, vocabulary_size
+from prefopt.model.card import write_merged_card
 from prefopt.model.checkpoint import WeightFiles, describe_untouched, origin_of
 from prefopt.model.load import base_and_adapter, load_config, load_model, local_folder, quiet_loading
 from prefopt.model.save import (
@@ -137,7 +137,9 @@ def merge_adapter(
         write_transformers4_fields(output, tokenizer)
         apply_umask(output)
     ends = add_end_tokens(output, _ends(source, tokenizer), tokenizer, merged)
-    _write_card(output, model or base_of(source), adapter, Path(source) / "README.md", dtype)
+    card, kind = Path(source) / "README.md", str(dtype).removeprefix("torch.")
+    base_model = model or base_of(source)
+    write_merged_card(output, model=base_model, adapter=adapter, card=card if is_own(card) else None, dtype=kind)
     origin, rows = origin_of(merged), vocabulary_size(merged)
     del merged, wrapped, causal
     saved = load_model(str(output), dtype=dtype, device=device).eval()
@@ -280,18 +282,6 @@ def _ends(adapter: str, tokenizer: Tokenizer) -> Sequence[int]:
     if ends is None and tokenizer.chat_template:
         ends = [i for i in [end_of_turn(Renderer(tokenizer))] if i is not None]
     return ends or ()
-
-
-def _write_card(output: Path, model: str, adapter: str, card: Path, dtype: torch.dtype) -> None:
-    """A card that names both parts, followed by the adapter's card."""
-    names = [Path(name).name if Path(name).exists() else name for name in (model, adapter)]
-    front = ["---", "library_name: transformers", *([] if Path(model).exists() else [f"base_model: {model}"]), "---"]
-    body = card.read_text("utf-8") if is_own(card) else ""
-    body = re.sub(r"\A---\n.*?\n---\n", "", body, flags=re.S)
-    kind = str(dtype).removeprefix("torch.")
-    text = f"# {output.name}\n\n`{names[0]}` with the adapter `{names[1]}` merged in, in {kind}, by prefopt merge.\n"
-    with output_errors(output):
-        (output / "README.md").write_text("\n".join([*front, "", text, body]).rstrip() + "\n", encoding="utf-8")
 
 
 def _check_names(output: Path, base: Path, *, own_head: bool, rows: int) -> int:

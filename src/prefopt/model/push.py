@@ -60,7 +60,7 @@ def plan_upload(folder: str | Path, *, run: bool = False, checkpoints: bool = Fa
     return UploadPlan(folder, files, left_out, _warnings(folder, files))
 
 
-def push(planned: UploadPlan, repo: str, *, private: bool = False) -> str:
+def push(planned: UploadPlan, repo: str, *, private: bool = True) -> str:
     """Send the planned files without confirmation; returns the address of the commit. Raises :class:`RunError` for
     errors of the Hub or the network, and where a repository that should be private is public."""
     no_telemetry()
@@ -75,7 +75,7 @@ def push(planned: UploadPlan, repo: str, *, private: bool = False) -> str:
         if private and not api.repo_info(name).private:
             raise RunError(
                 f"--repo {repo} exists and is public: nothing was sent. Make it private on its page, name another, or"
-                " leave --private out"
+                " give --private false to send it there"
             )
         commit = api.upload_folder(
             repo_id=name,

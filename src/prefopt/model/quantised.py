@@ -27,7 +27,7 @@ from prefopt.model.architectures import causal_model, weights_in
 from prefopt.model.lora_targets import KINDS, weight_matrices
 from prefopt.model.supported import quantisation_of
 
-BACKEND, OLDEST, EXTRA = "bitsandbytes", "0.50.2", 'pip install --upgrade "prefopt[quantise]"'
+BACKEND, OLDEST, EXTRA = "bitsandbytes", "0.50.2", "pip install --upgrade bitsandbytes"
 SETTINGS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},

@@ -24,8 +24,10 @@ from prefopt.evaluate.result import CompareResult
 from prefopt.reports.comparison import comparison_report, read_comparison
 from prefopt.runs.diagnose import change_of, diagnose
 from prefopt.runs.history import History
+from prefopt.runs.listing import cells_of
 from prefopt.runs.plot import COLOURS, SIDES, Panel, figure_of, panels_by_method, require_matplotlib, shortened
-from prefopt.runs.table import as_number, caveats, differing, labels, reached, runs_of, shown, summary
+from prefopt.runs.settings import differing, short_path, shown
+from prefopt.runs.table import as_number, caveats, labels, reached, runs_of, summary
 
 Row = tuple[str, str]
 """A name and its value."""
@@ -49,6 +51,7 @@ def run_report(run: History, name: str) -> dict[str, Any]:
         "summary": summary(run),
         "findings": [f.text for f in found if not f.look],
         "warnings": [f.text for f in found if f.look],
+        "accuracy": [f.text for f in found if f.name in OF_ACCURACY],
         "held_out": [(key, as_number(value)) for key, value in values["held_out"].items()],
         "training": [(key, as_number(value)) for key, value in values["training"].items()],
         "data": _data(run),
@@ -62,14 +65,19 @@ def run_report(run: History, name: str) -> dict[str, Any]:
 
 def _data(run: History) -> list[Row]:
     rows, options = run.rows, run.options
-    found = [("files", shown(options.get("data", options.get("prompts"))))]
-    found += [("held-out files", shown(value))] if (value := options.get("eval_data")) else []
+    found = [("files", _files(options.get("data") or options.get("prompts")))]
+    found += [("held-out files", _files(value))] if (value := options.get("eval_data")) else []
     found += [(f"rows {key}", f"{value:,}") for key, value in rows.items()]
     if {"read", "kept"} <= rows.keys():
         found.append(("rows refused and skipped", f"{rows['read'] - rows['kept']:,}"))
     if value := run.record.get("max_length"):
         found.append(("longest sequence", f"{value} tokens"))
     return found
+
+
+def _files(value: Any) -> str:
+    """Names of files without their folders; the command has them in full."""
+    return shown([short_path(one) for one in value] if isinstance(value, list) else short_path(value))
 
 
 def _settings(run: History) -> list[tuple[str, str, bool]]:
@@ -101,6 +109,10 @@ def _samples(run: History) -> str:
     )
 
 
+OF_ACCURACY = ("accuracy", "no better than chance", "worse than chance")
+"""Findings that the headline repeats, so that it says no more than they do."""
+COLUMNS = 4
+"""Runs side by side in a table; more have a table of their own below, so that print cuts none off."""
 HASHED = {"reference": "reference model", "data": "training and held-out tokens"}
 UNKNOWN = "these numbers do not show whether the models' own answers got better: compare samples"
 JUDGED = (
@@ -138,19 +150,23 @@ def page(
     several = len(runs) > 1
     names += [section.name for section in sections]
     title = title or ", ".join(names) or " and ".join(dict.fromkeys(m for c in comparisons for m in c["compared"]))
-    different = differing(runs) if several else []
-    return template("prefopt.reports", "report.html.j2").render(
+    figures = curves(runs)
+    return template(
+        "prefopt.reports", "report.html.j2"
+    ).render(
         title=title,
         heading=shortened(title, 70),  # of a browser's tab
         version=prefopt.__version__,
         written=time.strftime("%Y-%m-%d %H:%M %Z"),
         verdict=[s for c in comparisons for s in c["sentences"]]
         or [*(_verdict(run) for run in reports), *(s for section in sections for s in section.sentences)],
+        contents=_contents(comparisons, sections, runs, names, figures),
         sections=sections,
         comparisons=[(c, win_rates(c, name=f"rates{n}")) for n, c in enumerate(comparisons)],
         runs=reports,
-        figures=curves(runs),
-        different=[(n.replace("_", "-"), [shown(r.options.get(n)) for r in runs]) for n in different],
+        figures=figures,
+        overview=cells_of(runs, names[: len(runs)]) if several else [],
+        different=_different(runs, names),
         caveats=[
             *(caveats(runs) if several else []),
             *(JUDGED if comparisons else ()),
@@ -160,16 +176,47 @@ def page(
     )
 
 
+def _contents(
+    comparisons: Sequence[Mapping[str, Any]],
+    sections: Sequence[Section],
+    runs: Sequence[History],
+    names: Sequence[str],
+    figures: Sequence[Any],
+) -> list[tuple[str, str]]:
+    """The id and the name of each section of the page, in order."""
+    found = [(f"comparison-{n}", f"Compared by {c['judge']}") for n, c in enumerate(comparisons, 1)]
+    found += [(f"sweep-{n}", f"Reward against KL: {section.name}") for n, section in enumerate(sections, 1)]
+    found += [("runs", "Runs")] if len(runs) > 1 else []
+    found += [("curves", "Curves")] if figures else []
+    found += [("differences", "What differs between the runs")] if differing(runs) else []
+    found += [(f"run-{n}", name) for n, name in enumerate(names[: len(runs)], 1)]
+    return [*found, ("caveats", "Caveats")]
+
+
+Beside = tuple[Sequence[str], list[tuple[str, list[str]]]]
+"""The names of runs, and options with their value in each."""
+
+
+def _different(runs: Sequence[History], names: Sequence[str]) -> list[Beside]:
+    """Tables of the options that differ, each with the names of its runs; paths by their ends."""
+    options = differing(runs)
+    found: list[Beside] = []
+    for first in range(0, len(runs) if options else 0, COLUMNS):
+        several = runs[first : first + COLUMNS]
+        rows = [(n.replace("_", "-"), [_files(run.options.get(n)) for run in several]) for n in options]
+        found.append((names[first : first + COLUMNS], rows))
+    return found
+
+
 def _verdict(run: Mapping[str, Any]) -> str:
-    """One sentence on a run: its held-out loss and accuracy, or the reward of its samples."""
+    """One sentence on a run: its held-out loss and what its findings say of the accuracy, or the reward of its
+    samples."""
     name, values = run["name"], dict(run["held_out"])
     if run["samples"]:
         return f"{name}: {run['samples']}"
     if "loss" not in values:
-        return f"{name}: no row was held out, so that nothing is known about rows outside the training data"
-    parts = [f"the loss on held-out rows is {values['loss']} at step {values['step']}"]
-    if "rewards/accuracies" in values:
-        parts.append(f"{float(values['rewards/accuracies']):.1%} of their pairs are ranked as in the data")
+        return f"{name}: no row was held out, so how it does on unseen rows is not known"
+    parts = [f"the loss on held-out rows is {values['loss']} at step {values['step']}", *run["accuracy"]]
     return f"{name}: " + "; ".join(parts)
 
 
@@ -195,7 +242,7 @@ def curves(runs: Sequence[History]) -> list[tuple[Markup, list[str]]]:
     """The standard panels of these runs, each as a figure with sentences on what it shows."""
     found = []
     for n, (panel, several) in enumerate(panels_by_method(runs)):
-        figure, of = figure_of(several, metrics=[panel.name], titled=False), ", ".join(labels(several))
+        figure, of = figure_of(several, metrics=[panel.name], titled=False, among=runs), ", ".join(labels(several))
         figure.axes[0].set_title(panel.title, fontsize=10, loc="left")
         found.append((inline(figure, name=f"curve{n}", label=f"{panel.title}: {of}"), in_words(panel, several)))
     return found

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from prefopt.config.methods import method_of
 from prefopt.config.training import RunOptions
+from prefopt.core.plugins import how_to_install
 from prefopt.errors import ConfigError, Interrupted, RunError
 from prefopt.parallel.world import ALONE, World
 from prefopt.runs.folder import RunFolder
@@ -336,7 +337,7 @@ class Tracking(Callback):
         self._names, self._project, self._folder = list(dict.fromkeys(names)), project, folder
         for name in self._names:
             if find_spec(name) is None:
-                raise ConfigError(f'--track {name}: it is not installed; run pip install "prefopt[{name}]"')
+                raise ConfigError(f"--track {name}: it is not installed; run {how_to_install(name)}")
         self._ids: dict[str, str] = dict(folder.record.get("tracking", {}))
         self._running: dict[str, Tracker] = {}
         last = max((line["step"] for line in read_metrics(folder.path)), default=0)

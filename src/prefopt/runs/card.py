@@ -1,23 +1,20 @@
-"""The finished model: a Hugging Face folder with a model card."""
+"""The finished model: a Hugging Face folder."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-import prefopt
 from prefopt.core.files import output_errors
 from prefopt.core.model_folder import task_of
-from prefopt.core.terminal import visible
 from prefopt.model.adapter import nesting_of, write_nested
 from prefopt.model.architectures import causal_model
 from prefopt.model.load import quiet_loading
-from prefopt.model.save import apply_umask, save_weights, transformers_versions, write_transformers4_fields
+from prefopt.model.save import apply_umask, save_weights, write_transformers4_fields
 from prefopt.model.scorer import PackedModel
 from prefopt.parallel.tensors import whole_tensors
 
@@ -74,47 +71,3 @@ def _first_names(model: torch.nn.Module) -> dict[str, str]:
     """Each parameter's name, shared ones under every name, to the first name of that parameter."""
     first = {id(p): name for name, p in model.named_parameters()}
     return {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
-
-
-def write_card(
-    folder: Path,
-    *,
-    model: str,
-    title: str,
-    tag: str,
-    data: str,
-    settings: Mapping[str, Any],
-    results: Mapping[str, Any],
-    license: str,
-) -> None:
-    """Write README.md: front matter for the Hub, data, results and settings."""
-    local = Path(model).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model)
-    library = "peft" if (folder / "adapter_config.json").exists() else "transformers"
-    base = [] if local else [f"base_model: {model}"]
-    versions = f"prefopt {prefopt.__version__} (torch {torch.__version__.split('+')[0]})"
-    lines = [
-        *("---", f"library_name: {library}", *base),
-        *("tags:", f"- {tag}", "- preference-optimization", "- prefopt", "---", ""),
-        *(f"# {folder.name}", "", f"{title} of `{Path(model).name if local else model}` with {versions}.", ""),
-        *("## Data", "", data, ""),
-        *("## Results", "", *_table("measure", results), ""),
-        *("## Settings", "", *_table("option", settings), ""),
-        *(f"Read by {transformers_versions(folder)}.", "", license, ""),
-    ]
-    path = folder / "README.md"
-    with output_errors(path):
-        path.write_text(visible("\n".join(lines)), "utf-8")  # it names files, whose names may hold anything
-
-
-def _table(name: str, values: Mapping[str, Any]) -> list[str]:
-    rows = [f"| {key} | {_cell(value)} |" for key, value in values.items() if value is not None]
-    return [f"| {name} | value |", "| --- | --- |", *rows]
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list):
-        return ", ".join(map(_cell, value))
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -172,24 +172,50 @@ def _held_out(run: History) -> Iterator[Finding]:
         yield Finding("held out", f"the held-out loss was lowest at step {at}: {best:.4f}{more}")
 
 
-def _accuracy(run: History) -> Iterator[Finding]:
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """The fraction of held-out rows that a run ranks as the data do, with its 95 % interval, at the step with the
+    lowest held-out loss."""
+
+    share: float
+    low: float
+    high: float
+    rows: int
+    step: int
+
+    @property
+    def in_words(self) -> str:
+        """The accuracy with its interval, rows and step."""
+        rows = f"{self.rows} row{'s' * (self.rows != 1)}"
+        return f"{self.share:.0%} (95% interval {self.low:.0%} to {self.high:.0%}, {rows}, step {self.step})"
+
+    @property
+    def verdict(self) -> int:
+        """1 above chance, -1 below, 0 within."""
+        return int(self.low > 0.5) - int(self.high < 0.5)
+
+
+def held_out_accuracy(run: History) -> Accuracy | None:
+    """The accuracy on held-out rows; None where it was not measured, or the number of rows is not known."""
     rights = run.curve("rewards/accuracies", held_out=True)
     # The fingerprint of the data is DIGEST TRAINED+HELD_OUT.
     sizes = re.search(r"\+([0-9]{1,15})$", str(run.record.get("data", "")))
     count = int(sizes[1]) if sizes else 0
     if not rights or not count or not all(0 <= share <= 1 for share in rights.values):
-        return
+        return None
     losses = run.curve("loss", held_out=True).values
     at = losses.index(min(losses)) if len(losses) == len(rights.values) else -1
-    share = rights.values[at]
-    low, high = wilson(share, count)
-    numbers = (
-        f"held-out accuracy {share:.0%} (95% interval {low:.0%} to {high:.0%}, {count} row{'s' * (count != 1)}, step"
-        f" {rights.steps[at]})"
-    )
-    if low > 0.5:
+    return Accuracy(rights.values[at], *wilson(rights.values[at], count), count, rights.steps[at])
+
+
+def _accuracy(run: History) -> Iterator[Finding]:
+    found = held_out_accuracy(run)
+    if found is None:
+        return
+    numbers = f"held-out accuracy {found.in_words}"
+    if found.verdict > 0:
         yield Finding("accuracy", numbers)
-    elif high < 0.5:
+    elif found.verdict < 0:
         yield Finding("worse than chance", f"{numbers}: worse than chance; are chosen and rejected swapped?", look=True)
     else:
         yield Finding("no better than chance", f"{numbers}: within chance", look=True)

@@ -206,6 +206,26 @@ class History:
         return str(self.record.get("algorithm", self.method))
 
     @property
+    def loss_kind(self) -> str:
+        """What its loss is: dpo, kto, nll, reward, rloo. Losses are comparable only between runs of one kind."""
+        if self.method == "dpo":
+            parts = (self.options.get("loss"), self.options.get("weighting"))
+            return ", ".join(str(part) for part in parts if part) or "dpo"
+        return {"sft": "nll"}.get(self.method, self.algorithm)
+
+    @property
+    def label(self) -> str:
+        """The method, with its loss or algorithm where it has several: dpo (kto), ppo (rloo), sft."""
+        kind = self.loss_kind if self.method == "dpo" else self.algorithm
+        return self.method if kind == self.method else f"{self.method} ({kind})"
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall time of all its starts, with preparation; None for a run that has not said so yet."""
+        found: Any = self.record.get("costs", {}).get("seconds")
+        return None if found is None else float(found)
+
+    @property
     def rows(self) -> Mapping[str, int]:
         """Rows of the data ``read``, ``kept`` and ``truncated``; empty for prompts."""
         found: Any = self.record.get("rows")

@@ -7,16 +7,17 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from prefopt.core.files import output_errors
 from prefopt.core.options import nearest
+from prefopt.core.plugins import how_to_install
 from prefopt.errors import ConfigError
 from prefopt.runs.diagnose import loss_at_start
 from prefopt.runs.history import Curve, History
-from prefopt.runs.table import differing, shown, what_differs
+from prefopt.runs.settings import differing, shown
+from prefopt.runs.table import PER_KIND, what_differs
 
 # Okabe and Ito's colours for any colour vision, without yellow, which is too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -64,7 +65,7 @@ KNOWN = {
 def require_matplotlib() -> None:
     """Raises :class:`ConfigError` where matplotlib is not installed."""
     if find_spec("matplotlib") is None:
-        raise ConfigError('pictures need matplotlib: run pip install "prefopt[plot]"')
+        raise ConfigError(f"pictures need matplotlib: run {how_to_install('plot')}")
 
 
 def plot_runs(
@@ -78,15 +79,21 @@ def plot_runs(
 
 
 def figure_of(
-    runs: Sequence[History], *, metrics: Sequence[str] | None = None, x: str = "step", titled: bool = True
+    runs: Sequence[History],
+    *,
+    metrics: Sequence[str] | None = None,
+    x: str = "step",
+    titled: bool = True,
+    among: Sequence[History] | None = None,
 ) -> Any:
     """A matplotlib figure, ``titled`` with what the runs have in common. Without ``metrics``, each method has its own
-    panels. Raises :class:`ConfigError` for metrics that no run has, and if matplotlib is not installed."""
+    panels. ``among``: all runs of a page, so that a run has one colour in all its figures. Raises :class:`ConfigError`
+    for metrics that no run has, and if matplotlib is not installed."""
     require_matplotlib()
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    panels = [(p, runs) for p in panels_of(runs, metrics)] if metrics is not None else panels_by_method(runs)
+    panels = panels_by_method(runs) if metrics is None else by_kind([(p, runs) for p in panels_of(runs, metrics)])
     if not panels:
         raise ConfigError("there is nothing to draw yet: no run has written a step")
     across = 1 if len(panels) == 1 else 2
@@ -96,16 +103,16 @@ def figure_of(
     if titled:
         figure.suptitle(_title(runs, 48 * across), fontsize=11)
     all_axes: list[Any] = list(figure.subplots(down, across, squeeze=False).flat)
-    known_start = any(loss_at_start(run) is not None for run in runs if run.training)
-    colours = {id(run): COLOURS[i % len(COLOURS)] for i, run in enumerate(runs)}
+    colours = {id(run): COLOURS[i % len(COLOURS)] for i, run in enumerate(among or runs)}
     for axes, (panel, several) in zip(all_axes, panels, strict=False):
+        known_start = any(loss_at_start(run) is not None for run in several if run.training)
         panel = panel if panel.name != "loss" or known_start else replace(panel, line=None)
         _draw(axes, panel, several, [colours[id(run)] for run in several], x)
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
     if names:
-        drawn = zip(cycle(COLOURS), names, strict=False)
-        lines = [Line2D([], [], color=colour, linewidth=2.5, label=name) for colour, name in drawn]
+        drawn = zip(runs, names, strict=True)
+        lines = [Line2D([], [], color=colours[id(run)], linewidth=2.5, label=name) for run, name in drawn]
         figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
     return figure
 
@@ -128,7 +135,23 @@ def panels_by_method(runs: Sequence[History]) -> list[tuple[Panel, Sequence[Hist
         there, families = _names(several)
         prefix = f"{method}: " if len(several) < len(runs) else ""
         panels = [replace(p, title=prefix + p.title) for p in STANDARD if p.name in there | families]
-        found += [(panel, several) for panel in panels]
+        found += by_kind([(panel, several) for panel in panels])
+    return found
+
+
+def by_kind(panels: Sequence[tuple[Panel, Sequence[History]]]) -> list[tuple[Panel, Sequence[History]]]:
+    """The same panels, with one for each kind of loss where numbers of several kinds would share an axis."""
+    found: list[tuple[Panel, Sequence[History]]] = []
+    for panel, runs in panels:
+        kinds = list(dict.fromkeys(run.loss_kind for run in runs))
+        if len(kinds) == 1 or not any(name.startswith(panel.name) for name in PER_KIND):
+            found.append((panel, runs))
+            continue
+        for kind in kinds:
+            several = [run for run in runs if run.loss_kind == kind]
+            there, families = _names(several)
+            if panel.name in there | families:
+                found.append((replace(panel, title=f"{panel.title} ({kind})"), several))
     return found
 
 

@@ -10,24 +10,18 @@ r"""Runs in the terminal: a list, one run, or a comparison of several, and curve
 
 from __future__ import annotations
 
-import logging
 import math
-import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.methods import STAGES
 from prefopt.core.options import options
-from prefopt.core.terminal import json_text
 from prefopt.errors import RunError
 from prefopt.runs.diagnose import diagnose, in_words
-from prefopt.runs.folder import FREE
 from prefopt.runs.history import RECORD, Curve, History, averages_of, read_history
-
-log = logging.getLogger(__name__)
+from prefopt.runs.settings import differing, of_one_method, set_options, short_path, shown, took, when
 
 CLOCK = ("step", "step_seconds", "tokens", "epoch", "learning_rate")
 """Metrics of progress, not of results."""
@@ -72,35 +66,12 @@ def runs_of(folder: str | Path) -> list[History]:
     raise RunError(f"{folder} holds no run of its own, but {many} below it: name output folders, such as {below[0]}")
 
 
-def show_runs(folders: Sequence[str], *, as_json: bool = False) -> list[str]:
-    """One output folder is described, several are compared, and the runs of any other folder are listed, as lines.
-    Raises :class:`RunError` as :func:`find_runs`, and for a mix of output folders and other folders."""
-    found = [find_runs(folder) for folder in folders]
-    runs = [run for several, _ in found for run in several]
-    if as_json:
-        for line in (line for _, damaged in found for line in damaged):
-            log.warning("%s", line)
-        return json_text([run_as_json(run) for run in runs]).split("\n")
-    single = [Path(folder, RECORD).exists() for folder in folders]
-    if len(folders) == 1 and single[0]:
-        return describe(runs[0])
-    if all(single):
-        return comparison(runs)
-    if any(single):
-        one, other = folders[single.index(False)], folders[single.index(True)]
-        remedy = "name output folders to compare, or folders to list"
-        raise RunError(f"{one} holds no run of its own, {other} does: {remedy}")
-    lines: list[str] = []
-    for folder, (several, damaged) in zip(folders, found, strict=True):
-        lines += [f"{folder}:"] if len(folders) > 1 else []
-        lines += list_of(several, Path(folder)) if several else [f"no run of prefopt below {folder}"]
-        lines += damaged
-    return lines
-
-
 def describe(run: History) -> list[str]:
     """One run: status, the curve of its loss, and what its metrics show."""
-    lines = columns([[f"{name}:", value] for name, value in summary(run).items()])
+    facts = {name: value for name, value in summary(run).items() if name != "data"}
+    facts |= {"data": shown(run.options.get("data", run.options.get("prompts")))}
+    facts |= {"options set": " ".join(f"{n}={shown(v)}" for n, v in set_options(run).items() if n not in facts)}
+    lines = columns([[f"{name}:", value] for name, value in facts.items() if value])
     curve, held_out = run.curve("loss"), run.curve("loss", held_out=True)
     title = f"loss of training batches{f', and {MARK} of held-out rows' if held_out else ''}"
     if scores := run.curve("objective/scores"):  # the loss of such a run is not informative
@@ -109,18 +80,6 @@ def describe(run: History) -> list[str]:
         lines += ["", *chart(curve, held_out, title=title, width=WIDTH)]
     findings = in_words(diagnose(run))
     return [*lines, "", *findings] if findings else lines
-
-
-def of_one_method(runs: Sequence[History]) -> bool:
-    return len({run.method for run in runs}) < 2
-
-
-def differing(runs: Sequence[History]) -> list[str]:
-    """Options that differ and affect results; for runs of several methods, those that all of them have."""
-    every = [run.options for run in runs]
-    names = dict.fromkeys(name for own in every for name in own if name not in FREE)
-    shared = names if of_one_method(runs) else [name for name in names if all(name in own for own in every)]
-    return [name for name in shared if any(own.get(name) != every[0].get(name) for own in every)]
 
 
 def reached(run: History) -> dict[str, dict[str, float]]:
@@ -132,36 +91,7 @@ def reached(run: History) -> dict[str, dict[str, float]]:
     return {"training": training, "held_out": {n: float(value) for n, value in best.items() if value is not None}}
 
 
-def run_as_json(run: History) -> dict[str, Any]:
-    return {
-        "folder": str(run.folder),
-        "method": run.record.get("method"),
-        "algorithm": run.algorithm,
-        "status": run.status,
-        "step": run.step,
-        "steps": run.steps,
-        "started": run.record.get("started"),
-        "finished": run.record.get("finished"),
-        "options": dict(run.options),
-        **reached(run),
-        "findings": [{"name": f.name, "text": f.text, "look": f.look} for f in diagnose(run)],
-    }
-
-
-def list_of(runs: Sequence[History], base: Path) -> list[str]:
-    """A line per run: name, status, steps, results, and the options that differ."""
-    different = differing(runs)
-    rows = [["run", "status", "steps", "loss", "held-out loss", "held-out accuracy", "options that differ"]]
-    for run in runs:
-        values = reached(run)
-        results = (("training", "loss"), ("held_out", "loss"), ("held_out", "rewards/accuracies"))
-        numbers = [as_number(values[side].get(name)) for side, name in results]
-        own = " ".join(f"{name}={shown(run.options.get(name))}" for name in different) or "none"
-        rows.append([str(run.folder.relative_to(base)), run.status, _steps(run), *numbers, own])
-    return columns(rows)
-
-
-def _steps(run: History) -> str:
+def steps_words(run: History) -> str:
     return f"{run.step}" if run.steps in (None, run.step) else f"{run.step} of {run.steps}"
 
 
@@ -178,11 +108,30 @@ def comparison(runs: Sequence[History]) -> list[str]:
         "training": "training batches, average over the rows of the last tenth of the steps:",
     }
     for side, title in titles.items():
-        metrics = dict.fromkeys(name for values in found for name in values[side])
-        rows = [[name, *(as_number(values[side].get(name)) for values in found)] for name in metrics]
+        rows = [[name, *map(as_number, values)] for name, values in side_by_side(runs, [f[side] for f in found])]
         if rows:
             lines += ["", title, *columns([["", *names], *rows], indent=2)]
     return lines + [f"note: {line}" for line in caveats(runs)]
+
+
+PER_KIND = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins")
+"""Metrics whose numbers compare only between losses of one kind."""
+
+
+def side_by_side(
+    runs: Sequence[History], values: Sequence[Mapping[str, float]]
+) -> list[tuple[str, list[float | None]]]:
+    """Each metric with its value in every run. Where runs have losses of several kinds, each kind has a row of its
+    own."""
+    kinds = list(dict.fromkeys(run.loss_kind for run in runs))
+    found: list[tuple[str, list[float | None]]] = []
+    for name in dict.fromkeys(name for one in values for name in one):
+        for kind in kinds if len(kinds) > 1 and name in PER_KIND else [None]:
+            of = zip(runs, values, strict=True)
+            row = [one.get(name) if kind in (None, run.loss_kind) else None for run, one in of]
+            if any(value is not None for value in row):
+                found.append((name if kind is None else f"{name} ({kind})", row))
+    return found
 
 
 def caveats(runs: Sequence[History]) -> list[str]:
@@ -190,7 +139,8 @@ def caveats(runs: Sequence[History]) -> list[str]:
     found = []
     of_the_loss = {o.name for o in options(DpoConfig) if o.group == "loss"}
     if parts := [name for name in differing(runs) if name in of_the_loss]:
-        found.append(f"{', '.join(parts)} changes the loss: compare accuracies or samples, not losses")
+        verb = "changes" if len(parts) == 1 else "change"
+        found.append(f"{', '.join(parts)} {verb} the loss: compare accuracies or samples, not losses")
     if not of_one_method(runs):
         found.append("the runs are of different methods: their metrics are not comparable")
     elif len({run.record.get("data") for run in runs}) > 1:
@@ -221,17 +171,6 @@ def what_differs(runs: Sequence[History]) -> list[str]:
     return names if short else labels(runs)
 
 
-def shown(value: Any) -> str:
-    """The value of an option, as a person would type it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return re.sub(r"e([+-])0+", r"e\1", f"{value:g}").replace("e+", "e")
-    if isinstance(value, list):
-        return ",".join(map(shown, value))
-    return "none" if value is None else str(value)
-
-
 def columns(rows: Sequence[Sequence[str]], *, indent: int = 0) -> list[str]:
     """Rows of cells as aligned lines; the last column is not padded."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -247,17 +186,27 @@ def as_number(value: float | None) -> str:
 
 
 def summary(run: History) -> Mapping[str, str]:
-    """Method, status, steps, times, model and data of a run."""
+    """Method, status, steps, times, model and data of a run, for a reader: dates to the minute, paths by their ends."""
     values = {
-        "method": run.algorithm,
+        "method": run.label,
         "status": run.status,
-        "steps": _steps(run),
-        "started": run.record.get("started"),
-        "finished": run.record.get("finished"),
-        "model": run.options.get("model"),
-        "data": shown(run.options.get("data", run.options.get("prompts"))),
+        "steps": steps_words(run),
+        "started": when(run.record.get("started")),
+        "finished": when(run.record.get("finished")),
+        "took": took(run),
+        "model": short_path(run.options.get("model")),
+        "data": data_words(run),
     }
-    return {name: str(value) for name, value in values.items() if value is not None}
+    return {name: str(value) for name, value in values.items() if value not in (None, "-")}
+
+
+def data_words(run: History) -> str:
+    """The names of a run's files, without their folders, and the rows that were kept: ``pairs.jsonl, 590 rows``."""
+    value = run.options.get("data") or run.options.get("prompts") or []
+    names = [short_path(name) for name in (value if isinstance(value, list) else [value])]
+    text = names[0] if len(names) == 1 else f"{len(names)} files" if names else "-"
+    kept = run.rows.get("kept")
+    return text if kept is None else f"{text}, {kept:,} rows"
 
 
 # Bits of a Braille character by row, from the top, and column.

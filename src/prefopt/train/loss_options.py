@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prefopt.config.dpo import DpoConfig
+from prefopt.config.dpo import OF_LOSSES, DpoConfig
 from prefopt.core.options import flag
 from prefopt.data.validate import DataKind
 from prefopt.errors import ConfigError
@@ -14,7 +14,6 @@ from prefopt.losses.declare import Value
 from prefopt.losses.parse import WeightedLoss, parse_losses
 
 Losses = tuple[WeightedLoss, ...]
-_FLAGS = ("beta", "label_smoothing", "divergence", "divergence_alpha")
 _OF_REFERENCE = ("reference", "reference_adapter", "ref_model_sync_steps")
 
 
@@ -23,7 +22,7 @@ def losses_of(config: DpoConfig) -> tuple[DpoConfig, Losses]:
 
     Raises :class:`ConfigError` for an unknown loss, and for options that no loss reads.
     """
-    flags = {name: getattr(config, name) for name in _FLAGS}
+    flags = {name: getattr(config, name) for name in OF_LOSSES}
     losses = parse_losses(config.loss, config.loss_options or (), weighting=config.weighting, **flags)
     if not needs_reference(losses):
         for name in _OF_REFERENCE:
@@ -33,7 +32,7 @@ def losses_of(config: DpoConfig) -> tuple[DpoConfig, Losses]:
     if not paired and config.pairs is not None:
         raise ConfigError(f"--pairs: {names_of(losses)} is no loss on pairs; leave it out")
     filled: dict[str, Any] = {}
-    for name in _FLAGS:  # the value that all losses with this option share, else None
+    for name in OF_LOSSES:  # the value that all losses with this option share, else None
         values = {options[name] for options in map(read_by, losses) if name in options}
         filled[name] = values.pop() if len(values) == 1 else None
     filled["pairs"] = config.pairs or "all" if paired else None

@@ -18,7 +18,10 @@ from prefopt.model.check import CheckReport
 from prefopt.model.costs import peak_memory
 from prefopt.model.scorer import Scorer
 from prefopt.reference.in_memory import TrDpoUpdate
+from prefopt.runs.diagnose import held_out_accuracy
 from prefopt.runs.folder import fingerprint
+from prefopt.runs.history import read_history
+from prefopt.runs.table import reached
 from prefopt.train import budget, checkpoint
 from prefopt.train.data import DataBatches, TrainingData
 from prefopt.train.objective import Objective
@@ -207,11 +210,21 @@ class OfflineRun:
             "best step": state.best_step,
             "training metrics": averaged,
             **{f"training: {n}": metrics[n] for n in sorted(metrics) if n.partition("/")[0] in _CARD},
+            **(self._held_out() if run.world.first else {}),
             **(measured or {}),
         }
         words = data.in_words(run.config.data)
         run.finish(self.policy, results, seconds=state.seconds, title=title, tag=tag, data=words, closing=closing)
         return TrainingResult(run.folder.path, state.step, metrics, held_out_loss, state.best_step)
+
+    def _held_out(self) -> dict[str, Any]:
+        """The metrics of held-out rows at the step with the lowest loss, for the card."""
+        history = read_history(self.run.folder.path)
+        accuracy = held_out_accuracy(history)
+        best = reached(history)["held_out"]
+        found: dict[str, Any] = {} if accuracy is None else {"held-out accuracy": accuracy.in_words}
+        kept = {n for n in best if n.partition("/")[0] in _CARD and n not in ("loss", "rewards/accuracies")}
+        return found | {f"held-out: {n}": best[n] for n in sorted(kept)}
 
 
 _CARD = {"loss", "rewards", "logps", "lengths", "perplexity", "nll", "router"}

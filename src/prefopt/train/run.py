@@ -33,6 +33,7 @@ from prefopt.core.yaml_file import write_document
 from prefopt.data.chat.truncate import sequence_limit
 from prefopt.errors import ConfigError
 from prefopt.model.architectures import causal_model, context_length
+from prefopt.model.card import write_card
 from prefopt.model.check import CheckReport
 from prefopt.model.costs import peak_memory
 from prefopt.model.load import load_config, local_folder
@@ -43,7 +44,6 @@ from prefopt.model.supported import refuse_untrainable
 from prefopt.parallel.world import ALONE, World, is_of_peers, open_world, peer_failed
 from prefopt.reference.identity import tokenizer_of_name
 from prefopt.runs.callbacks import Callbacks, default_callbacks
-from prefopt.runs.card import write_card
 from prefopt.runs.folder import FREE, RunFolder
 from prefopt.runs.metrics import Metrics, Spending, spending
 from prefopt.train import budget
@@ -205,6 +205,7 @@ class Run:
                 title=title,
                 tag=tag,
                 data=data,
+                files=self._data_names(),
                 settings={n: v for n, v in self.config.to_dict().items() if n not in FREE},
                 results=results,
                 license=licence,
@@ -214,6 +215,11 @@ class Run:
                 self.say(line)
         self.world.barrier()  # whoever reads the folder next, on any rank, finds it finished
         self.say(f"done in {duration(seconds)}: {self.folder.path}")
+
+    def _data_names(self) -> list[str]:
+        """The names of all data that the run read."""
+        options = self.config.to_dict()
+        return [name for key in ("data", "eval_data", "prompts", "ptx_data") for name in options.get(key) or ()]
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import Any
 from prefopt.core.cache_folder import file_hashes
 from prefopt.core.files import expanded
 from prefopt.core.options import nearest as did_you_mean
+from prefopt.core.plugins import how_to_install
 from prefopt.data.files.content import look, reason
 from prefopt.errors import DataError
 
@@ -136,7 +137,7 @@ def _load(wanted: HubSplit) -> Any:
     try:
         import datasets
     except ImportError:
-        what = "there is no such file or folder; if it is on the Hugging Face Hub: pip install 'prefopt[hub]'"
+        what = f"there is no such file or folder; if it is on the Hugging Face Hub: {how_to_install('hub')}"
         raise DataError(what, file=wanted.name) from None
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # no telemetry
     try:
