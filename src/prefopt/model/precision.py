@@ -11,6 +11,7 @@ import copy
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -123,6 +124,29 @@ class MasterWeights:
         """The masters by parameter name, for checkpoints and for the finished model."""
         for name, master in self.masters.items():
             yield name, master.detach()
+
+
+@contextmanager
+def in_float32(weights: MasterWeights) -> Iterator[None]:
+    """In this block the model computes in float32, without gradients: with the masters themselves, and with copies of
+    frozen weights and of buffers, which take memory. Packed weights are not for this."""
+    model, narrow = weights.model, (torch.bfloat16, torch.float16)
+    before: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        for name, parameter in model.named_parameters():
+            if parameter.dtype in narrow:
+                wide = weights.masters[name].detach() if name in weights.masters else parameter.detach().float()
+                before.append((parameter, parameter.data))
+                parameter.data = wide.to(parameter.device)
+        for buffer in model.buffers():
+            if buffer.dtype in narrow:
+                before.append((buffer, buffer.data))
+                buffer.data = buffer.data.float()
+        with torch.no_grad():
+            yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data
 
 
 def _collect(master: torch.nn.Parameter, copy: torch.Tensor) -> None:

@@ -19,6 +19,7 @@ from prefopt.model.costs import peak_memory
 from prefopt.runs.folder import fingerprint
 from prefopt.train import budget, checkpoint
 from prefopt.train.data import DataBatches, TrainingData
+from prefopt.train.held_out import HeldOutPrecision
 from prefopt.train.objective import Objective
 from prefopt.train.objectives import balanced
 from prefopt.train.optim import Network
@@ -82,6 +83,7 @@ class OfflineRun:
         *,
         plan: ReferencePlan | None = None,
         inspect: Inspect | None = None,
+        precision: HeldOutPrecision | None = None,
     ) -> Trainer:
         """Train to the end, then load the best weights if rows are held out. ``plan``: the reference, if any."""
         run, config, policy = self.run, self.run.config, self.policy
@@ -98,6 +100,7 @@ class OfflineRun:
             token_budget=tokens,
             reference=reference,
             inspect=inspect,
+            precision=precision,
             movement=plan.movement if plan is not None else None,
             speed=budget.Speed(policy.scorer.model, run.device, run.dtype, self.unit, run.world.size),
         )
