@@ -36,6 +36,7 @@ from prefopt.evaluate.win_rate import Floats, Ints
 from prefopt.generate.model_io import SampledModel, renderer_for
 from prefopt.generate.sample_file import read_record, sample_file_error
 from prefopt.methods.sample import run as sample
+from prefopt.model.precision import scoring_dtype
 from prefopt.records import Comparison
 from prefopt.rewards import Reward
 
@@ -55,12 +56,12 @@ class CompareInputs:
     rows: Sequence[Mapping[str, object]] | None = None
     judge: Reward | None = None
 
-    def load(self, name: str, config: CompareConfig) -> SampledModel:
-        """The model of this name."""
+    def load(self, name: str, config: CompareConfig, *, scores: bool = False) -> SampledModel:
+        """The model of this name, to draw samples, or where it ``scores`` in the precision for that."""
         model = self.models.get(name)
         if model is not None:
             return SampledModel(name, given=model, tokenizer=self.tokenizer)
-        return SampledModel(name, device=config.device, dtype=config.dtype)
+        return SampledModel(name, device=config.device, dtype=scoring_dtype(config.dtype) if scores else config.dtype)
 
     def digest(self, name: str, config: CompareConfig) -> str:
         """SHA-256 of what decides a model's samples, or of a file of samples."""
@@ -128,7 +129,7 @@ def sampling_model(path: Path, config: CompareConfig) -> SampledModel | None:
         folders = [name, *([adapter] if adapter else []), *([base_of(name)] if is_adapter(name) else [])]
         if not all(Path(folder).is_dir() for folder in folders):
             return None
-        model = SampledModel(name, adapter=adapter, device=config.device, dtype=config.dtype)
+        model = SampledModel(name, adapter=adapter, device=config.device, dtype=scoring_dtype(config.dtype))
         return model if model.identity().digest == record["model"] else None
     except (UserError, OSError, KeyError, TypeError):  # no record, or none of a file of samples
         return None
@@ -267,6 +268,7 @@ def kl_to_reference(
         logps = np.concatenate([_numbers(row, "logprobs") for row in rows])
     else:
         logps = response_logprobs(policy.scorer, groups, TOKEN_BUDGET)
+        policy.release()  # one model in memory at a time
     log_ratio = logps - response_logprobs(reference.scorer, groups, TOKEN_BUDGET)
     k3 = np.expm1(-log_ratio) + log_ratio
     prompts = np.repeat(prompt_numbers(row.prompt_key for row in rows), [len(row.responses) for row in rows])

@@ -58,6 +58,12 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def scoring_dtype(name: str) -> str:
+    """The ``--dtype`` to compute log-ratios and perplexities in that models are compared by: float32 unless another is
+    named, since in bfloat16 rounding is as large as the differences between a model and what was trained from it."""
+    return "float32" if name == "auto" and not os.environ.get(AUTO_DTYPE) else name
+
+
 def native_bfloat16(device: torch.device) -> bool:
     """Whether the device has instructions for bfloat16 matrix products."""
     if device.type == "cuda":

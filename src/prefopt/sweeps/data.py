@@ -29,6 +29,7 @@ from prefopt.evaluate.samples import kl_to_reference
 from prefopt.evaluate.score import load_row_scorer
 from prefopt.generate.model_io import SampledModel, read_prompt_set, renderer_for
 from prefopt.methods import sample
+from prefopt.model.precision import scoring_dtype
 from prefopt.records import Comparison, Message, tiers_of
 
 
@@ -126,9 +127,8 @@ class Measure:
         length = float(np.mean([n for many in lengths for n in many]))
         gap = None
         if best_of is None:
-            policy = SampledModel(
-                name, adapter=adapter, device=config.device, dtype=config.dtype, given=model, tokenizer=tokenizer
-            )
+            machine: dict[str, Any] = {"device": config.device, "dtype": scoring_dtype(config.dtype)}
+            policy = SampledModel(name, adapter=adapter, **machine, given=model, tokenizer=tokenizer)
             gap = kl_to_reference(rows, self._reference, policy, seed=config.seed)
             policy.release()
         kl, kl_se = (None, None) if gap is None else (gap.k1.mean, gap.error)

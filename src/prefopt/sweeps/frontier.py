@@ -25,6 +25,7 @@ from prefopt.generate.model_io import SampledModel
 from prefopt.generate.rewards import best_of_n_kl
 from prefopt.methods.rlhf import started_again
 from prefopt.model.load import local_folder
+from prefopt.model.precision import scoring_dtype
 from prefopt.runs.callbacks import Callback, Metrics, RunInfo
 from prefopt.runs.history import RECORD, History, read_history
 from prefopt.sweeps.data import Measure, Measurement, prepare_data
@@ -70,7 +71,7 @@ class _FrontierSweep:
             if one.kind == "dpo":
                 losses_of(config.config_of(one, data=["data"], prompts="prompts", each=2.0))
         take_folder(config, MAY_GROW)
-        self.reference = SampledModel(config.model, device=config.device, dtype=config.dtype)
+        self.reference = SampledModel(config.model, device=config.device, dtype=scoring_dtype(config.dtype))
         self.data = prepare_data(config, self.reference, self.reporter)
         self.measure = Measure(config, self.data, self.reference)
         self._once(self.folder / "reference", self._start)
