@@ -18,10 +18,11 @@ from typing import Any
 from prefopt import __version__
 from prefopt.config import collect, tools
 from prefopt.config.compare import CompareConfig
+from prefopt.config.frontier import FrontierConfig
 from prefopt.config.launch import LaunchConfig
 from prefopt.config.methods import METHODS, RlhfConfig, method_of
 from prefopt.config.sample import ChatConfig, SampleConfig
-from prefopt.config.sweeps import FrontierConfig, MethodsConfig
+from prefopt.config.sweeps import MethodsConfig
 from prefopt.core.options import Config, Option, nearest, option, options
 from prefopt.core.plugins import imported
 from prefopt.core.ranks import RANK_VARIABLES, check_ranks, ranks_in

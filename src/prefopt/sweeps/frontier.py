@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from prefopt.config.frontier import FrontierConfig, Training
 from prefopt.config.methods import MethodConfig
 from prefopt.config.ppo import PpoConfig
-from prefopt.config.sweeps import FrontierConfig, Training
 from prefopt.core.files import parsed, read_json, write_json
 from prefopt.core.terminal import Reporter
 from prefopt.errors import Diverged, RunError
