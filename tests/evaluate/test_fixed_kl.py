@@ -101,7 +101,7 @@ def test_dominance_by_chance_counts_all_ways_to_deal() -> None:
         counts.append(int((beats & first[:, None] & ~first[None]).any(0).sum()))
     observed = counts[0]
     found = dominance_by_chance(beats, seeds, ours, draws=8000)
-    assert (found.count, found.total) == (observed, 3)
+    assert (found.beaten, found.total) == (observed, 3)
     assert found.average == pytest.approx(np.mean(counts), abs=0.03)
     assert found.p == pytest.approx(np.mean(np.array(counts) >= observed), abs=0.03)
     # Only trainings of the same seed meet, and are dealt.
@@ -188,7 +188,7 @@ def test_identical_methods_dominate_by_chance_as_often_as_is_said() -> None:
         reward = np.tile([0.35, 0.5, 0.7], 2) + rng.normal(0, 0.02, 6)
         beats = (reward[:, None] > reward[None]) & (kl[:, None] <= kl[None])
         found = dominance_by_chance(beats, [0] * 6, [True] * 3 + [False] * 3, draws=200)
-        some += found.count > 0
+        some += found.beaten > 0
         small += found.p <= 0.05
     assert some / runs == pytest.approx(0.58, abs=0.06)
     assert small / runs < 0.05 + 2 * (0.05 * 0.95 / runs) ** 0.5, small / runs

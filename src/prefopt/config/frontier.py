@@ -115,9 +115,7 @@ class FrontierConfig(SweepOptions):
 
     def check(self) -> None:
         if (len(self.factors) > 1) != (self.tune is not None):
-            raise ConfigError(
-                "--rate-factors are chosen among on the prompts of --tune: give several, and --tune, or neither"
-            )
+            raise ConfigError("--tune is for choosing among several --rate-factors: give both, or neither")
         _ = self.targets
         trainings = list(self.trainings())
         for one in trainings:

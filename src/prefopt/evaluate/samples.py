@@ -239,8 +239,27 @@ def repetition(text: str, n: int = 4) -> float:
 def kl_to_reference(
     rows: Sequence[Comparison], reference: SampledModel, policy: SampledModel | None = None, *, seed: int = 0
 ) -> KlEstimate | None:
-    """The KL of the model that drew these samples to ``reference``, which must have the same tokens; None for one
-    prompt.
+    """The KL of the model that drew these samples to ``reference``; None for one prompt. Arguments and errors are those
+    of :func:`log_ratios`."""
+    log_ratio = log_ratios(rows, reference, policy)
+    k3 = np.expm1(-log_ratio) + log_ratio
+    means = of_prompts(rows, log_ratio)
+    if len(means) < 2:
+        return None
+    error = float(means.std(ddof=1) / len(means) ** 0.5)
+    return KlEstimate(mean_interval(means, seed=seed), error, float(k3.mean()))
+
+
+def of_prompts(rows: Sequence[Comparison], values_N: Floats) -> Floats:
+    """The mean of each prompt, by first occurrence, of values of the rows' responses [N]."""
+    prompts = np.repeat(prompt_numbers(row.prompt_key for row in rows), [len(row.responses) for row in rows])
+    found: Floats = np.bincount(prompts, values_N) / np.bincount(prompts)
+    return found
+
+
+def log_ratios(rows: Sequence[Comparison], reference: SampledModel, policy: SampledModel | None = None) -> Floats:
+    """Log-ratios [N] of the rows' responses, of the model that drew them to ``reference``, which must have the same
+    tokens.
 
     ``policy`` is the model that drew them: the same code then scores both models, so that their rounding is alike, and
     the KL of a model to itself is 0 in any precision. Without it the samples' own log-probabilities are used: in
@@ -269,14 +288,8 @@ def kl_to_reference(
     else:
         logps = response_logprobs(policy.scorer, groups, TOKEN_BUDGET)
         policy.release()  # one model in memory at a time
-    log_ratio = logps - response_logprobs(reference.scorer, groups, TOKEN_BUDGET)
-    k3 = np.expm1(-log_ratio) + log_ratio
-    prompts = np.repeat(prompt_numbers(row.prompt_key for row in rows), [len(row.responses) for row in rows])
-    means = np.bincount(prompts, log_ratio) / np.bincount(prompts)
-    if len(means) < 2:
-        return None
-    error = float(means.std(ddof=1) / len(means) ** 0.5)
-    return KlEstimate(mean_interval(means, seed=seed), error, float(k3.mean()))
+    found: Floats = logps - response_logprobs(reference.scorer, groups, TOKEN_BUDGET)
+    return found
 
 
 def perplexity(model: SampledModel, names: Sequence[str], **layout: Any) -> tuple[float, int, int]:

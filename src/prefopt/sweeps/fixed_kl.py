@@ -44,7 +44,9 @@ class Curve:
 
     def reward_at(self, targets: Sequence[float]) -> Floats:
         """The reward at KLs ``targets``, NaN beyond the curve's largest."""
-        return interpolated(self.kl_SP.mean(1)[None], self.reward_SP.mean(1)[None], self.start_P.mean(), targets)[0]
+        start = float(self.start_P.mean())
+        found: Floats = interpolated(self.kl_SP.mean(1)[None], self.reward_SP.mean(1)[None], start, targets)[0]
+        return found
 
     def area(self, limit: float) -> float:
         """See :func:`area_under`."""
@@ -139,10 +141,10 @@ def permutation_test(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 class Chance(NamedTuple):
-    """How many of the ``total`` trainings of a method another one dominates; how many it would on ``average`` if the
-    trainings of each seed were dealt to the two at random; and the chance ``p`` of at least as many."""
+    """How many of the ``total`` trainings of a method another one has ``beaten``; how many it would on ``average`` if
+    the trainings of each seed were dealt to the two at random; and the chance ``p`` of at least as many."""
 
-    count: int
+    beaten: int
     total: int
     average: float
     p: float

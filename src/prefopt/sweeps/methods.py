@@ -132,7 +132,7 @@ class _MethodsSweep:
         tuned = str(config.folder("sft", seed))
         reference = SampledModel(tuned, device=config.device, dtype=scoring_dtype(config.dtype))
         self.starts.append(self._start(f"fine-tuned, seed {seed}", tuned, reference, Path(tuned)))
-        measure = Measure(config, self.data, reference)
+        measure = Measure(config, self.data.held_out, reference)
         for method in STAGES:
             for factor in config.factors:
                 file = config.folder(method, seed, factor) / "outcome.json"
@@ -161,7 +161,7 @@ class _MethodsSweep:
         return replace(
             found,
             costs=combine_costs(costs),
-            **asdict(measured),
+            **measured.means(),
             perplexity=self._perplexity(policy["name"], policy["adapter"]),
         )
 
@@ -184,7 +184,7 @@ class _MethodsSweep:
         """Measure a model that methods start from, once."""
         file = folder / "start.json"
         if not file.exists():
-            found = Measure(self.config, self.data, reference)(model, folder / "samples.jsonl")
+            found = Measure(self.config, self.data.held_out, reference)(model, folder / "samples.jsonl")
             write_json(file, asdict(Start(name, found.reward, self._perplexity(model, None))))
         return read_json(file, lambda found: typed(Start, found), "remove it to measure again")
 
