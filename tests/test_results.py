@@ -71,3 +71,22 @@ def test_the_data_sets_themselves_give_as_many_rows_as_the_page_says(
     Path("example_model_solutions.jsonl").symlink_to(shared / "data/gsm8k/example_model_solutions.jsonl")
     make("gsm8k.jsonl")
     assert len(rows("gsm8k.jsonl")) == 300
+
+
+def test_every_command_that_runs_a_model_names_its_precision() -> None:
+    """Left to the device, numbers of a machine with bfloat16 would not be those of the page."""
+    found = set()
+    for block in re.findall(r"```bash\n(.*?)```", PAGE.read_text("utf-8"), re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            if (
+                start := re.search(r"\bprefopt (sft|dpo|reward|ppo|sample|score|compare|methods|frontier) (.*)", line)
+            ) is None:
+                continue
+            verb, words = start.groups()
+            if verb == "score" and "--reward vader" in words:
+                continue  # a rule runs no model
+            if recipe := re.search(r"--config (\S+)", words):
+                words = (PAGE.parents[1] / recipe[1]).read_text("utf-8")
+            assert re.search(r"(--dtype |^dtype: )float32", words, re.M), line
+            found.add(verb)
+    assert found == {"sft", "reward", "ppo", "sample", "score", "compare", "methods", "frontier"}

@@ -16,7 +16,8 @@ import pytest
 import hub
 from pipeline.sweeping import values, write_place
 from prefopt.cli import main
-from prefopt.config.sweeps import FrontierConfig, MethodsConfig
+from prefopt.config.frontier import FrontierConfig
+from prefopt.config.sweeps import MethodsConfig
 from prefopt.errors import RunError
 from prefopt.runs.history import read_history
 from prefopt.sweeps import frontier, methods

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.sweeping import values
+from prefopt.config.frontier import FrontierConfig
 from prefopt.config.sft import SftConfig
-from prefopt.config.sweeps import FrontierConfig
 from prefopt.errors import Diverged
 from prefopt.methods import sft
 from prefopt.sweeps import frontier, train

@@ -15,8 +15,8 @@ import pytest
 from methods import small_world as world
 from pipeline.sweeping import PROMPTS, REWARD, values
 from prefopt.cli import main
+from prefopt.config.frontier import FrontierConfig
 from prefopt.config.sample import SampleConfig
-from prefopt.config.sweeps import FrontierConfig
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.errors import ConfigError, DataError, Interrupted, RunError
 from prefopt.evaluate.samples import kl_to_reference

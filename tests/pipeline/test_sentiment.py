@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prefopt.cli import main
-from prefopt.config.sweeps import FrontierConfig
+from prefopt.config.frontier import FrontierConfig
 from prefopt.core.files import expanded
 from prefopt.core.yaml_file import read_document
 from prefopt.sweeps.points import read_frontier

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.sweeping import values
-from prefopt.config.sweeps import FrontierConfig
+from prefopt.config.frontier import FrontierConfig
 from prefopt.errors import Interrupted
 from prefopt.sweeps import frontier
 from prefopt.train.trainer import Trainer

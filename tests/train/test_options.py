@@ -133,6 +133,12 @@ def eval_every(place: Place) -> None:
     assert [line["step"] for line in evaluations(Path(place.run(eval_data=[place.more], eval_every=2)))] == [2, 3]
 
 
+def eval_dtype(place: Place) -> None:
+    given = {"eval_data": [place.more], "dtype": "bfloat16", "learning_rate": 1e-6}
+    losses = [evaluations(Path(place.run(**given, eval_dtype=name)))[-1]["eval_loss"] for name in ("run", "float32")]
+    assert losses[0] != losses[1] and all(abs(x - math.log(2)) < 0.01 for x in losses)
+
+
 def early_stopping(place: Place) -> None:
     hopeless = {"eval_data": [place.more], "eval_every": 1, "learning_rate": 3.0, "epochs": 3}
     whole, stopped = (len(steps(Path(place.run(**hopeless, **more)))) for more in ({}, {"early_stopping": 1}))
@@ -413,6 +419,7 @@ SHOWN: dict[str, Callable[[Place], None]] = {
     "adam_epsilon": moves("adam_epsilon", 1e-3),
     "max_grad_norm": moves("max_grad_norm", 0.01),
     "eval_every": eval_every,
+    "eval_dtype": eval_dtype,
     "early_stopping": early_stopping,
     "output": output,
     "save_every": save_every,

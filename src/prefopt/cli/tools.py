@@ -10,10 +10,11 @@ from pathlib import Path
 
 from prefopt.config import tools
 from prefopt.config.compare import CompareConfig
+from prefopt.config.frontier import FrontierConfig
 from prefopt.config.launch import LaunchConfig
 from prefopt.config.methods import METHODS
 from prefopt.config.sample import SampleConfig
-from prefopt.config.sweeps import FrontierConfig, MethodsConfig
+from prefopt.config.sweeps import MethodsConfig
 from prefopt.core import cache_folder
 from prefopt.core.model_folder import require_adapter
 from prefopt.core.ranks import Ranks, check_ranks

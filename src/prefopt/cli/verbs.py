@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from prefopt.config import collect, tools
 from prefopt.config.compare import CompareConfig
+from prefopt.config.frontier import FrontierConfig
 from prefopt.config.launch import LaunchConfig
 from prefopt.config.methods import METHODS, RlhfConfig
 from prefopt.config.sample import ChatConfig, SampleConfig
-from prefopt.config.sweeps import FrontierConfig, MethodsConfig
+from prefopt.config.sweeps import MethodsConfig
 from prefopt.core.options import Config, Option, option, options
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
+import re
 import shlex
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,6 +34,7 @@ from prefopt.errors import RunError
 from prefopt.evaluate import score
 from prefopt.evaluate.samples import kl_to_reference
 from prefopt.generate.model_io import SampledModel
+from prefopt.generate.rewards import best_of_n_kl
 from prefopt.methods import dpo, sample
 from prefopt.records import Comparison
 from prefopt.rewards import load_reward
@@ -76,12 +80,25 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
+class Risen:
+    """A word, and how often it occurs in 1,000 words before and after."""
+
+    word: str
+    before: float
+    after: float
+
+    def __str__(self) -> str:
+        return f"{self.word} {self.before:.1f} to {self.after:.1f}"
+
+
+@dataclass(frozen=True, slots=True)
 class DemoResult:
     """Averages over samples, with intervals over openings. ``change`` is that of the score, paired by opening.
 
     ``kl``: KL(aligned || model) of whole continuations in nats, estimated on samples of the aligned model (k1).
-    ``tokens``: average length before and after. ``variety``: distinct word trigrams as a fraction of all, before and
-    after; a model that repeats itself has little.
+    ``tokens``: average length before and after. ``perplexity``: per token, of both models' continuations under the
+    model before. ``variety``: distinct word trigrams as a fraction of all, before and after; a model that repeats
+    itself has little. ``risen``: the words that rose most, see :func:`risen_words`.
     """
 
     before: Interval
@@ -89,7 +106,9 @@ class DemoResult:
     change: Interval
     kl: Interval
     tokens: tuple[float, float]
+    perplexity: tuple[float, float]
     variety: tuple[float, float]
+    risen: tuple[Risen, ...]
     examples: tuple[Example, ...]
 
 
@@ -175,7 +194,8 @@ def _sampling(model: Path, prompts: Path, output: Path, num: int, seed: int) -> 
 
 
 def _training(files: SimpleNamespace, seed: int) -> DpoConfig:
-    # A model this small takes a rate that would wreck a large one: two hundred times the default.
+    # A model this small takes a rate that would wreck a large one: a hundred times the default. Twice as much gains a
+    # quarter more by this judge, at three times the KL.
     return DpoConfig(
         model=str(files.model),
         data=[str(files.scored)],
@@ -183,7 +203,7 @@ def _training(files: SimpleNamespace, seed: int) -> DpoConfig:
         pairs="best-worst",
         on_bad_row="skip",  # a continuation may be empty
         batch_size=16,
-        learning_rate=2e-4,
+        learning_rate=1e-4,
         seed=seed,
         device="cpu",
         dtype="float32",
@@ -232,7 +252,9 @@ def compare(before: Path, after: Path, *, reference: Path, seed: int) -> DemoRes
         mean_interval(scores[1] - scores[0]),
         gap.k1,
         (lengths[0], lengths[1]),
+        (_perplexity(one), _perplexity(two, gap.k1.mean)),
         (_variety(one), _variety(two)),
+        risen_words(one, two),
         tuple(
             Example(one[i]["prompt"], *((r[i]["responses"][0], r[i]["scores"][0]) for r in (one, two))) for i in chosen
         ),
@@ -243,6 +265,36 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     # Not splitlines(): texts may hold characters that it takes for ends of lines.
     with path.open("rb") as file:
         return [json.loads(line) for line in file]
+
+
+def _perplexity(rows: list[dict[str, Any]], gap: float = 0.0) -> float:
+    """Per token of the rows' samples, under a model that gives each of them ``gap`` nats less than its own did, on
+    average."""
+    logps = [logp for row in rows for logp in row["logprobs"]]
+    tokens = sum(len(ids) for row in rows for ids in row["token_ids"])
+    return math.exp((len(logps) * gap - sum(logps)) / tokens)
+
+
+def risen_words(before: list[dict[str, Any]], after: list[dict[str, Any]], count: int = 6) -> tuple[Risen, ...]:
+    """The ``count`` words that rose most, by the difference of their rates in units of its standard error (Poisson).
+
+    >>> one, two = [{"responses": ["a bad film, so bad"]}], [{"responses": ["a great film", "a great Great end"]}]
+    >>> [str(word) for word in risen_words(one, two, 1)]
+    ['great 0.0 to 428.6']
+    """
+    counts = [Counter(w for row in rows for text in row["responses"] for w in _words(text)) for rows in (before, after)]
+    sizes = [max(1, c.total()) for c in counts]
+
+    def rise(word: str) -> float:
+        rates = [c[word] / n for c, n in zip(counts, sizes, strict=True)]
+        return (rates[1] - rates[0]) / math.sqrt(sum(r / n for r, n in zip(rates, sizes, strict=True)))
+
+    most = sorted(counts[1], key=lambda word: (-rise(word), word))[:count]
+    return tuple(Risen(w, *(1000 * c[w] / n for c, n in zip(counts, sizes, strict=True))) for w in most if rise(w) > 0)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower())
 
 
 def _variety(rows: list[dict[str, Any]]) -> float:
@@ -268,10 +320,12 @@ def tell_result(console: Screen, result: DemoResult, run: Path) -> None:
         f"  before {result.before}",
         f"  after  {result.after}",
         f"  change {result.change}: {change}",
-        f"KL to the model before, on samples: {result.kl.mean:.1f} nats [{result.kl.low:.1f}, {result.kl.high:.1f}]",
+        *_kl_lines(result),
         f"length: {result.tokens[0]:.1f} tokens before, {result.tokens[1]:.1f} after",
         f"variety: {result.variety[0]:.1%} of all sequences of three words are distinct before,"
         f" {result.variety[1]:.1%} after",
+        f"words that rose most, in 1,000: {', '.join(map(str, result.risen))}",
+        "The judge adds up the words of a list, and is easy to please: a review that praises is not a better review.",
     )
     table = Table(show_header=True, show_lines=True, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("before", "after"):
@@ -282,6 +336,16 @@ def tell_result(console: Screen, result: DemoResult, run: Path) -> None:
     console.print(table, soft_wrap=False)
     history = read_history(run)
     tell(console, "The loss, step by step (ln 2 = 0.693 is where it starts)", *chart(history.curve("loss")))
+
+
+def _kl_lines(result: DemoResult) -> Iterator[str]:
+    """The KL, a scale for it, and what the model before makes of the continuations."""
+    kl, (before, after) = result.kl, result.perplexity
+    each = kl.mean / result.tokens[1]
+    yield f"KL to the model before, on samples: {kl.mean:.1f} nats [{kl.low:.1f}, {kl.high:.1f}], {each:.3f} per token"
+    scale = ", ".join(f"{best_of_n_kl(n):.1f} of {n}" for n in (4, 16, 64))
+    yield f"  for scale: the best of several samples is at most so many nats away: {scale}"
+    yield f"perplexity under the model before: {before:.1f} of its own continuations, {after:.1f} of the new ones"
 
 
 def _sample(opening: str, text: str, score: float) -> str:

@@ -42,7 +42,7 @@ from prefopt.evaluate.tasks import Harness, TaskScore, changes, read_task_result
 from prefopt.evaluate.win_rate import Floats, Ints, tier_outcome, win_rate
 from prefopt.model.environment import hardware
 from prefopt.model.load import base_and_adapter
-from prefopt.model.precision import resolve_device, resolve_dtype
+from prefopt.model.precision import resolve_device, resolve_dtype, scoring_dtype
 from prefopt.records import Comparison
 from prefopt.studies.export import ExportOptions, export_rows
 from prefopt.studies.study import Study, is_study
@@ -86,6 +86,7 @@ def run(config: CompareConfig, inputs: CompareInputs | None = None) -> CompareRe
         asked = f"{len(prompts)} rows ask {different} different prompt{'s' * (different > 1)}"
         notes.append(f"{asked}: rows that ask the same count as samples of one prompt")
     notes += judge.notes()
+    notes += _precision_note(config)
     stats = {name: _sample_stats(config, name, rows, notes, inputs) for name, rows in samples.items()}
     if task_scorer is not None:
         scores = {name: task_scorer(name) for name in names}
@@ -104,6 +105,18 @@ def run(config: CompareConfig, inputs: CompareInputs | None = None) -> CompareRe
         hardware(),
         digest,
     )
+
+
+def _precision_note(config: CompareConfig) -> list[str]:
+    """A note where models are sampled in one dtype and their log-probabilities compared in another."""
+    if not (config.reference or config.held_out or (config.judge or "").startswith("implicit:")):
+        return []
+    device = resolve_device(config.device)
+    drawn, scored = (resolve_dtype(name, device) for name in (config.dtype, scoring_dtype(config.dtype)))
+    if drawn == scored or all(map(is_file, config.models)):
+        return []
+    names = [str(dtype).removeprefix("torch.") for dtype in (drawn, scored)]
+    return [f"samples are drawn in {names[0]}, and log-probabilities of models compared in {names[1]}"]
 
 
 def _questions(first: Rows, second: Rows, answers: dict[bytes, Comparison]) -> list[Question]:
@@ -151,8 +164,8 @@ def _judged_row(q: Question, vote: Vote, names: tuple[str, str], judge: Judge) -
 def _sample_stats(config: CompareConfig, name: str, rows: Rows, notes: list[str], inputs: CompareInputs) -> SampleStats:
     kl, held_out = None, None
     if config.reference is not None:
-        reference = inputs.load(config.reference, config)
-        policy = sampling_model(Path(name), config) if is_file(name) else inputs.load(name, config)
+        reference = inputs.load(config.reference, config, scores=True)
+        policy = sampling_model(Path(name), config) if is_file(name) else inputs.load(name, config, scores=True)
         if policy is None:
             what = "its KL is by the log-probabilities in the file, which sampling rounded otherwise than scoring does"
             notes.append(f"{name}: the model that drew it was not found: {what}")
@@ -163,7 +176,7 @@ def _sample_stats(config: CompareConfig, name: str, rows: Rows, notes: list[str]
             if model is not None:
                 model.release()
     if config.held_out is not None and not is_file(name):
-        model = inputs.load(name, config)
+        model = inputs.load(name, config, scores=True)
         layout: dict[str, Any] = {"format": config.format, "columns": config.column_words}
         held_out, cut, left_out = perplexity(model, config.held_out, on_bad_row=config.on_bad_row, **layout)
         model.release()

@@ -36,6 +36,7 @@ from prefopt.evaluate.win_rate import Floats, Ints
 from prefopt.generate.model_io import SampledModel, renderer_for
 from prefopt.generate.sample_file import read_record, sample_file_error
 from prefopt.methods.sample import run as sample
+from prefopt.model.precision import scoring_dtype
 from prefopt.records import Comparison
 from prefopt.rewards import Reward
 
@@ -55,12 +56,12 @@ class CompareInputs:
     rows: Sequence[Mapping[str, object]] | None = None
     judge: Reward | None = None
 
-    def load(self, name: str, config: CompareConfig) -> SampledModel:
-        """The model of this name."""
+    def load(self, name: str, config: CompareConfig, *, scores: bool = False) -> SampledModel:
+        """The model of this name, to draw samples, or where it ``scores`` in the precision for that."""
         model = self.models.get(name)
         if model is not None:
             return SampledModel(name, given=model, tokenizer=self.tokenizer)
-        return SampledModel(name, device=config.device, dtype=config.dtype)
+        return SampledModel(name, device=config.device, dtype=scoring_dtype(config.dtype) if scores else config.dtype)
 
     def digest(self, name: str, config: CompareConfig) -> str:
         """SHA-256 of what decides a model's samples, or of a file of samples."""
@@ -129,7 +130,9 @@ def sampling_model(path: Path, config: CompareConfig) -> SampledModel | None:
         folders = [name, *([adapter] if adapter else []), *([base_of(name)] if is_adapter(name) else [])]
         if not all(Path(folder).is_dir() for folder in folders):
             return None
-        model = SampledModel(name, adapter=adapter, quantise=quantise, device=config.device, dtype=config.dtype)
+        model = SampledModel(
+            name, adapter=adapter, quantise=quantise, device=config.device, dtype=scoring_dtype(config.dtype)
+        )
         return model if model.identity().digest == record["model"] else None
     except (UserError, OSError, KeyError, TypeError):  # no record, or none of a file of samples
         return None
@@ -239,8 +242,27 @@ def repetition(text: str, n: int = 4) -> float:
 def kl_to_reference(
     rows: Sequence[Comparison], reference: SampledModel, policy: SampledModel | None = None, *, seed: int = 0
 ) -> KlEstimate | None:
-    """The KL of the model that drew these samples to ``reference``, which must have the same tokens; None for one
-    prompt.
+    """The KL of the model that drew these samples to ``reference``; None for one prompt. Arguments and errors are those
+    of :func:`log_ratios`."""
+    log_ratio = log_ratios(rows, reference, policy)
+    k3 = np.expm1(-log_ratio) + log_ratio
+    means = of_prompts(rows, log_ratio)
+    if len(means) < 2:
+        return None
+    error = float(means.std(ddof=1) / len(means) ** 0.5)
+    return KlEstimate(mean_interval(means, seed=seed), error, float(k3.mean()))
+
+
+def of_prompts(rows: Sequence[Comparison], values_N: Floats) -> Floats:
+    """The mean of each prompt, by first occurrence, of values of the rows' responses [N]."""
+    prompts = np.repeat(prompt_numbers(row.prompt_key for row in rows), [len(row.responses) for row in rows])
+    found: Floats = np.bincount(prompts, values_N) / np.bincount(prompts)
+    return found
+
+
+def log_ratios(rows: Sequence[Comparison], reference: SampledModel, policy: SampledModel | None = None) -> Floats:
+    """Log-ratios [N] of the rows' responses, of the model that drew them to ``reference``, which must have the same
+    tokens.
 
     ``policy`` is the model that drew them: the same code then scores both models, so that their rounding is alike, and
     the KL of a model to itself is 0 in any precision. Without it the samples' own log-probabilities are used: in
@@ -268,14 +290,9 @@ def kl_to_reference(
         logps = np.concatenate([_numbers(row, "logprobs") for row in rows])
     else:
         logps = response_logprobs(policy.scorer, groups, TOKEN_BUDGET)
-    log_ratio = logps - response_logprobs(reference.scorer, groups, TOKEN_BUDGET)
-    k3 = np.expm1(-log_ratio) + log_ratio
-    prompts = np.repeat(prompt_numbers(row.prompt_key for row in rows), [len(row.responses) for row in rows])
-    means = np.bincount(prompts, log_ratio) / np.bincount(prompts)
-    if len(means) < 2:
-        return None
-    error = float(means.std(ddof=1) / len(means) ** 0.5)
-    return KlEstimate(mean_interval(means, seed=seed), error, float(k3.mean()))
+        policy.release()  # one model in memory at a time
+    found: Floats = logps - response_logprobs(reference.scorer, groups, TOKEN_BUDGET)
+    return found
 
 
 def perplexity(model: SampledModel, names: Sequence[str], **layout: Any) -> tuple[float, int, int]:

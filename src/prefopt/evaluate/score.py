@@ -30,7 +30,7 @@ from prefopt.evaluate.win_rate import Floats
 from prefopt.model.architectures import context_length
 from prefopt.model.load import base_and_adapter, load_config, load_model, local_folder
 from prefopt.model.packing import packed_batches
-from prefopt.model.precision import freeze_and_cast, resolve_device, resolve_dtype
+from prefopt.model.precision import freeze_and_cast, resolve_device, resolve_dtype, scoring_dtype
 from prefopt.model.quantised import chosen
 from prefopt.model.scalar import ScalarScorer, has_scalar_head, load_scalar, response_rewards
 from prefopt.model.scorer import PackedModel, Scorer, response_sums
@@ -97,9 +97,9 @@ def load_row_scorer(config: ScoreConfig) -> RowScorer:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
-    load = implicit_reward_scorer if config.reward == IMPLICIT else reward_model_scorer
-    return load(config, device, dtype)
+    if config.reward == IMPLICIT:
+        return implicit_reward_scorer(config, device, resolve_dtype(scoring_dtype(config.dtype), device))
+    return reward_model_scorer(config, device, resolve_dtype(config.dtype, device))
 
 
 def reward_model_scorer(config: ScoreConfig, device: torch.device, dtype: torch.dtype) -> ModelScorer:

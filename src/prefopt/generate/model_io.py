@@ -110,9 +110,9 @@ class SampledModel:
         return hashlib.sha256(whole.encode()).hexdigest()
 
     def release(self) -> None:
-        """Give a model from Python its own attention back."""
-        if "scorer" in self.__dict__:
-            self.scorer.detach_hook()
+        """Give a model from Python its own attention back, and forget one that was loaded; either may be used again."""
+        if (scorer := self.__dict__.pop("scorer", None)) is not None:
+            scorer.detach_hook()
 
     def stop_ids(self, renderer: Renderer) -> tuple[int, ...]:
         """Every token that ends a response: EOS, those of the generation config, the template's end of turn."""

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
+
 from prefopt.config.dpo import DpoConfig
+from prefopt.errors import ConfigError
 from prefopt.model.check import check_scoring
+from prefopt.model.precision import in_float32
+from prefopt.model.quantised import is_quantised
 from prefopt.runs.diagnose import diagnose, in_words
 from prefopt.runs.history import read_history
 from prefopt.runs.metrics import Record
 from prefopt.train.batch import Batch
 from prefopt.train.columns import Values, columns_of
 from prefopt.train.data import DataBatches, load_data
+from prefopt.train.held_out import Choice, HeldOutPrecision
 from prefopt.train.loss_options import Losses, data_kind, describe, losses_of, needs_reference
 from prefopt.train.objective import PreferenceObjective, check_rows, inspect_first
 from prefopt.train.objectives import describe_balance
 from prefopt.train.offline import OfflineRun
 from prefopt.train.policy import Policy
 from prefopt.train.reference import ReferenceChoice, ReferencePlan, ReferenceRun, choose_reference
-from prefopt.train.run import TrainingResult, open_run, read_model
+from prefopt.train.run import Run, TrainingResult, open_run, read_model
 
 
 def run(
@@ -67,6 +73,7 @@ def run(
         digest = choice.identity.digest if choice else "none"
         offline.take_folder({"reference": (digest, "the reference model")}, loss=describe(terms))
         source = batches(reference=plan.values(policy.scorer))
+        precision = _held_out_precision(run, policy, plan, batches)
         say(policy.make_trainable(run.world))
 
         def inspect(step: int, update: int, record: Record, batch: Batch, values: Values) -> None:
@@ -74,7 +81,7 @@ def run(
                 same = check if choice and choice.is_start else None
                 say(inspect_first(objective, same, record, batch, values))
 
-        trainer = offline.fit(objective, source, plan=plan, inspect=inspect)
+        trainer = offline.fit(objective, source, plan=plan, inspect=inspect, precision=precision)
         return offline.finish(
             trainer,
             title=_TITLES.get(config.loss, f"Preference optimisation ({describe(terms)})"),
@@ -89,6 +96,49 @@ def _reference_plan(offline: OfflineRun, terms: Losses, choice: ReferenceChoice 
         tokens = any(term.loss.needs_head_values for term in terms)
         reference = ReferenceRun(run, choice, offline.policy.scorer, token_values=tokens, shards=offline.policy.shards)
     return ReferencePlan(run, terms, offline.data, reference, offline.start.limit, steps=offline.steps, read=read)
+
+
+def _held_out_precision(
+    run: Run, policy: Policy, plan: ReferencePlan, batches: Callable[..., DataBatches]
+) -> HeldOutPrecision | None:
+    """What evaluates the held-out rows of a run; None where all evaluations are in the run's dtype.
+
+    Called while ``policy`` is what it was before training: where that is the reference, it is scored here in float32.
+    Raises :class:`ConfigError` where ``--eval-dtype float32`` cannot be had.
+    """
+    asked, name = run.config.eval_dtype, str(run.dtype).removeprefix("torch.")
+    if not run.config.evaluates or asked == "run" or run.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if why := _not_in_float32(policy, plan):
+        if asked == "float32":
+            raise ConfigError(f"--eval-dtype float32: {why}; leave it out")
+        if plan.reference is not None:
+            run.say(f"held out: evaluated in {name}, since {why}; margins within its rounding are noise")
+        return None
+    if plan.reference is None and asked == "auto":
+        return None  # differences of log-probabilities of different texts are far above rounding
+    choice: Choice | None = "float32" if asked == "float32" else run.folder.record.get("eval_dtype")
+    if choice == "run":
+        return None
+    with in_float32(policy.masters):
+        values = plan.held_out_values()
+    batch = batches(reference=values).held_out
+    assert batch is not None
+
+    def decided(choice: Choice, line: str) -> None:
+        run.say(line)
+        run.folder.remember(eval_dtype=choice)
+
+    return HeldOutPrecision(policy, batch, choice, decided, run.world)
+
+
+def _not_in_float32(policy: Policy, plan: ReferencePlan) -> str | None:
+    """Why held-out rows cannot be evaluated in float32, if so."""
+    if policy.sharded:
+        return "the weights are in shards"
+    if is_quantised(policy.scorer.model):
+        return "the weights are quantised"
+    return "the reference is scored with every batch" if plan.live else None
 
 
 _TITLES = {"dpo": "Direct Preference Optimization"}

@@ -11,6 +11,7 @@ import copy
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -55,6 +56,12 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if native_bfloat16(device) else torch.float32
     return DTYPES[name]
+
+
+def scoring_dtype(name: str) -> str:
+    """The ``--dtype`` to compute log-ratios and perplexities in that models are compared by: float32 unless another is
+    named, since in bfloat16 rounding is as large as the differences between a model and what was trained from it."""
+    return "float32" if name == "auto" and not os.environ.get(AUTO_DTYPE) else name
 
 
 def native_bfloat16(device: torch.device) -> bool:
@@ -123,6 +130,29 @@ class MasterWeights:
         """The masters by parameter name, for checkpoints and for the finished model."""
         for name, master in self.masters.items():
             yield name, master.detach()
+
+
+@contextmanager
+def in_float32(weights: MasterWeights) -> Iterator[None]:
+    """In this block the model computes in float32, without gradients: with the masters themselves, and with copies of
+    frozen weights and of buffers, which take memory. Packed weights are not for this."""
+    model, narrow = weights.model, (torch.bfloat16, torch.float16)
+    before: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        for name, parameter in model.named_parameters():
+            if parameter.dtype in narrow:
+                wide = weights.masters[name].detach() if name in weights.masters else parameter.detach().float()
+                before.append((parameter, parameter.data))
+                parameter.data = wide.to(parameter.device)
+        for buffer in model.buffers():
+            if buffer.dtype in narrow:
+                before.append((buffer, buffer.data))
+                buffer.data = buffer.data.float()
+        with torch.no_grad():
+            yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data
 
 
 def _collect(master: torch.nn.Parameter, copy: torch.Tensor) -> None:

@@ -25,65 +25,86 @@ from prefopt.data.layouts import LAYOUTS
 from prefopt.data.validate import Problem, refuse
 from prefopt.errors import DataError, RunError
 from prefopt.evaluate import score
-from prefopt.evaluate.samples import kl_to_reference
+from prefopt.evaluate.samples import log_ratios, of_prompts, perplexity
 from prefopt.evaluate.score import load_row_scorer
 from prefopt.generate.model_io import SampledModel, read_prompt_set, renderer_for
 from prefopt.methods import sample
+from prefopt.model.precision import scoring_dtype
 from prefopt.records import Comparison, Message, tiers_of
 
 
 @dataclass(frozen=True, slots=True)
 class SweepData:
-    """``train`` and ``held_out`` are files of prompts. ``preferences`` has ``each`` responses per row on average;
-    ``made`` describes how it was made."""
+    """``train``, ``held_out`` and ``tune`` are files of prompts. ``preferences`` has ``each`` responses per row on
+    average; ``made`` describes how it was made."""
 
     train: Path
     held_out: Path
     preferences: Path
     each: float
     made: str
+    tune: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """A policy on the held-out prompts: mean true reward with its 95 % interval, KL to the reference in nats per
-    response with its standard error over prompts (None where not measured), and tokens per response."""
+    response with its standard error over prompts (None where not measured), and tokens per response. ``rewards`` and
+    ``kls`` are those of each prompt; ``perplexity`` is that of a text, where one is measured."""
 
     reward: float
     interval: tuple[float, float]
     kl: float | None
     kl_se: float | None
     length: float
+    rewards: tuple[float, ...] = ()
+    kls: tuple[float, ...] = ()
+    perplexity: float | None = None
+
+    def means(self) -> dict[str, Any]:
+        """The averages alone, by name."""
+        return {name: getattr(self, name) for name in ("reward", "interval", "kl", "kl_se", "length")}
 
 
-def prepare_data(config: SweepOptions, reference: SampledModel, reporter: Reporter) -> SweepData:
-    """Split the prompts, and make or copy the preferences, unless that is done. Raises :class:`DataError` for too few
+def prepare_data(config: SweepOptions, reference: SampledModel, reporter: Reporter, *, tune: int = 0) -> SweepData:
+    """Split the prompts, ``tune`` of them for choosing rates, and make or copy the preferences, unless that is done.
+    Raises :class:`DataError` for too few
     prompts, and :class:`RunError` where the folder holds other ones."""
     folder, prompts = Path(config.output) / "data", _prompts(config, reference, reporter)
-    if len(prompts) <= config.held_out:
-        left = f"--held-out {config.held_out} leaves none to train on: give more, or lower it"
+    if len(prompts) <= config.held_out + tune:
+        asked = f"--held-out {config.held_out}" + (f" and --tune {tune}" if tune else "")
+        left = f"{asked} leave{'' if tune else 's'} none to train on: give more, or lower {'them' if tune else 'it'}"
         raise DataError(f"--prompts has {len(prompts)} different prompts, of which {left}")
     random.Random(config.seed).shuffle(prompts)
-    train, held_out = prompts[config.held_out :], prompts[: config.held_out]
+    held_out, rest = prompts[: config.held_out], prompts[config.held_out :]
+    tuned, train = rest[:tune], rest[tune:]
     files = folder / "train.jsonl", folder / "held_out.jsonl"
     for path, rows in zip(files, (train, held_out), strict=True):
         _write_once(path, rows, "the prompts")
-    reporter.say(f"prompts: {len(train)} to train on, {len(held_out)} to measure on")
+    if tuned:
+        _write_once(folder / "tune.jsonl", tuned, "the prompts")
+    choose = f", {len(tuned)} to choose rates on" if tuned else ""
+    reporter.say(f"prompts: {len(train)} to train on, {len(held_out)} to measure on{choose}")
     if config.data is not None:
-        preferences, made = _given(config, folder, {row.prompt_key for row in held_out}, reporter), "given"
+        apart = {row.prompt_key for row in (*held_out, *tuned)}
+        preferences, made = _given(config, folder, apart, reporter), "given"
     else:
         preferences, made = _sampled(config, folder, train)
     counts = [len(row.responses) for row in _read([str(preferences)])]
-    return SweepData(*files, preferences, float(np.mean(counts)), made)
+    each = float(np.mean(counts))
+    return SweepData(*files, preferences, each, made, folder / "tune.jsonl" if tuned else None)
 
 
 class Measure:
-    """Draws samples of a policy for the held-out prompts, always with the same seed, and scores them."""
+    """Draws samples of a policy for some prompts, always with the same seed, and scores them. ``text``: data to measure
+    its perplexity on, too."""
 
-    def __init__(self, config: SweepOptions, data: SweepData, reference: SampledModel) -> None:
+    def __init__(
+        self, config: SweepOptions, prompts: Path, reference: SampledModel, text: Sequence[str] | None = None
+    ) -> None:
         """Raises :class:`prefopt.errors.ConfigError` for an unknown reward."""
-        self._config, self._prompts, self._reference = config, data.held_out, reference
-        self._scores = load_row_scorer(_scoring(config, data.held_out, data.held_out))
+        self._config, self._prompts, self._reference, self._text = config, prompts, reference, text
+        self._scores = load_row_scorer(_scoring(config, prompts, prompts))
 
     def __call__(
         self,
@@ -122,17 +143,20 @@ class Measure:
         with output_errors(file):
             replace_file(file, scored)
         lengths: list[Any] = [row.extra["tokens"] for row in rows]
-        reward = mean_interval([float(np.mean(s)) for s in scores], seed=config.seed)
+        rewards = [float(np.mean(s)) for s in scores]
+        reward = mean_interval(rewards, seed=config.seed)
         length = float(np.mean([n for many in lengths for n in many]))
-        gap = None
+        found = Measurement(reward.mean, (reward.low, reward.high), None, None, length, tuple(rewards))
         if best_of is None:
-            policy = SampledModel(
-                name, adapter=adapter, device=config.device, dtype=config.dtype, given=model, tokenizer=tokenizer
-            )
-            gap = kl_to_reference(rows, self._reference, policy, seed=config.seed)
+            machine: dict[str, Any] = {"device": config.device, "dtype": scoring_dtype(config.dtype)}
+            policy = SampledModel(name, adapter=adapter, **machine, given=model, tokenizer=tokenizer)
+            kls = of_prompts(rows, log_ratios(rows, self._reference, policy))
+            error = float(kls.std(ddof=1) / len(kls) ** 0.5)
+            found = replace(found, kl=float(kls.mean()), kl_se=error, kls=tuple(kls.tolist()))
+            if self._text is not None:
+                found = replace(found, perplexity=perplexity(policy, self._text)[0])
             policy.release()
-        kl, kl_se = (None, None) if gap is None else (gap.k1.mean, gap.error)
-        return Measurement(reward.mean, (reward.low, reward.high), kl, kl_se, length)
+        return found
 
 
 def _prompts(config: SweepOptions, reference: SampledModel, reporter: Reporter) -> list[Comparison]:

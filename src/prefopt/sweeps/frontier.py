@@ -6,6 +6,7 @@ methods, settings or seeds are added. Any other change of options is refused: po
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,29 +16,34 @@ from typing import Any
 
 import numpy as np
 
+from prefopt.config.frontier import ONLINE, TRAINED_BY, FrontierConfig, Training
 from prefopt.config.methods import MethodConfig
 from prefopt.config.ppo import PpoConfig
-from prefopt.config.sweeps import FrontierConfig, Training
 from prefopt.core.files import parsed, read_json, write_json
 from prefopt.core.terminal import Reporter
 from prefopt.errors import Diverged, RunError
 from prefopt.generate.model_io import SampledModel
 from prefopt.generate.rewards import best_of_n_kl
 from prefopt.methods.rlhf import started_again
+from prefopt.model.costs import combine_costs
 from prefopt.model.load import local_folder
+from prefopt.model.precision import scoring_dtype
 from prefopt.runs.callbacks import Callback, Metrics, RunInfo
-from prefopt.runs.history import RECORD, History, read_history
+from prefopt.runs.history import RECORD, History, read_history, read_record
 from prefopt.sweeps.data import Measure, Measurement, prepare_data
-from prefopt.sweeps.points import Frontier, Point, plateau
+from prefopt.sweeps.fixed_kl import area_under
+from prefopt.sweeps.points import Frontier, Point, Trial, plateau
 from prefopt.sweeps.train import model_of, take_folder, train_once
 from prefopt.train import checkpoint
 from prefopt.train.loss_options import losses_of
 from prefopt.train.policy import Policy, with_base
 
 POINTS = "points.json"
+TUNE = "tune.json"
+"""A policy on the prompts for choosing rates."""
 SAMPLES = "samples"
 """``samples.jsonl`` is drawn from the final policy, ``samples-84.jsonl`` from that of step 84."""
-MAY_GROW = {"methods", "seeds", "plateau_share", "progress", "output", "threads"}
+MAY_GROW = {"methods", "seeds", "plateau_share", "kl_at", "progress", "output", "threads"}
 """Options that may change when a sweep is continued: they add points, or change only how points are reported."""
 
 
@@ -65,15 +71,17 @@ class _FrontierSweep:
 
     def run(self) -> Frontier:
         config = self.config
-        trainings = list(config.trainings())
-        for one in trainings:  # options of losses are checked before anything runs
+        for one in config.trainings():  # options of losses are checked before anything runs
             if one.kind == "dpo":
                 losses_of(config.config_of(one, data=["data"], prompts="prompts", each=2.0))
         take_folder(config, MAY_GROW)
-        self.reference = SampledModel(config.model, device=config.device, dtype=config.dtype)
-        self.data = prepare_data(config, self.reference, self.reporter)
-        self.measure = Measure(config, self.data, self.reference)
+        self.reference = SampledModel(config.model, device=config.device, dtype=scoring_dtype(config.dtype))
+        self.data = prepare_data(config, self.reference, self.reporter, tune=config.tune or 0)
+        self.measure = Measure(config, self.data.held_out, self.reference, config.perplexity)
         self._once(self.folder / "reference", self._start)
+        self.tuning = self._choose()
+        rates = {trial.method: trial.factor for trial in self.tuning if trial.chosen}
+        trainings = list(config.trainings(rates))
         for n, one in enumerate(trainings, 1):
             folder = self.folder / one.folder
             done = f", done already{self._other_steps(one, folder)}" if (folder / POINTS).exists() else ""
@@ -82,6 +90,46 @@ class _FrontierSweep:
             self._write(trainings, finished=False)
         self.reference.release()
         return self._write(trainings, finished=True)
+
+    # -- learning rates ----------------------------------------------------------------------------------------
+
+    def _choose(self) -> list[Trial]:
+        """Try every rate of every method with the first seed, equally often, on prompts that no result is reported of.
+        The best one has the largest area under its settings' frontier there."""
+        trials, config = list(self.config.trials()), self.config
+        if not trials:
+            return []
+        assert self.data.tune is not None
+        measure = Measure(config, self.data.tune, self.reference)
+        start = self._tuned(self.folder / "reference", lambda file: measure(config.model, file), Point("", "", 0, 0))
+        points = []
+        for n, one in enumerate(trials, 1):
+            self.reporter.say(f"rate {n} of {len(trials)}: {one.method} {one.setting}, {one.factor:g} times its rate")
+            points.append(self._trial(one, measure))
+        assert start.reward is not None
+        found = chosen_rates(points, start.reward, config.targets[-1])
+        chosen = {trial.method: trial.factor for trial in found if trial.chosen}
+        for one in trials:
+            if one.factor != chosen[one.method]:
+                shutil.rmtree(self.folder / one.folder / "checkpoints", ignore_errors=True)
+        return found
+
+    def _trial(self, one: Training, measure: Measure) -> Point:
+        """The end of a training on the prompts for choosing rates. Its checkpoints stay, since it may be chosen."""
+        point = Point(one.method, one.setting, one.seed, 0, factor=one.factor)
+        return self._tuned(
+            self.folder / one.folder, lambda file: measure(file=file, **model_of(self._train(one))), point
+        )
+
+    def _tuned(self, folder: Path, make: Callable[[Path], Measurement], point: Point) -> Point:
+        file = folder / TUNE
+        if not file.exists():
+            try:
+                point = replace(point, **asdict(make(folder / "tune-samples.jsonl")))
+            except Diverged as error:
+                point = replace(point, counted=False, why_not=error.reason)
+            write_json(file, asdict(point))
+        return read_json(file, Point.from_dict, f"remove {folder} to redo it")
 
     def _other_steps(self, one: Training, folder: Path) -> str:
         """A note where another version, which divided the steps otherwise, trained for another number of them."""
@@ -107,14 +155,25 @@ class _FrontierSweep:
         assert start[0].reward is not None
         for one in trainings:
             folder = self.folder / one.folder
-            before = [config.reward_folder(one.seed)] if one.method == "ppo-learned" else []
+            before = [config.reward_folder(one.seed)] if one.learned else []
             for point in _read(folder):
                 if one.kind is not None:
                     given = {"start": start[0].reward, "share": config.plateau_share}
                     point = update_point(point, folder, **given, before=before)
                 found.append(point)
-        sizes = (config.held_out, config.num, config.max_new_tokens)
-        sweep = Frontier(config.model, config.reward, *sizes, finished, self.data.made, (*start, *found))
+        sweep = Frontier(
+            config.model,
+            config.reward,
+            config.held_out,
+            config.num,
+            config.max_new_tokens,
+            finished,
+            self.data.made,
+            (*start, *found),
+            config.targets,
+            config.tune or 0,
+            tuple(self.tuning),
+        )
         sweep.write(self.folder)
         return sweep
 
@@ -126,7 +185,7 @@ class _FrontierSweep:
         return [Point("reference", "", self.config.seed, 0, **asdict(found))]
 
     def _points(self, one: Training, folder: Path) -> list[Point]:
-        point = Point(one.method, one.setting, one.seed, 0)
+        point = Point(one.method, one.setting, one.seed, 0, factor=one.factor)
         if one.kind is None:
             assert isinstance(one.value, int)
             found = self.measure(self.config.model, folder / f"{SAMPLES}.jsonl", best_of=one.value)
@@ -137,13 +196,18 @@ class _FrontierSweep:
             self.reporter.say(f"{one.method} {one.setting} diverged: {error.reason}")
             return [replace(point, counted=False, why_not=error.reason)]
 
-    def _trained(self, one: Training, folder: Path, point: Point) -> list[Point]:
-        if one.method == "ppo-learned":
+    def _train(self, one: Training) -> MethodConfig:
+        """Train a policy, unless that is done, and the reward model that it maximises."""
+        if one.learned:
             data = [str(self.data.preferences)]
             train_once(self.config.reward_config(one.seed, data=data, each=self.data.each))
         config = self._config_of(one)
+        train_once(config, [_SaveAt(self.config.marks(config))])
+        return config
+
+    def _trained(self, one: Training, folder: Path, point: Point) -> list[Point]:
+        config = self._train(one)
         marks = self.config.marks(config)
-        train_once(config, [_SaveAt(marks)])
         # (An interrupted run has left other checkpoints too.)
         if not isinstance(config, PpoConfig):
             return [replace(point, step=step, **asdict(self._at(config, step))) for step in marks]
@@ -170,6 +234,21 @@ class _FrontierSweep:
             policy.release()
 
 
+def chosen_rates(points: Sequence[Point], start: float, limit: float) -> list[Trial]:
+    """Every rate that was tried, by method. The best has the largest area under its points' frontier, from the reward
+    ``start`` of the reference to a KL of ``limit``; of equally good ones, and where all diverged, it is the first."""
+    found: list[Trial] = []
+    for method in dict.fromkeys(p.method for p in points):
+        areas: dict[float, float | None] = {}
+        for factor in dict.fromkeys(p.factor for p in points if p.method == method):
+            known = [p for p in points if (p.method, p.factor) == (method, factor) and p.included]
+            kls, rewards = [p.kl or 0.0 for p in known], [p.reward or 0.0 for p in known]
+            areas[factor] = area_under(kls, rewards, start, limit) if known else None
+        best = max(areas, key=lambda factor: -math.inf if (area := areas[factor]) is None else area)
+        found += [Trial(method, factor, area, factor == best) for factor, area in areas.items()]
+    return found
+
+
 def _read(folder: Path) -> list[Point]:
     """The points of a training, none where they are not made yet. Raises :class:`RunError` for a damaged file."""
 
@@ -187,13 +266,13 @@ def _read(folder: Path) -> list[Point]:
 
 
 def update_point(point: Point, folder: Path, *, start: float, share: float, before: Sequence[Path] = ()) -> Point:
-    """Recompute a point's training time, and of PPO its plateau, from its run folder.
+    """Recompute a point's training time and costs, and of PPO and RLOO its plateau, from its run folder.
 
     ``start`` (the reward of the reference) and ``share`` are those of :func:`prefopt.sweeps.points.plateau`, ``before``
     the run folders whose time counts too. Raises :class:`prefopt.errors.RunError` for a damaged folder.
     """
-    point = replace(point, seconds=_seconds(point, folder, before))
-    if not point.method.startswith("ppo") or point.reward is None:
+    point = replace(point, seconds=_seconds(point, folder, before), costs=_costs(folder, before))
+    if TRAINED_BY.get(point.method) not in ONLINE or point.reward is None:
         return point
     steps = sorted(int(p.stem.removeprefix(f"{SAMPLES}-")) for p in folder.glob(f"{SAMPLES}-*.jsonl"))
     if not steps:
@@ -215,6 +294,13 @@ def _seconds(point: Point, folder: Path, before: Sequence[Path]) -> float | None
     known = [t for t in times if t is not None]
     after = sum(line.get("step_seconds") or 0.0 for line in history.training if line["step"] > point.step > 0)
     return sum(known) - after if len(known) == len(times) else None
+
+
+def _costs(folder: Path, before: Sequence[Path]) -> dict[str, float]:
+    """What the whole training cost, with the runs before it; empty where a folder does not say."""
+    records = [read_record(path).get("costs") for path in (folder, *before) if (path / RECORD).exists()]
+    known = [costs for costs in records if costs]
+    return combine_costs(known) if len(known) == 1 + len(before) else {}
 
 
 def _run_seconds(history: History) -> float | None:

@@ -19,6 +19,7 @@ from prefopt.evaluate.samples import perplexity
 from prefopt.generate.model_io import SampledModel
 from prefopt.methods.rlhf import started_again, status_of
 from prefopt.model.costs import combine_costs
+from prefopt.model.precision import scoring_dtype
 from prefopt.runs.history import read_record
 from prefopt.sweeps.data import Measure, prepare_data
 from prefopt.sweeps.points import parse_result
@@ -116,7 +117,7 @@ class _MethodsSweep:
     def run(self) -> MethodsTable:
         config = self.config
         take_folder(config, MAY_GROW)
-        reference = SampledModel(config.model, device=config.device, dtype=config.dtype)
+        reference = SampledModel(config.model, device=config.device, dtype=scoring_dtype(config.dtype))
         self.data = prepare_data(config, reference, self.reporter)
         self.starts.append(self._start("as given", config.model, reference, self.folder / "start"))
         reference.release()
@@ -129,9 +130,9 @@ class _MethodsSweep:
         config = self.config
         self._train("sft", seed, 1.0)
         tuned = str(config.folder("sft", seed))
-        reference = SampledModel(tuned, device=config.device, dtype=config.dtype)
+        reference = SampledModel(tuned, device=config.device, dtype=scoring_dtype(config.dtype))
         self.starts.append(self._start(f"fine-tuned, seed {seed}", tuned, reference, Path(tuned)))
-        measure = Measure(config, self.data, reference)
+        measure = Measure(config, self.data.held_out, reference)
         for method in STAGES:
             for factor in config.factors:
                 file = config.folder(method, seed, factor) / "outcome.json"
@@ -160,7 +161,7 @@ class _MethodsSweep:
         return replace(
             found,
             costs=combine_costs(costs),
-            **asdict(measured),
+            **measured.means(),
             perplexity=self._perplexity(policy["name"], policy["adapter"]),
         )
 
@@ -183,7 +184,7 @@ class _MethodsSweep:
         """Measure a model that methods start from, once."""
         file = folder / "start.json"
         if not file.exists():
-            found = Measure(self.config, self.data, reference)(model, folder / "samples.jsonl")
+            found = Measure(self.config, self.data.held_out, reference)(model, folder / "samples.jsonl")
             write_json(file, asdict(Start(name, found.reward, self._perplexity(model, None))))
         return read_json(file, lambda found: typed(Start, found), "remove it to measure again")
 
@@ -192,7 +193,7 @@ class _MethodsSweep:
         config = self.config
         if config.perplexity is None:
             return None
-        model = SampledModel(name, adapter=adapter, device=config.device, dtype=config.dtype)
+        model = SampledModel(name, adapter=adapter, device=config.device, dtype=scoring_dtype(config.dtype))
         value, cut, _ = perplexity(model, config.perplexity)  # bad rows are refused
         if cut:
             self.reporter.say(f"perplexity: {cut} rows were truncated to the model's context")

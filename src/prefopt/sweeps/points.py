@@ -66,6 +66,17 @@ class Plateau:
 
 
 @dataclass(frozen=True, slots=True)
+class Trial:
+    """A ``factor`` on the learning rate of a method, tried with all its settings and one seed: the ``area`` under their
+    frontier on the prompts for that, None where all diverged, and whether it was ``chosen``."""
+
+    method: str
+    factor: float
+    area: float | None
+    chosen: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Point:
     """One policy, measured on its own samples for prompts that no method was trained on.
 
@@ -73,6 +84,9 @@ class Point:
     prompts resampled); ``kl`` the divergence from the reference in nats per response, with its standard error over
     prompts, or an upper bound (``kl_is``); ``length`` tokens per response; ``seconds`` the training time, including a
     reward model of its own, None where unknown. ``counted`` is False, with ``why_not``, for an excluded point.
+
+    ``factor``: on the learning rate. ``rewards`` and ``kls`` are those of each prompt, ``kls`` empty for a bound.
+    ``perplexity``: of the text of ``--perplexity``. ``costs``: :class:`prefopt.model.costs.Costs` of its trainings.
     """
 
     method: str
@@ -90,6 +104,11 @@ class Point:
     folder: str = ""
     seconds: float | None = 0.0
     plateau: Plateau | None = None
+    factor: float = 1.0
+    rewards: tuple[float, ...] = ()
+    kls: tuple[float, ...] = ()
+    perplexity: float | None = None
+    costs: dict[str, float] = field(default_factory=dict)
 
     @property
     def included(self) -> bool:
@@ -100,7 +119,8 @@ class Point:
     def from_dict(cls, values: Mapping[str, Any]) -> Point:
         """What ``asdict`` wrote. Raises ``TypeError`` and ``ValueError`` for other names, types or ranges."""
         plateau = values.get("plateau")
-        point = parse_result(cls, {**values, "plateau": None if plateau is None else typed(Plateau, plateau)})
+        lists = {name: tuple(values.get(name, ())) for name in ("rewards", "kls")}
+        point = parse_result(cls, {**values, **lists, "plateau": None if plateau is None else typed(Plateau, plateau)})
         if point.kl_se is not None and point.kl_se < 0:
             raise ValueError(f"kl_se is {point.kl_se!r:.80}")
         return point
@@ -109,7 +129,8 @@ class Point:
 @dataclass(frozen=True, slots=True)
 class Frontier:
     """All points of a sweep: ``samples`` responses of at most ``max_new_tokens`` to each of ``prompts`` prompts.
-    ``made`` describes the preferences."""
+    ``made`` describes the preferences. ``kl_at``: KLs to compare methods at. ``tuning``: how rates were chosen, on
+    ``tune`` prompts of their own."""
 
     reference: str
     reward: str
@@ -119,6 +140,9 @@ class Frontier:
     finished: bool
     made: str = ""
     points: tuple[Point, ...] = field(default=())
+    kl_at: tuple[float, ...] = ()
+    tune: int = 0
+    tuning: tuple[Trial, ...] = ()
 
     def write(self, folder: Path) -> Path:
         """Write ``frontier.json`` in ``folder``. Raises :class:`prefopt.errors.RunError`."""
@@ -137,7 +161,8 @@ def _sweep(found: dict[str, Any]) -> Frontier:
         raise ValueError(f"it is of version {version}, and this prefopt reads version {VERSION}")
     found = printable(found)
     points = tuple(Point.from_dict(p) for p in found.pop("points"))
-    return typed(Frontier, {**found, "points": points})
+    tuning = tuple(typed(Trial, t) for t in found.pop("tuning", ()))
+    return typed(Frontier, {**found, "points": points, "tuning": tuning, "kl_at": tuple(found.pop("kl_at", ()))})
 
 
 def parse_result(kind: type[Result], values: Mapping[str, Any]) -> Result:
@@ -177,20 +202,27 @@ def dominated(points: Sequence[Point], by: str, of: str, *, clearly: bool = Fals
     Only last points of trainings of the same seed are compared: else a method with more checkpoints or seeds would
     have more chances. Untrained points (step 0) have no seed of their own.
     """
-    last = {(p.method, p.setting, p.seed): p for p in sorted(points, key=lambda p: p.step)}
-    ours = [p for p in last.values() if p.method == by and p.included]
-    theirs = [p for p in last.values() if p.method == of and p.included]
+    last = last_points(points)
+    ours = [p for p in last if p.method == by]
+    theirs = [p for p in last if p.method == of]
     meets = [[p for p in ours if p.seed == q.seed or 0 in (p.step, q.step)] for q in theirs]
     beaten = [any(dominates(p, q, clearly=clearly) for p in met) for q, met in zip(theirs, meets, strict=True)]
     return sum(beaten), len(theirs)
+
+
+def last_points(points: Sequence[Point]) -> list[Point]:
+    """The last point of each training, where it is included."""
+    last = {(p.method, p.setting, p.seed): p for p in sorted(points, key=lambda p: p.step)}
+    return [p for p in last.values() if p.included]
 
 
 def plateau(before_P: npt.ArrayLike, after_P: npt.ArrayLike, *, start: float, steps: int, share: float) -> Plateau:
     """Test a training for a plateau, from the mean reward of each prompt [prompts] ``steps`` before its end and at it.
 
     An equivalence test: the upper bound of the rise (95 % interval of the mean difference, prompts resampled) is below
-    ``share`` of the climb from ``start``, and the reward does not clearly fall by as much. The same held-out prompts
-    are used twice, so their differences cancel. Raises ``ValueError`` for fewer than two prompts.
+    ``share`` of the climb from ``start``, and the reward does not clearly fall (the whole interval is below 0) by what
+    may be as much; a smaller fall is a plateau. The same held-out prompts are used twice, so their differences cancel.
+    Raises ``ValueError`` for fewer than two prompts.
     """
     before, after = np.asarray(before_P, np.float64), np.asarray(after_P, np.float64)
     rise = mean_interval(after - before)

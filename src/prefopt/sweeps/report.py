@@ -16,12 +16,14 @@ from prefopt.evaluate.result import CompareResult
 from prefopt.reports import page
 from prefopt.runs.plot import COLOURS, require_matplotlib
 from prefopt.runs.table import columns
+from prefopt.sweeps.compared import dominance, tables
 from prefopt.sweeps.points import FILE, Frontier, Point, dominated, frontier, read_frontier
 
 HEAD = ("method", "setting", "", "reward (95 %)", "KL", "tokens", "training", "included")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 CAVEATS = (
-    "dominance compares the numbers as they are; only differences beyond the errors are shown with confidence",
+    "dominance compares the numbers as they are, and identical methods dominate one another by chance",
+    "intervals at fixed KL are over prompts, for these trainings; only several seeds say what another would give",
     "a sweep holds for these settings, this data and this reward: a method that is tuned better may do better",
 )
 
@@ -69,9 +71,11 @@ def sentences(sweep: Frontier) -> Iterator[str]:
             count, of = dominated(sweep.points, one, other)
             if one != other and count:
                 sure, _ = dominated(sweep.points, one, other, clearly=True)
+                trained = all(p.step for p in sweep.points if p.method in (one, other))
+                chance = f"; dealt at random, {dominance(sweep, one, other).average:.1f}" if trained else ""
                 yield (
                     f"{one} has more reward at no more KL than {count} of the {of} included trainings of {other}, each"
-                    f" at its last step and within a seed; beyond the errors, than {sure}"
+                    f" at its last step and within a seed{chance}; beyond the errors, than {sure}"
                 )
     if out := sum(not p.included for p in sweep.points):
         yield f"{out} of {len(sweep.points)} points are excluded; the table says why"
@@ -87,6 +91,11 @@ def lines(sweep: Frontier) -> Iterator[str]:
     yield from columns([HEAD, *map(astuple, rows_of(sweep))])
     yield ""
     yield from sentences(sweep)
+    for table in tables(sweep):
+        yield ""
+        yield table.title
+        yield from columns([table.head, *table.rows])
+        yield f"({table.note})"
 
 
 # -- figure ----------------------------------------------------------------------------------------------------
@@ -177,6 +186,6 @@ def frontier_section(folder: str | Path, *, number: int = 0) -> page.Section:
         figure = page.inline(found, name=f"frontier{number}", label=label)
     texts = list(sentences(sweep))
     values: dict[str, Any] = {"name": name, "about": [(title, value) for title, value in about if value]}
-    values |= {"sentences": texts, "rows": rows_of(sweep), "figure": figure}
+    values |= {"sentences": texts, "rows": rows_of(sweep), "figure": figure, "tables": tables(sweep)}
     rendered = page.template("prefopt.sweeps", "frontier.html.j2").render(sweep=values)
     return page.Section(name, Markup(rendered), texts, CAVEATS)

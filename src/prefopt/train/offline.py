@@ -24,6 +24,7 @@ from prefopt.runs.history import read_history
 from prefopt.runs.table import reached
 from prefopt.train import budget, checkpoint
 from prefopt.train.data import DataBatches, TrainingData
+from prefopt.train.held_out import HeldOutPrecision
 from prefopt.train.objective import Objective
 from prefopt.train.objectives import balanced
 from prefopt.train.optim import Network
@@ -105,6 +106,7 @@ class OfflineRun:
         *,
         plan: Plan | None = None,
         inspect: Inspect | None = None,
+        precision: HeldOutPrecision | None = None,
     ) -> Trainer:
         """Train to the end, then load the best weights if rows are held out. ``plan``: the reference, if any."""
         run, config, policy = self.run, self.run.config, self.policy
@@ -121,6 +123,7 @@ class OfflineRun:
             token_budget=tokens,
             reference=reference,
             inspect=inspect,
+            precision=precision,
             movement=plan.movement if plan is not None else None,
             speed=budget.Speed(policy.scorer.model, run.device, run.dtype, self.unit, run.world.size),
         )

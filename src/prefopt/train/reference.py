@@ -296,6 +296,7 @@ class ReferencePlan:
                 f"reference: {len(read)} of {len(data.groups)} {data.noun} are read in {steps} steps"
                 f"{' and evaluations' if data.held_out else ''}; no others are scored"
             )
+        self.held_out: IndexArray = np.sort(np.asarray(data.held_out, np.int64))
         self.groups, self.read = data.groups, read
         """The groups of the data, followed by the same with mismatched responses; and the places of those read."""
         self.mismatched: GroupTable | None = None
@@ -305,6 +306,7 @@ class ReferencePlan:
             run.say(f"loss: compares with {len(self.mismatched.key_N)} responses to other prompts{cut_words}")
             self.groups = data.groups + self.mismatched
             self.read = None if read is None else np.concatenate([read, read + len(data.groups)])
+            self.held_out = np.concatenate([self.held_out, self.held_out + len(data.groups)])
 
     def say_missing(self) -> None:
         """Report how many responses have no cached value. Raises :class:`ModelError` as :meth:`values`."""
@@ -354,6 +356,17 @@ class ReferencePlan:
             if scored
             else f"reference: all {reused} responses from the cache"
         )
+        return values
+
+    def held_out_values(self) -> ReferenceValues | None:
+        """The reference's values of the held-out groups in the present dtype of its scorer, which is not the run's; NaN
+        for the others. After :meth:`values`."""
+        if self.reference is None:
+            return None
+        tokens = max(1, self.run.folder.record["scoring_budget"] // 2)  # numbers of twice the size
+        values, report = self.reference.values(self.groups, tokens, self.held_out)
+        if report.scored_responses:
+            self.run.say(f"reference: {report.scored_responses} held-out responses scored in float32, too")
         return values
 
     def in_memory(self, policy: Trained[Any]) -> InMemoryColumns | None:

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from prefopt.train import checkpoint, snapshot
 from prefopt.train.batch import Batch
 from prefopt.train.budget import Speed, fatal_in_shards, smaller_budget
 from prefopt.train.columns import Values
+from prefopt.train.held_out import HeldOutPrecision
 from prefopt.train.objective import Objective
 from prefopt.train.optim import Network
 from prefopt.train.saver import Saver
@@ -64,7 +66,8 @@ class Trainer:
     ``eval_every`` and ``save_every`` count steps; None: each epoch, and :meth:`BatchSource.saves`.
     ``saver`` writes checkpoints and best weights. ``measure_costs`` returns what records the costs until now, once the
     checkpoint of this moment is there. ``movement``: the reference moves, so that losses at different steps are not
-    comparable and no evaluation is the best.
+    comparable and no evaluation is the best. ``precision``: in which dtype the held-out batch is evaluated; None: in
+    that of the run.
 
     Every rank of ``world`` has a trainer and makes the same calls; files and lines are those of the first one (whose
     ``metrics`` and ``reporter`` alone write). ``lockstep``: see :class:`Differentiator`.
@@ -89,6 +92,7 @@ class Trainer:
     speed: Speed | None = None
     inspect: Inspect | None = None
     movement: TrDpoUpdate | None = None
+    precision: HeldOutPrecision | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)
     measure_costs: Callable[[], Callable[[], None]] = lambda: lambda: None
     state: TrainerState = field(default_factory=TrainerState)
@@ -322,7 +326,9 @@ class Trainer:
         state = self.state
         assert self._held_out is not None
         self.train_mode(False)
-        sums = self._differentiator(self.objective).evaluate(self._held_out, self.token_budget)
+        differentiator = self._differentiator(self.objective)
+        evaluate = differentiator.evaluate if self.precision is None else partial(self.precision.sums, differentiator)
+        sums = evaluate(self._held_out, self.token_budget)
         record = sums.means() if self.world.alone else sums.of_ranks(self.world.totals(sums.numbers()))
         record = self.objective.derived(record)
         self.train_mode()

@@ -1,0 +1,118 @@
+"""Rates are chosen with equal trials, on prompts that are neither trained on nor reported."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.sweeping import PROMPTS, values
+from prefopt.config.frontier import FrontierConfig
+from prefopt.errors import ConfigError, DataError
+from prefopt.sweeps import frontier
+from prefopt.sweeps.points import Frontier, read_frontier
+from train.small import write_rows
+
+METHODS = ["dpo:beta=0.1,1", "rloo-learned:kl_target=3,6", "best-of:n=2,4"]
+
+
+def config(place: Path, output: Path, **changes: Any) -> FrontierConfig:
+    tuned = {"rate_factors": ["0.5", "4"], "tune": 3, "kl_at": ["1", "0.5"], "methods": METHODS}
+    text = write_rows(output.parent / "text.jsonl", [{"text": "abc"}, {"text": "fed"}])
+    rloo = ["batch_size=4", "num=2", "learning_rate=2e-3"]
+    return FrontierConfig(**{**values(place, output), **tuned, "rloo": rloo, "perplexity": [text], **changes})
+
+
+@pytest.fixture(scope="module")
+def sweep(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Frontier, Path, Counter[str]]:
+    """A sweep of two seeds, and how often each folder was trained into."""
+    output, trained = tmp_path_factory.mktemp("out") / "all", Counter[str]()
+    train = frontier.train_once
+
+    def counted(given: Any, *callbacks: Any) -> None:
+        trained[given.output] += not (Path(given.output) / "model.safetensors").exists()
+        train(given, *callbacks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFOPT_CACHE", str(output.with_name("cache")))
+        patch.setattr("prefopt.train.budget.matmul_peak", lambda *_: 1e10)
+        patch.setattr(frontier, "train_once", counted)
+        found = frontier.run(config(place, output, seeds=2))
+    return found, output, trained
+
+
+def prompts(file: Path) -> set[str]:
+    return {json.loads(line)["prompt"] for line in file.read_text().splitlines()}
+
+
+def test_prompts_are_dealt_into_three(sweep: tuple[Frontier, Path, Counter[str]]) -> None:
+    found, output, _ = sweep
+    parts = [prompts(output / f"data/{name}.jsonl") for name in ("train", "tune", "held_out")]
+    assert [len(part) for part in parts] == [9, 3, 6] and set.union(*parts) == set(PROMPTS)
+    assert prompts(output / "data/scored.jsonl") == parts[0]
+    assert prompts(output / "dpo/beta=1-seed0-rate4/tune-samples.jsonl") == parts[1]
+    folder = next(p.folder for p in found.points if (p.method, p.seed) == ("dpo", 1))
+    assert prompts(output / folder / "samples-2.jsonl") == parts[2]
+
+
+def test_every_method_has_as_many_trials_and_one_rate_for_all_its_trainings(
+    sweep: tuple[Frontier, Path, Counter[str]],
+) -> None:
+    found, output, trained = sweep
+    assert [(t.method, t.factor) for t in found.tuning] == [(m, f) for m in ("dpo", "rloo-learned") for f in (0.5, 4.0)]
+    chosen = {t.method: t.factor for t in found.tuning if t.chosen}
+    for method, factor in chosen.items():
+        areas = {t.factor: t.area or 0.0 for t in found.tuning if t.method == method}
+        assert areas[factor] == max(areas.values())
+    assert set(chosen) == {"dpo", "rloo-learned"}
+    for p in found.points[1:]:
+        assert p.factor == chosen.get(p.method, 1.0)
+        name = "rloo" if p.method == "rloo-learned" else "dpo"
+        if p.method != "best-of":
+            record = json.loads((output / p.folder / "run.json").read_text())["options"]
+            assert record["learning_rate"] == pytest.approx(2e-3 * p.factor) and record.get("algorithm", name) == name
+    # Two rates at two settings with the first seed, the chosen one with the second too; none of them twice.
+    folders = Counter(Path(folder).parent.name for folder in trained if "reward-seed" not in folder)
+    assert folders == {"dpo": 6, "rloo-learned": 6} and set(trained.values()) == {1}
+    assert not list(output.glob("*/*/checkpoints")), "nor are checkpoints left"
+
+
+def test_points_hold_what_a_comparison_needs(sweep: tuple[Frontier, Path, Counter[str]]) -> None:
+    found, output, _ = sweep
+    assert found.kl_at == (0.5, 1.0) and found.tune == 3 and read_frontier(output) == found
+    for p in found.points:
+        assert len(p.rewards) == 6 and p.reward == pytest.approx(sum(p.rewards) / 6)
+        assert (p.kls == ()) == (p.kl_is == "bound") and (p.perplexity is None) == (p.method == "best-of")
+        if p.kls:
+            assert p.kl == pytest.approx(sum(p.kls) / 6, abs=1e-12)
+        assert bool(p.costs) == (p.method in ("dpo", "rloo-learned"))
+    learned = next(p for p in found.points if p.method == "rloo-learned")
+    own, reward = (json.loads((output / n / "run.json").read_text())["costs"] for n in (learned.folder, "reward-seed0"))
+    assert learned.costs["trained_tokens"] == own["trained_tokens"] + reward["trained_tokens"]
+    assert learned.plateau is not None, "RLOO is tested for a plateau as PPO is"
+
+
+def test_a_finished_sweep_trains_nothing_and_may_be_compared_at_other_kls(
+    sweep: tuple[Frontier, Path, Counter[str]], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, output, _ = sweep
+    monkeypatch.setattr(frontier, "train_once", lambda c, *_: pytest.fail(f"{c.output} is trained again"))
+    given = config(place, output, seeds=2)
+    again = frontier.run(replace(given, kl_at=["0.5", "1", "3"]))
+    assert again.points == found.points and again.kl_at == (0.5, 1.0, 3.0)
+
+
+def test_rates_need_prompts_to_be_chosen_on(place: Path, tmp_path: Path) -> None:
+    for changes in ({"tune": None}, {"rate_factors": ["1"]}):
+        with pytest.raises(ConfigError, match="--tune is for choosing among several --rate-factors"):
+            config(place, tmp_path / "out", **changes)
+    with pytest.raises(ConfigError, match="--kl-at -1: it must be a number above 0"):
+        config(place, tmp_path / "out", kl_at=["-1"])
+    with pytest.raises(ConfigError, match="a factor is a duplicate"):
+        config(place, tmp_path / "out", rate_factors=["1", "1.0"])
+    with pytest.raises(DataError, match="--held-out 6 and --tune 12 leave none to train on"):
+        frontier.run(config(place, tmp_path / "out", tune=12))
