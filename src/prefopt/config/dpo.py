@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from prefopt.config.training import BalanceOptions, MethodOptions, ModelOptions, rate_option
+from prefopt.config.training import MethodOptions, ModelOptions, rate_option
 from prefopt.core.options import beside, flag, nearest, option
 from prefopt.core.plugins import plugins
 from prefopt.errors import ConfigError
@@ -24,7 +24,7 @@ MIXUP_ALPHA = 0.6  # TR-DPO's soft update
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoConfig(BalanceOptions, MethodOptions, ModelOptions):
+class DpoConfig(MethodOptions, ModelOptions):
     """One run of DPO, or of another loss. Construction raises ``ConfigError``.
 
     Defaults that depend on the loss (``beta``, ``label_smoothing``, ``divergence``, ``pairs``) are None here and

@@ -24,6 +24,7 @@ from prefopt.parallel.gradients import grad_norm, sum_gradients
 from prefopt.parallel.world import ALONE, World
 from prefopt.reference.in_memory import TrDpoUpdate
 from prefopt.runs.callbacks import Callbacks, RunInfo
+from prefopt.runs.experts import ExpertUse, shares
 from prefopt.runs.metrics import Averages, Metrics, Record, note
 from prefopt.train import checkpoint, snapshot
 from prefopt.train.batch import Batch
@@ -64,7 +65,7 @@ class Trainer:
     ``eval_every`` and ``save_every`` count steps; None: each epoch, and :meth:`BatchSource.saves`.
     ``saver`` writes checkpoints and best weights. ``measure_costs`` returns what records the costs until now, once the
     checkpoint of this moment is there. ``movement``: the reference moves, so that losses at different steps are not
-    comparable and no evaluation is the best.
+    comparable and no evaluation is the best. ``experts`` counts the tokens of each, where the model has some.
 
     Every rank of ``world`` has a trainer and makes the same calls; files and lines are those of the first one (whose
     ``metrics`` and ``reporter`` alone write). ``lockstep``: see :class:`Differentiator`.
@@ -89,6 +90,7 @@ class Trainer:
     speed: Speed | None = None
     inspect: Inspect | None = None
     movement: TrDpoUpdate | None = None
+    experts: ExpertUse | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)
     measure_costs: Callable[[], Callable[[], None]] = lambda: lambda: None
     state: TrainerState = field(default_factory=TrainerState)
@@ -144,6 +146,8 @@ class Trainer:
                         self.callbacks.done(state.step, evaluation=self.evaluate())
                 self.pause()
             self.keep()
+        if self.experts is not None and self.world.first:
+            self.experts.write(self.metrics.path.parent)
         return state
 
     def train_mode(self, mode: bool = True) -> None:
@@ -211,10 +215,16 @@ class Trainer:
         if self.movement is not None:
             self.movement.after(step + 1, self.policy.weights.saved())
         record = self.objective.derived(record)
+        weights = {"loss": float(len(batch)), **found.sums.weights}
+        if self.experts is not None and found.sums.table is not None:
+            record |= (parts := shares(found.sums.table))
+            weights |= dict.fromkeys(parts, float(len(batch)))
+            if (line := self.experts.add(step + 1, found.sums.table)) is not None:
+                self.reporter.say(line)
         if self.speed is not None:
             seconds = time.monotonic() - started
             record |= self.speed.record(work or self.speed.work(found.packed), seconds)
-        return record, {"loss": float(len(batch)), **found.sums.weights}
+        return record, weights
 
     def _gradients(self, batch: Batch) -> tuple[Gradients, Record, dict[str, float]]:
         """Add the gradients of a global batch to the weights. Returns them with the metrics, loss and norms of all
@@ -324,7 +334,7 @@ class Trainer:
         self.train_mode(False)
         sums = self._differentiator(self.objective).evaluate(self._held_out, self.token_budget)
         record = sums.means() if self.world.alone else sums.of_ranks(self.world.totals(sums.numbers()))
-        record = self.objective.derived(record)
+        record = self.objective.derived(record) | (shares(sums.table) if sums.table is not None else {})
         self.train_mode()
         self.metrics.write({"step": state.step, **{f"eval_{name}": value for name, value in record.items()}})
         better = self.movement is None and record["loss"] < state.best_loss
