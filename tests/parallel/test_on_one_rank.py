@@ -158,7 +158,7 @@ CASES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "experts, one pass": (
         "sft",
         ["none", "full"],
-        {"router_z_loss_coef": 0.1, "token_budget": 60, "eval_fraction": 0.3},
+        {"router_z_loss_coef": 0.1, "eval_fraction": 0.3, "dtype": "float64"},
     ),
 }
 
