@@ -82,7 +82,10 @@ def test_what_was_trained_is_merged(name: str, tmp_path: Path) -> None:
         "experts",
         "self_attn",
     }
-    assert main(["merge", "--adapter", str(tmp_path / "out"), "--output", str(tmp_path / "merged"), "--device", "cpu"]) == 0
+    assert (
+        main(["merge", "--adapter", str(tmp_path / "out"), "--output", str(tmp_path / "merged"), "--device", "cpu"])
+        == 0
+    )
     groups = [g for g in GROUPS if max(int(g.sequence(k)[0].max()) for k in range(len(g.continuations))) < tokens]
     with torch.no_grad():
         alone, merged = (
