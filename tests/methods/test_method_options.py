@@ -55,7 +55,6 @@ def test_the_option_moves_the_weights(method: str, name: str, place: Path) -> No
 
 def test_no_option_of_their_own_is_forgotten() -> None:
     shared = {o.name for kind in (MethodOptions, ModelOptions) for o in options(kind)}
-    # tests/methods/test_sft.py, a model from text alone; tests/train/test_balance.py
-    elsewhere = {"train_tokenizer", "router_aux_loss_coef"}
+    elsewhere = {"train_tokenizer"}  # tests/methods/test_sft.py, a model from text alone
     for method, own in OWN.items():
         assert {o.name for o in options(KINDS[method])} - shared - elsewhere == set(own)

@@ -18,7 +18,7 @@ from model.test_families import built
 from prefopt.model import flops
 from prefopt.model.adapter import new_lora
 from prefopt.model.architectures import attention_shapes
-from prefopt.model.flops import FlopCount, matmul_peak, visible_pairs
+from prefopt.model.flops import FlopCount, active_weights, matmul_peak, visible_pairs
 from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer
 from prefopt.train import budget
@@ -59,6 +59,56 @@ def test_the_formula_is_what_happens(name: str, trains: bool) -> None:
     batch = pack(GROUPS, scorer.layout)
     flops = FlopCount.of(model, trains=trains)
     assert counted(scorer, batch, trains) == pytest.approx(expected(flops, batch), rel=0.02)
+
+
+# Those whose attention and mixers are counted in full.
+EXPERTS = [
+    "afmoe",
+    "aria_text",
+    "cohere2_moe",
+    "dots1",
+    "ernie4_5_moe",
+    "flex_olmo",
+    "glm4_moe",
+    "gpt_oss",
+    "granitemoe",
+]
+EXPERTS += [
+    "granitemoeshared",
+    "hunyuan_v1_moe",
+    "jetmoe",
+    "kolibri1",
+    "longcat_flash",
+    "minimax_m2",
+    "olmoe",
+    "phimoe",
+]
+EXPERTS += ["qwen2_moe", "solar_open"]
+SOME = {"ernie4_5_moe", "gpt_oss", "jetmoe", "longcat_flash", "qwen2_moe"}
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f in SOME else [pytest.mark.slow]) for f in EXPERTS])
+def test_experts_count_as_far_as_a_token_meets_them(family: str) -> None:
+    model = built(family, torch.float64)
+    scorer = Scorer(model, attention="loop")
+    batch = pack(GROUPS, scorer.layout)
+    assert counted(scorer, batch, False) == pytest.approx(expected(FlopCount.of(model, trains=False), batch), rel=0.005)
+    active, whole = active_weights(model)
+    routed = [p.numel() for n, p in model.named_parameters() if "Experts" in type(_owner(model, n)).__name__]
+    left = 1 - (1 / 3 if family == "longcat_flash" else 1 / 2)
+    assert whole == sum(p.numel() for p in model.parameters())
+    assert whole - active == pytest.approx(left * sum(routed), rel=0.002)  # JetMoE: a bias beside its experts
+
+
+def test_dbrx_keeps_its_numbers_in_a_part_of_its_configuration() -> None:
+    model = built("dbrx", torch.float64)
+    scorer = Scorer(model, attention="loop")
+    batch = pack(GROUPS, scorer.layout)  # torch cannot count its forward pass alone
+    assert counted(scorer, batch, True) == pytest.approx(expected(FlopCount.of(model), batch), rel=0.005)
+
+
+def _owner(model: torch.nn.Module, parameter: str) -> torch.nn.Module:
+    return model.get_submodule(parameter.rpartition(".")[0])
 
 
 @pytest.mark.parametrize("part", ["head", "embedding"])

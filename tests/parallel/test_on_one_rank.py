@@ -19,6 +19,7 @@ from parallel.ranks import Failure, on_ranks
 from parallel.test_runs import MACHINE, OPTIONS, PPO, prepared, same, train, weights
 from prefopt.core.ranks import ranks_in
 from prefopt.rl.rollouts import Collector
+from prefopt.runs.experts import read_experts
 from prefopt.train import batch
 from prefopt.train.reference import ReferenceRun
 from prefopt.train.step import Differentiator
@@ -153,13 +154,18 @@ CASES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "from scratch": ("sft", ["none", "full"], {"from_scratch": True, "train_tokenizer": 300, "token_budget": 100}),
     "pre-training term": ("ppo", ["none", "full"], {**PPO, "kl_target": 3.0, "critic": "head", "ptx_coefficient": 0.5}),
     "another reference": ("dpo", ["none", "full"], {"loss": "tdpo"}),
-    "experts": ("dpo", ["none", "full"], {"router_aux_loss_coef": 0.5}),
+    "experts": ("dpo", ["none", "full"], {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1}),
+    "experts, one pass": (
+        "sft",
+        ["none", "full"],
+        {"router_z_loss_coef": 0.1, "eval_fraction": 0.3, "dtype": "float64"},
+    ),
 }
 
 
 def _check(name: str, shards: list[str], folder: Path) -> None:
     method, _, options = CASES[name]
-    if name == "experts":
+    if mixture := name.startswith("experts"):
         from model.architectures import build
 
         build("mixtral", vocab_size=len(small_tokenizer())).save_pretrained(folder / "base")
@@ -173,6 +179,9 @@ def _check(name: str, shards: list[str], folder: Path) -> None:
     for shard in shards:
         on_ranks(3, train, method, data, {**options, "shard": shard}, model, str(folder / shard))
         same(folder / "one", folder / shard)
+        if mixture:
+            tables = [read_experts(folder / kind) for kind in ("one", shard)]
+            assert tables[0] == tables[1] and len(tables[0]) == 2
 
 
 def test_an_adapter_of_a_reward_model_in_shards_is_merged(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The load-balancing loss of a mixture of experts is that of transformers on unpadded sequences, however cut."""
+"""Losses on the routers of a mixture of experts are those of transformers on unpadded sequences, however cut."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
 import prefopt
 from data.small import small_tokenizer
@@ -16,16 +17,23 @@ from model.architectures import VOCABULARY, build
 from model.oracle import groups_of_every_kind
 from prefopt.data.group import Group
 from prefopt.errors import ConfigError
-from prefopt.model.architectures import checkpoint_activations, routers_of
+from prefopt.model.architectures import checkpoint_activations
 from prefopt.model.packing import pack
+from prefopt.model.routing import balancing_routers
 from prefopt.model.scorer import Scorer
 from prefopt.train.batch import Batch, micro_batches
-from prefopt.train.objectives import BalancedObjective, LikelihoodObjective, balance_coefficient
+from prefopt.train.objectives import LikelihoodObjective
+from prefopt.train.routing import RoutedObjective, RouterLosses, balance_coefficient
 from prefopt.train.step import Differentiator
 from train.small import QUICK, pairs, steps, weights
 
 CPU = torch.device("cpu")
-WEIGHT = 0.7
+LOSSES: dict[str, tuple[float | None, float | None]] = {
+    "balance": (0.7, None),
+    "z": (None, 0.3),
+    "balance and z": (0.7, 0.3),
+}
+METRICS = ("router/aux_loss", "router/z_loss")
 FIELDS = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -61,6 +69,13 @@ def router_logits(model: Any, groups: list[Group]) -> tuple[torch.Tensor, ...]:
     return tuple(torch.cat([x.flatten(0, -2) for x in layer]) for layer in zip(*calls, strict=True))
 
 
+def z_oracle(model: Any, groups: list[Group]) -> torch.Tensor:
+    """The router z loss of transformers' Switch Transformer, averaged over layers as its model does."""
+    logits = router_logits(model, groups)
+    loss: torch.Tensor = torch.stack([router_z_loss_func(layer[None]) for layer in logits]).mean()
+    return loss
+
+
 def oracle(model: Any, groups: list[Group]) -> torch.Tensor:
     logits = router_logits(model, groups)
     function = sys.modules[type(model).__module__].load_balancing_loss_func  # type: ignore[attr-defined]
@@ -70,13 +85,15 @@ def oracle(model: Any, groups: list[Group]) -> torch.Tensor:
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "separate"])
 @pytest.mark.parametrize("token_budget", [10_000, 60], ids=["one pass", "cut"])
+@pytest.mark.parametrize("losses", LOSSES)
 @pytest.mark.parametrize("name", MIXTURES)
-def test_value_and_gradient_are_those_of_transformers(name: str, token_budget: int, share: bool) -> None:
+def test_value_and_gradient_are_those_of_transformers(name: str, losses: str, token_budget: int, share: bool) -> None:
     model = build(name)
     groups = groups_of_every_kind()[:6]
     scorer = Scorer(model, share=share)
     plain = LikelihoodObjective("tokens", device=CPU)
-    objective = BalancedObjective(plain, routers_of(model), WEIGHT)
+    objective = RoutedObjective(plain, balancing_routers(model), RouterLosses(*LOSSES[losses]))
+    assert objective.whole_batch == ("balance" in losses)
     batch = Batch(groups)
     assert (len(list(micro_batches(scorer, batch, token_budget))) > 1) == (token_budget == 60)
     Differentiator(scorer, plain).gradients(batch, token_budget)
@@ -85,17 +102,23 @@ def test_value_and_gradient_are_those_of_transformers(name: str, token_budget: i
     found = Differentiator(scorer, objective).gradients(batch, token_budget)
     held = Differentiator(scorer, objective).evaluate(batch, token_budget).means()
     scorer.detach_hook()
-    expected = oracle(model, groups)
-    value = float(expected.detach())
-    assert found.sums.means()["router/aux_loss"] == pytest.approx(value, rel=1e-6)
-    assert held["router/aux_loss"] == pytest.approx(value, rel=1e-6)
+    expected = torch.zeros((), dtype=torch.float64)
+    for metric, weight, of in zip(METRICS, LOSSES[losses], (oracle, z_oracle), strict=True):
+        means = found.sums.means()
+        assert (metric in means) == (metric in held) == (weight is not None)
+        if weight is not None:
+            value = of(model, groups)
+            assert means[metric] == pytest.approx(float(value.detach()), rel=1e-6)
+            assert held[metric] == pytest.approx(float(value.detach()), rel=1e-6)
+            expected = expected + weight * value
+    assert found.sums.means()["loss"] == pytest.approx(float(-found.values["logp_N"].sum() / batch.length_N.sum()))
     weights = dict(model.named_parameters())
     slopes = torch.autograd.grad(expected, list(weights.values()), allow_unused=True)
     moved = 0
     for (weight_name, weight), slope in zip(weights.items(), slopes, strict=True):
         wanted = without[weight_name]
         if slope is not None:
-            wanted = WEIGHT * slope + (0 if wanted is None else wanted)
+            wanted = slope + (0 if wanted is None else wanted)
             moved += bool(slope.abs().max() > 1e-6)
         if wanted is None:
             assert weight.grad is None
@@ -109,7 +132,8 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
     model = build("mixtral")
     groups = groups_of_every_kind()[:4]
     scorer = Scorer(model)
-    objective = BalancedObjective(LikelihoodObjective("tokens", device=CPU), routers_of(model), WEIGHT)
+    plain = LikelihoodObjective("tokens", device=CPU)
+    objective = RoutedObjective(plain, balancing_routers(model), RouterLosses(0.7, 0.3))
     found = []
     for again in (False, True):
         if again:
@@ -126,7 +150,7 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
 @pytest.mark.parametrize("name", ["llama", "latent attention"])
 def test_a_model_without_that_loss_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="--router-aux-loss-coef: transformers computes no load-balancing loss"):
-        routers_of(build(name))
+        balancing_routers(build(name))
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -138,7 +162,7 @@ def test_other_architectures_give_what_their_own_forward_gives(kind: str) -> Non
     group = groups_of_every_kind()[0]
     scorer = Scorer(model, share=False)
     batch = pack([group], scorer.layout)
-    routers = routers_of(model)
+    routers = balancing_routers(model)
     with torch.no_grad(), routers.recording() as calls:
         scorer(batch)
     found = routers.sums(calls, batch).loss()
@@ -148,9 +172,9 @@ def test_other_architectures_give_what_their_own_forward_gives(kind: str) -> Non
 
 
 def test_auto_is_what_the_configuration_says() -> None:
-    assert balance_coefficient("auto", routers_of(build("mixtral", router_aux_loss_coef=0.02))) == 0.02
+    assert balance_coefficient("auto", balancing_routers(build("mixtral", router_aux_loss_coef=0.02))) == 0.02
     with pytest.raises(ConfigError, match="auto: the model's configuration has no"):
-        balance_coefficient("auto", routers_of(build("mixtral", router_aux_loss_coef=0.0)))
+        balance_coefficient("auto", balancing_routers(build("mixtral", router_aux_loss_coef=0.0)))
 
 
 @pytest.mark.parametrize("method", ["dpo", "sft"])

@@ -32,6 +32,7 @@ def scorer_on(device: str, kernel: str, name: str = "llama") -> PackedModel:
         (("cuda", "varlen"), {}, True),
         (("cuda", "varlen"), {"deterministic": True}, False),
         (("cuda", "varlen"), {"router_aux_loss_coef": 0.1}, False),
+        (("cuda", "varlen"), {"router_z_loss_coef": 0.1}, False),
         (("cuda", "varlen", "gemma2"), {}, False),  # soft-capped
         (("cuda", "varlen", "latent attention"), {}, False),  # keys wider than values
         (("cuda", "loop"), {"attention": "loop"}, False),
@@ -51,7 +52,8 @@ def test_auto_is_on_for_cuda_unless_something_speaks_against_it(
     assert compiles(config, scorer_on(*scorer)) == (options.get("compile") == "on")
 
 
-def test_routers_are_not_read_inside_of_compiled_layers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", ["aux", "z"])
+def test_routers_are_not_read_inside_of_compiled_layers(which: str, tmp_path: Path) -> None:
     model, data = write_model(tmp_path / "m"), write_rows(tmp_path / "data.jsonl", pairs(4))
-    with pytest.raises(ConfigError, match="--compile on cannot read routers"):
-        dpo(model=model, data=data, output=tmp_path / "out", compile="on", router_aux_loss_coef=0.1)
+    with pytest.raises(ConfigError, match=f"--compile on cannot read routers for --router-{which}-loss-coef"):
+        dpo(model=model, data=data, output=tmp_path / "out", compile="on", **{f"router_{which}_loss_coef": 0.1})

@@ -123,6 +123,11 @@ def router_aux_loss_coef(place: Place) -> None:
         place.run(router_aux_loss_coef=0.1)  # with experts: tests/train/test_balance.py
 
 
+def router_z_loss_coef(place: Place) -> None:
+    with pytest.raises(ConfigError, match="--router-z-loss-coef: transformers records no router logits for Llama"):
+        place.run(router_z_loss_coef=0.1)  # with experts: tests/train/test_experts.py
+
+
 def eval_data(place: Place) -> None:
     output = Path(place.run(eval_data=[place.more]))
     assert [line["step"] for line in evaluations(output)] == [3]
@@ -373,6 +378,7 @@ def pairs_option(place: Place) -> None:
 SHOWN: dict[str, Callable[[Place], None]] = {
     "model": moves("model", "@other"),
     "router_aux_loss_coef": router_aux_loss_coef,
+    "router_z_loss_coef": router_z_loss_coef,
     "reference": moves("reference", "@other"),
     "adapter": moves("adapter", "@lora"),
     "reference_adapter": moves("reference_adapter", "@lora", lora=True),

@@ -146,6 +146,7 @@ ROWS: list[tuple[str, type[Config], str, str]] = [
 ]
 EXAMPLES = {
     "sft": f"{MODEL} --data chats.jsonl --output runs/sft",
+    "distil": f"{MODEL} --teacher Qwen/Qwen2.5-7B-Instruct --data chats.jsonl --output runs/distil",
     "dpo": f"{MODEL} --data pairs.jsonl --eval-fraction 0.1 --output runs/dpo",
     "reward": f"{MODEL} --data pairs.jsonl --output runs/reward",
     "ppo": "--model runs/sft --prompts prompts.jsonl --reward runs/reward --output runs/ppo",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from prefopt.config.sft import LEARNING_RATE
-from prefopt.config.training import BalanceOptions, MethodOptions, ModelOptions, rate_option
+from prefopt.config.training import MethodOptions, ModelOptions, rate_option
 from prefopt.core.options import option
 from prefopt.errors import ConfigError
 
@@ -19,7 +19,7 @@ MAX_NEW_TOKENS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistilConfig(BalanceOptions, MethodOptions, ModelOptions):
+class DistilConfig(MethodOptions, ModelOptions):
     """One run of distillation. Construction raises ``ConfigError``."""
 
     model: str = option(help="model to train: a folder, or the name of one on the Hugging Face Hub", group="model")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from prefopt.config.training import BalanceOptions, MethodOptions, ModelOptions
+from prefopt.config.training import MethodOptions, ModelOptions
 from prefopt.core.model_folder import is_adapter
 from prefopt.core.options import flag, option
 from prefopt.errors import ConfigError
@@ -21,7 +21,7 @@ FROM_SCRATCH = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftConfig(BalanceOptions, MethodOptions, ModelOptions):
+class SftConfig(MethodOptions, ModelOptions):
     """One run of supervised fine-tuning, or of training from scratch. Construction raises ``ConfigError``."""
 
     model: str = option(

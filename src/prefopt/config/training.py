@@ -155,8 +155,8 @@ class ModelOptions(LoraOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BalanceOptions(Config):
-    """Part of the config of ``dpo`` and ``sft``."""
+class RouterOptions(Config):
+    """Losses on the routers of a mixture of experts, part of the config of every method."""
 
     router_aux_loss_coef: float | Literal["auto"] | None = option(
         None,
@@ -166,6 +166,17 @@ class BalanceOptions(Config):
         default_text="no such loss",
         above=0,
     )
+    router_z_loss_coef: float | None = option(
+        None,
+        "coefficient of the router z loss (ST-MoE; the paper used 0.001), which keeps the logits of the routers small",
+        default_text="no such loss",
+        above=0,
+    )
+
+    @property
+    def reads_routers(self) -> bool:
+        """Whether a loss is computed on routers, inside of layers."""
+        return self.router_aux_loss_coef is not None or self.router_z_loss_coef is not None
 
 
 def rate_option(rates: dict[bool, float], usual: str = "") -> Any:
@@ -253,7 +264,7 @@ class RunOptions(MachineOptions, ProgressOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodOptions(RunOptions, DataOptions, LoraOptions):
+class MethodOptions(RouterOptions, RunOptions, DataOptions, LoraOptions):
     """Model, data, optimiser, evaluation, output and machine of a run on fixed data."""
 
     eval_every: int | None = option(

@@ -14,7 +14,6 @@ from prefopt.model.kernels.divergence import Divergence
 from prefopt.reference.identity import identity_of_name, tokenizer_of_name
 from prefopt.rl.student import StudentBatches, check_prompts
 from prefopt.train.data import DataBatches, load_data
-from prefopt.train.objectives import describe_balance
 from prefopt.train.offline import OfflineRun
 from prefopt.train.policy import Policy
 from prefopt.train.reference import ReferenceChoice, ReferenceRun
@@ -59,7 +58,6 @@ def run(
         words = WORDS[config.divergence].format(divergence.weight)
         say(f"teacher: {choice.words}, {choice.identity.digest[:12]}, scored with every batch")
         say(f"loss: {words}, mean over every {mean}")
-        say(describe_balance(policy.scorer.model, config.router_aux_loss_coef))
         reference = ReferenceRun(run, choice, policy.scorer, token_values=False, shards=policy.shards)
         plan = TeacherPlan(reference, data.groups)
         objective = DistillationObjective(divergence, config.average, device=policy.device)

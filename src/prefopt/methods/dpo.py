@@ -22,7 +22,6 @@ from prefopt.train.data import DataBatches, load_data
 from prefopt.train.held_out import Choice, HeldOutPrecision
 from prefopt.train.loss_options import Losses, data_kind, describe, losses_of, needs_reference
 from prefopt.train.objective import PreferenceObjective, check_rows, inspect_first
-from prefopt.train.objectives import describe_balance
 from prefopt.train.offline import OfflineRun
 from prefopt.train.policy import Policy
 from prefopt.train.reference import ReferenceChoice, ReferencePlan, ReferenceRun, choose_reference
@@ -60,7 +59,6 @@ def run(
         offline = OfflineRun(run=run, start=start, data=data, policy=policy)
         check = offline.check(check_scoring)
         say(f"loss: {describe(terms)}")
-        say(describe_balance(policy.scorer.model, config.router_aux_loss_coef))
         plan = _reference_plan(offline, terms, choice)
         objective = PreferenceObjective(terms, device=policy.device)
         merge = any("label_P" in (*term.inputs, *term.loss.optional_inputs) for term in terms)

@@ -35,6 +35,7 @@ from prefopt.runs.history import averages_of, read_history
 from prefopt.train import budget
 from prefopt.train.optim import Network
 from prefopt.train.policy import Policy
+from prefopt.train.routing import describe_routing, routed
 from prefopt.train.run import Run, open_run, steps_of
 from prefopt.train.trainer import TrainerState
 
@@ -91,6 +92,8 @@ def run(
         run.say_scoring(policy, check)
         ptx = read_ptx(config, start.tokenizer, start.context, policy.scorer, run.reporter)
         say(policy.leftover())
+        for line in describe_routing(policy.scorer, config):
+            say(line)
         say(policy.make_trainable(run.world, draws=True, others=lambda: bytes_of_others(config, policy, start.source)))
         judge = TextRewardScorer(function, start.tokenizer, settings.stop) if function is not None else None
         models = build_models(config, policy, start.source, start.tokenizer, settings.stop, longest, judge, run.world)
@@ -145,7 +148,7 @@ def _train(
     trainer = run.trainer(
         networks,
         policy,
-        PpoObjective(config, critic, device=run.device),
+        routed(PpoObjective(config, critic, device=run.device), policy.scorer, config),
         rounds,
         steps=rounds.steps,
         token_budget=token_budget,

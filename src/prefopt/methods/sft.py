@@ -13,7 +13,7 @@ from prefopt.errors import ConfigError
 from prefopt.model.check import check_scoring
 from prefopt.model.load import new_model, new_tokenizer
 from prefopt.train.data import DataBatches, load_data
-from prefopt.train.objectives import LikelihoodObjective, describe_balance
+from prefopt.train.objectives import LikelihoodObjective
 from prefopt.train.offline import OfflineRun
 from prefopt.train.policy import Policy
 from prefopt.train.run import TrainingResult, open_run, read_model
@@ -55,7 +55,6 @@ def run(
         tokens = int(data.groups.trained_N[: int(data.source.groups.responses_G.sum())].sum())
         mean = "token" if config.average == "tokens" else "response"
         say(f"loss: negative log-likelihood, mean over every {mean}; {tokens:,} tokens to learn")
-        say(describe_balance(policy.scorer.model, config.router_aux_loss_coef))
         objective = LikelihoodObjective(config.average, device=policy.device)
         source = DataBatches(data, offline.sampler)
         if config.dry_run:

@@ -1,27 +1,19 @@
-"""Differences between families of architectures: places of layers and head, attention, logits, experts.
-
-transformers adds the load-balancing loss of a mixture of experts to a model's own forward, which packed scoring does
-not call. :class:`Routers` reads the router logits while a batch is scored. A token counts once for every response that
-contains it, so that the sums are those of K separate rows also where a prompt is encoded once.
-"""
+"""Differences between families of architectures: places of layers and head, attention, logits, experts."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging as transformers_logging
 
-from prefopt.errors import ConfigError, ModelError
-from prefopt.model.packing import PackedBatch, Segment
+from prefopt.errors import ModelError
 
 _SHAREABLE = {"full_attention", "sliding_attention", "sparse", "dense"}
 _NO_ATTENTION = ("linear_attention", "conv", "mamba", "recurrent")
@@ -237,102 +229,26 @@ def without_mtp(config: Any) -> None:
             setattr(part, count, 0)
 
 
+def experts_per_token(config: Any) -> int | None:
+    """Experts that one token is sent to, by a text configuration; None without experts."""
+    return _number(config, ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "moe_top_k"))
+
+
 def expert_fraction(config: Any) -> float:
-    """Fraction of a mixture's experts that one token is sent to; 1 without experts."""
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    experts = next((value for name in names if (value := getattr(config, name, None))), None)
-    return config.num_experts_per_tok / experts if experts else 1.0
+    """Fraction of a mixture's experts that one token is sent to, on average; 1 without experts."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    experts, chosen = _number(config, names), experts_per_token(config)
+    if not experts or not chosen:
+        return 1.0
+    return chosen / (experts + (_number(config, ("zero_expert_num",)) or 0))  # LongCat's zero experts compute nothing
 
 
-class RoutingSums(NamedTuple):
-    """Sums over all tokens and layers: probability of each expert ``prob_E`` (with gradients), how often each was
-    chosen ``count_E``, and ``rows``, the number of tokens; float64 where the device has it."""
-
-    prob_E: torch.Tensor
-    count_E: torch.Tensor
-    rows: torch.Tensor
-
-    def loss(self) -> torch.Tensor:
-        """E sum_e f_e P_e, with f_e the average number of choices and P_e the average probability of expert e (Fedus et
-        al. 2021, Switch Transformer, arXiv 2101.03961, equations 4 to 6). Gradients flow through P alone."""
-        return len(self.prob_E) * (self.count_E / self.rows * (self.prob_E / self.rows)).sum()
-
-
-@dataclass(frozen=True, slots=True)
-class Routers:
-    """The routers of a model, each with the index of the logits in its output. ``chosen``: experts per token;
-    ``coefficient``: of the load-balancing loss in the model's configuration."""
-
-    modules: tuple[tuple[torch.nn.Module, int], ...]
-    chosen: int
-    coefficient: float
-
-    @contextmanager
-    def recording(self) -> Iterator[list[list[torch.Tensor]]]:
-        """Record the logits of every call in this block, one list per router."""
-        recorded: list[list[torch.Tensor]] = [[] for _ in self.modules]
-        pairs = zip(self.modules, recorded, strict=True)
-        hooks = [module.register_forward_hook(partial(_record, calls, index)) for (module, index), calls in pairs]
-        try:
-            yield recorded
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def sums(self, calls: Sequence[Sequence[torch.Tensor]], batch: PackedBatch) -> RoutingSums:
-        """Sums of logits recorded while ``batch`` was scored. The last calls are the policy's: a reference that is the
-        same model with other weights is scored before it."""
-        device = batch.target.device
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        use_T = torch.cat([_responses_per_token(p.segments, len(p.ids)) for p in batch.passes]).to(device, wide)
-        parts = []
-        for logits in calls:
-            z_TE = torch.cat([x.flatten(0, -2) for x in logits[-len(batch.passes) :]]).to(wide)
-            prob_TE = z_TE.softmax(-1)
-            picked = torch.zeros_like(prob_TE).scatter(-1, prob_TE.topk(self.chosen, -1).indices, 1.0)
-            parts.append(torch.stack([use_T @ prob_TE, use_T @ picked.detach()]))
-        prob_E, count_E = torch.stack(parts).sum(0)
-        return RoutingSums(prob_E, count_E.detach(), use_T.sum() * len(parts))
-
-
-def routers_of(model: torch.nn.Module) -> Routers:
-    """The routers that a model's load-balancing loss is computed on. Raises :class:`ConfigError` where it has none."""
-    causal: Any = causal_model(model)
-    config: Any = causal.config.get_text_config()
-    coefficient = getattr(config, "router_aux_loss_coef", None) or getattr(config, "aux_loss_coef", None)  # JetMoe
-    modules = tuple(_router_modules(causal))
-    has_loss = hasattr(sys.modules[type(causal).__module__], "load_balancing_loss_func")
-    chosen = getattr(causal, "num_experts_per_tok", None) or getattr(config, "num_experts_per_tok", None)
-    if not has_loss or not modules or not chosen:
-        raise ConfigError(
-            f"--router-aux-loss-coef: transformers computes no load-balancing loss for {type(causal).__name__};"
-            " leave it out"
-        )
-    return Routers(modules, int(chosen), float(coefficient or 0.0))
-
-
-def _responses_per_token(segments: Sequence[Segment], tokens: int) -> torch.Tensor:
-    """How many responses contain each token of a row, [T]."""
-    use_T = torch.ones(tokens)
-    for _, _, start, length in segments:
-        use_T[start : start + length] += 1
-    return use_T
-
-
-def _router_modules(causal: Any) -> Iterator[tuple[torch.nn.Module, int]]:
-    """The modules that transformers records as ``router_logits``, in the order of the layers."""
-    for owner in causal.modules():
-        recorders = (getattr(owner, "_can_record_outputs", None) or {}).get("router_logits")
-        if recorders is None:
-            continue
-        for recorder in recorders if isinstance(recorders, list) else [recorders]:
-            kind: Any = getattr(recorder, "target_class", recorder)
-            index = getattr(recorder, "index", 0)
-            place = getattr(recorder, "layer_name", None) or ""
-            named = owner.named_modules()
-            yield from ((module, index) for name, module in named if isinstance(module, kind) and place in name)
-        return
-
-
-def _record(calls: list[torch.Tensor], index: int, module: torch.nn.Module, args: Any, output: Any) -> None:
-    calls.append(output[index] if isinstance(output, tuple) else output)
+def _number(config: Any, names: Sequence[str]) -> int | None:
+    """The first of these fields that has a number; DBRX keeps its own in a part of the configuration."""
+    for part in (config, getattr(config, "ffn_config", None)):
+        for value in (getattr(part, name, None) for name in names):
+            if isinstance(value, list | tuple) and value:  # one for every layer
+                value = value[0]
+            if isinstance(value, int) and value:
+                return value
+    return None

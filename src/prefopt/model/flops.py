@@ -31,6 +31,20 @@ from prefopt.model.packing import PackedBatch, Segment
 _SEARCH_SECONDS, _PRODUCT_SECONDS = 0.3, 0.02
 
 
+def active_weights(model: torch.nn.Module) -> tuple[int, int]:
+    """Weights that one token is computed with, and all of them: of a mixture's experts those that it is sent to."""
+    config = causal_model(model).config.get_text_config()
+    active, whole = 0.0, 0
+    seen: set[int] = set()  # a tied one counts once
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                whole += weights_in(parameter)
+                active += weights_in(parameter) * _fraction(name, module, config)
+    return round(active), whole
+
+
 @dataclass(frozen=True, slots=True)
 class FlopCount:
     """Operations of a model, forward and, where it ``trains``, backward: of its layers ``per_token``, of its head
@@ -95,7 +109,14 @@ def _matrices(name: str, module: torch.nn.Module, config: Any) -> Iterator[tuple
     for field, parameter in module.named_parameters(recurse=False):
         if parameter.ndim < 2 or "bias" in field or "norm" in type(module).__name__.lower():
             continue
-        yield parameter, expert_fraction(config) if "experts" in name.split(".") else 1.0
+        yield parameter, _fraction(name, module, config)
+
+
+def _fraction(name: str, module: torch.nn.Module, config: Any) -> float:
+    """The fraction of a module's weights that one token meets: of experts, and not of the router beside them."""
+    path = name.split(".")
+    experts = "experts" in path or "Experts" in type(module).__name__
+    return expert_fraction(config) if experts and "router" not in path else 1.0
 
 
 def _widths(model: PreTrainedModel) -> tuple[float, tuple[tuple[int | None, float], ...]]:

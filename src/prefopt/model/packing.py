@@ -26,11 +26,13 @@ Segment = tuple[int, int, int, int]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ForwardPass:
-    """Inputs of one forward pass: ``ids`` and ``positions`` [T], and the segments of its attention."""
+    """Inputs of one forward pass: ``ids`` and ``positions`` [T], and the segments of its attention. ``repeated``: how
+    many of its first tokens a pass before it has encoded, too (the prompt of responses that are encoded apart)."""
 
     ids: torch.Tensor
     positions: torch.Tensor
     segments: tuple[Segment, ...]
+    repeated: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,7 +63,7 @@ class PackedBatch:
         def move(x: torch.Tensor) -> torch.Tensor:
             return x.to(device, non_blocking=True)
 
-        passes = tuple(ForwardPass(move(p.ids), move(p.positions), p.segments) for p in self.passes)
+        passes = tuple(ForwardPass(move(p.ids), move(p.positions), p.segments, p.repeated) for p in self.passes)
         numbers = (self.read, self.target, self.owner, self.length, self.last)
         return PackedBatch(self.groups, passes, *map(move, numbers))
 
@@ -107,6 +109,7 @@ class _PackedRow:
         self.positions: list[np.ndarray] = []
         self.segments: list[Segment] = []
         self.length = 0
+        self.repeated = 0
 
     def add(self, ids: np.ndarray, first_position: int) -> int:
         start = self.length
@@ -117,7 +120,8 @@ class _PackedRow:
 
     def finish(self) -> ForwardPass:
         ids = torch.from_numpy(np.concatenate(self.ids).astype(np.int64))
-        return ForwardPass(ids, torch.from_numpy(np.concatenate(self.positions)), tuple(self.segments))
+        positions = torch.from_numpy(np.concatenate(self.positions))
+        return ForwardPass(ids, positions, tuple(self.segments), self.repeated)
 
 
 @dataclass(slots=True)
@@ -144,6 +148,7 @@ def pack(groups: Sequence[Group], layout: PackLayout | None = None) -> PackedBat
                 rows.append(row := _PackedRow())
                 ids, trained = group.sequence(k)
                 row.segments.append((0, len(ids), 0, 0))
+                row.repeated = len(group.prefix) if k else 0
                 responses.append(_Response(row, row.add(ids, 0), -1, ids, trained))
             continue
         if side not in common:

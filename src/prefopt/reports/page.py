@@ -23,6 +23,7 @@ from prefopt.errors import UserError
 from prefopt.evaluate.result import CompareResult
 from prefopt.reports.comparison import comparison_report, read_comparison
 from prefopt.runs.diagnose import change_of, diagnose
+from prefopt.runs.experts import read_experts
 from prefopt.runs.history import History
 from prefopt.runs.listing import cells_of
 from prefopt.runs.plot import COLOURS, SIDES, Panel, figure_of, panels_by_method, require_matplotlib, shortened
@@ -60,6 +61,7 @@ def run_report(run: History, name: str) -> dict[str, Any]:
         "environment": run.record.get("environment", {}),
         "command": _command(run),
         "samples": _samples(run),
+        "experts": [(name, [f"{share:.2%}" for share in shares]) for name, shares in read_experts(run.folder)],
     }
 
 

@@ -121,7 +121,8 @@ class LossResult:
 
     ``total`` is its share of the loss, to be differentiated. ``shares`` (such as ``loss`` and ``loss/dpo``) add up over
     micro-batches; ``metrics`` are pairs (sum, sum of weights). ``state`` is the losses' state afterwards. ``weights``:
-    the normaliser of each share over the global batch, which is its weight in an average over batches.
+    the normaliser of each share over the global batch, which is its weight in an average over batches. ``table`` [L,
+    E]: tokens that each expert of each layer got, which add up too.
     """
 
     total: torch.Tensor
@@ -129,19 +130,25 @@ class LossResult:
     metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     state: State = field(default_factory=dict)
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    table: torch.Tensor | None = None
 
 
 class Sums:
-    """Sums over the micro-batches of a global batch. :meth:`means` sets ``weights``, the weight of each metric."""
+    """Sums over the micro-batches of a global batch. :meth:`means` and :meth:`of_ranks` set ``weights``, the weight of
+    each metric, and ``table``, if results have one."""
 
     def __init__(self) -> None:
         self.weights: dict[str, float] = {}
+        self.table: IndexArray | None = None
+        self._table: torch.Tensor | None = None
         self._last: LossResult | None = None
         self._rows: list[torch.Tensor] = []
 
     def add(self, result: LossResult) -> None:
         """Add one micro-batch."""
         self._last = result
+        if result.table is not None:
+            self._table = result.table if self._table is None else self._table + result.table
         sums, weights = zip(*result.metrics.values(), strict=True) if result.metrics else ((), ())
         self._rows.append(torch.stack([x.detach() for x in (*result.shares.values(), *sums, *weights)]))
 
@@ -154,26 +161,33 @@ class Sums:
         found = dict(zip(names, torch.stack(self._rows).sum(0).tolist(), strict=True))
         # Normalisers are those of the global batch on every rank that has a row: averages of the same.
         known = {f"normaliser/{n}": float(x) for n, x in self._last.weights.items()}
-        return found | known | {f"count/{n.partition('/')[2]}": 1.0 for n in known}
+        rows = [] if self._table is None else self._table.tolist()
+        table = {f"table/{i}/{j}": float(x) for i, row in enumerate(rows) for j, x in enumerate(row)}
+        return found | known | {f"count/{n.partition('/')[2]}": 1.0 for n in known} | table
 
     def of_ranks(self, totals: Mapping[str, float]) -> Record:
         """The record of :meth:`means` from the :meth:`numbers` of all ranks, added up."""
-        kinds: dict[str, dict[str, float]] = {k: {} for k in ("share", "sum", "weight", "normaliser", "count")}
+        kinds: dict[str, dict[str, float]] = {k: {} for k in ("share", "sum", "weight", "normaliser", "count", "table")}
         for key, value in totals.items():
             kind, _, name = key.partition("/")
             if kind in kinds:
                 kinds[kind][name] = value
         self.weights = {n: x / kinds["count"][n] for n, x in kinds["normaliser"].items() if kinds["count"][n]}
+        if cells := {tuple(map(int, name.split("/"))): x for name, x in kinds["table"].items()}:
+            self.table = np.zeros(np.max([*cells], axis=0) + 1, np.int64)
+            self.table[tuple(np.transpose([*cells]))] = [*cells.values()]
         weights = {name: weight for name, weight in kinds["weight"].items() if weight}
         self.weights |= weights
         return _with_margin(kinds["share"] | {name: kinds["sum"][name] / w for name, w in weights.items()})
 
     def means(self, norms: Mapping[str, torch.Tensor] | None = None) -> Record:
-        """Sums of shares, means of metrics, and ``norms`` by name, in one transfer from the device.
+        """Sums of shares, means of metrics, and ``norms`` by name, in one transfer from the device (two with a table).
 
         A metric without any value is left out.
         """
         assert self._last is not None
+        if self._table is not None:
+            self.table = self._table.cpu().numpy()
         shares, metrics, divided_by = self._last.shares, self._last.metrics, self._last.weights
         norms = norms or {}
         total = torch.stack(self._rows).sum(0)

@@ -21,7 +21,7 @@ from prefopt.core.terminal import Reporter
 from prefopt.data.group import Group
 from prefopt.data.table import GroupTable, IndexArray
 from prefopt.errors import ConfigError, RunError, first_line
-from prefopt.model.architectures import causal_model
+from prefopt.model.architectures import causal_model, expert_fraction, experts_per_token
 from prefopt.model.costs import free_memory, halved, out_of_memory, peak_memory
 from prefopt.model.flops import FlopCount, matmul_peak
 from prefopt.model.kernels.head import KEEP_BYTES
@@ -46,15 +46,32 @@ def state_bytes(masters: MasterWeights) -> int:
 
 
 def bytes_per_token(scorer: PackedModel, *, checkpointing: bool) -> int:
-    """Estimated bytes of activations per token that are kept for backward."""
+    """Estimated bytes of activations per token that are kept for backward. Of a mixture's experts, those that the token
+    is sent to keep their input and output each."""
     config: Any = causal_model(scorer.model).config.get_text_config()
     hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden
-    inner = int(max(inner) if isinstance(inner, (list, tuple)) else inner)
-    experts = int(getattr(config, "num_experts_per_tok", None) or 1)
-    layer = 20 * hidden + 4 * inner * experts
+    experts = experts_per_token(config) if expert_fraction(config) < 1 else None
+    layer = 20 * hidden + 4 * active_width(config) + 4 * hidden * (experts or 0)
     numbers = layers * hidden + layer if checkpointing else layers * layer
     return numbers * scorer.dtype.itemsize
+
+
+def active_width(config: Any) -> int:
+    """Width of the feed-forward layers that one token is computed with: of the experts that it is sent to and of shared
+    ones together."""
+    inner = _width(config, "intermediate_size", "ffn_dim") or 4 * int(config.hidden_size)
+    if expert_fraction(config) == 1:
+        return inner
+    routed = _width(config, "moe_intermediate_size", "expert_ffn_hidden_size") or inner
+    shared = _width(config, "shared_expert_intermediate_size", "shared_intermediate_size")
+    shared = shared or routed * _width(config, "n_shared_experts")
+    return routed * (experts_per_token(config) or 1) + shared
+
+
+def _width(config: Any, *names: str) -> int:
+    """The first of these fields that is there, the largest where it is one for every layer; 0 without any."""
+    found = next((value for name in names if (value := getattr(config, name, None))), 0)
+    return int(max(found) if isinstance(found, (list, tuple)) else found)
 
 
 def estimate(scorer: PackedModel, groups: Sequence[Group], *, checkpointing: bool, still_to_come: int) -> int:

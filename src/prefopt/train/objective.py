@@ -31,13 +31,9 @@ from prefopt.train.loss_options import needs_reference
 Normaliser = tuple[torch.Tensor, ...]
 
 DIFFERENTIATED = (
-    "logp_N",
-    "reward_N",
-    "kl_N",
-    "divergence_N",
-    "chosen_head_logp_P",
-    "rejected_head_logp_P",
-    "router_prob_BE",
+    *("logp_N", "logp_M", "value_M", "reward_N", "kl_N", "divergence_N"),
+    *("chosen_head_logp_P", "rejected_head_logp_P"),
+    *("router_prob_BE", "router_z_B"),
 )
 """Values that gradients flow through."""
 _TINY = 1e-30  # the weights of a loss may all be zero in a batch; then its numerators are, too

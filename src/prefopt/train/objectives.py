@@ -1,4 +1,4 @@
-"""Objectives of SFT (likelihood) and reward models (Bradley-Terry), and load balancing of experts."""
+"""Objectives of SFT (likelihood) and reward models (Bradley-Terry)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from typing import Literal
 
 import torch
 
-from prefopt.errors import ConfigError
 from prefopt.losses.rl import bradley_terry
-from prefopt.model.architectures import Routers, RoutingSums, routers_of
 from prefopt.model.kernels.head import Distributions
 from prefopt.model.packing import PackedBatch
 from prefopt.model.scorer import PackedModel, response_sums
 from prefopt.runs.metrics import Record
-from prefopt.train.batch import Batch, LossResult, State, tensor, weighted_sum
+from prefopt.train.batch import Batch, LossResult, tensor, weighted_sum
 from prefopt.train.columns import LossInputs, Values
 from prefopt.train.objective import Normaliser, Objective
 
@@ -109,85 +107,3 @@ class RewardObjective(Objective):
         }
         metrics = {name: weighted_sum(x, weight_P) for name, x in seen.items()}
         return LossResult(total, {"loss": total}, metrics, weights={"loss": normaliser[0]})
-
-
-class BalancedObjective(Objective):
-    """``inner``, and ``coefficient`` times the load-balancing loss of ``routers``.
-
-    That loss is a product of two averages over all tokens of the global batch: micro-batches give sums, and several of
-    them take two passes (see ``step.py``). The metric ``loss`` is that of ``inner``, to be compared with other runs;
-    ``router/aux_loss`` is the other, without ``coefficient``.
-    """
-
-    whole_batch = True
-
-    def __init__(self, inner: Objective, routers: Routers, coefficient: float) -> None:
-        self.inner, self.routers, self.coefficient = inner, routers, coefficient
-        self.compares = inner.compares
-        super().__init__(inner.device)
-
-    @property
-    def state(self) -> State:
-        return self.inner.state
-
-    @state.setter
-    def state(self, state: State) -> None:
-        if state:
-            self.inner.state = state
-
-    def normaliser(self, batch: Batch) -> Normaliser:
-        return self.inner.normaliser(batch)
-
-    def score(
-        self, scorer: PackedModel, packed: PackedBatch, batch: Batch, reference: Distributions | None = None
-    ) -> Values:
-        """The values of ``inner``, and sums over the tokens of ``packed`` as one row."""
-        with self.routers.recording() as calls:
-            values = self.inner.score(scorer, packed, batch, reference)
-        sums = self.routers.sums(calls, packed)
-        rows = {"router_prob_BE": sums.prob_E, "router_count_BE": sums.count_E, "router_rows_B": sums.rows}
-        return values | {name: value[None] for name, value in rows.items()}
-
-    def __call__(self, batch: Batch, values: Values, normaliser: Normaliser) -> LossResult:
-        result = self.inner(batch, values, normaliser)
-        sums = RoutingSums(
-            values["router_prob_BE"].sum(0), values["router_count_BE"].sum(0), values["router_rows_B"].sum()
-        )
-        loss = sums.loss().to(result.total.dtype)
-        metrics = {**result.metrics, "router/aux_loss": (loss.detach(), torch.ones_like(loss))}
-        total = result.total + self.coefficient * loss
-        return LossResult(total, result.shares, metrics, result.state, result.weights)
-
-    def derived(self, record: Record) -> Record:
-        return self.inner.derived(record)
-
-
-def balanced(inner: Objective, model: torch.nn.Module, asked: float | str | None) -> Objective:
-    """``inner`` with the load-balancing loss, if it is ``asked`` for.
-
-    Raises :class:`ConfigError` for a model without such a loss.
-    """
-    if asked is None:
-        return inner
-    routers = routers_of(model)
-    return BalancedObjective(inner, routers, balance_coefficient(asked, routers))
-
-
-def balance_coefficient(asked: float | str, routers: Routers) -> float:
-    """The value of ``--router-aux-loss-coef``. Raises :class:`ConfigError` for ``auto`` where the model has none."""
-    if asked != "auto":
-        return float(asked)
-    if not routers.coefficient:
-        raise ConfigError(
-            "--router-aux-loss-coef auto: the model's configuration has no router_aux_loss_coef; give a number"
-        )
-    return routers.coefficient
-
-
-def describe_balance(model: torch.nn.Module, asked: float | str | None) -> str | None:
-    """A line on the load-balancing loss, if it is ``asked`` for. Raises as :func:`balanced`."""
-    if asked is None:
-        return None
-    routers = routers_of(model)
-    coefficient, layers = balance_coefficient(asked, routers), len(routers.modules)
-    return f"loss: and {coefficient:g} times the load-balancing loss of {layers} routers, over all tokens of a batch"

@@ -26,10 +26,10 @@ from prefopt.train import budget, checkpoint
 from prefopt.train.data import DataBatches, TrainingData
 from prefopt.train.held_out import HeldOutPrecision
 from prefopt.train.objective import Objective
-from prefopt.train.objectives import balanced
 from prefopt.train.optim import Network
 from prefopt.train.policy import Trained
 from prefopt.train.reference import check_vocabulary
+from prefopt.train.routing import describe_routing, routed
 from prefopt.train.run import ModelStart, Run, TrainingResult, steps_of
 from prefopt.train.step import Differentiator, InMemoryColumns
 from prefopt.train.trainer import Inspect, Trainer
@@ -80,6 +80,8 @@ class OfflineRun:
         self.run.say_scoring(self.policy, found, f" {twin};")
         self.run.say(self.policy.reading)
         self.run.say(self.policy.leftover())
+        for line in describe_routing(self.policy.scorer, self.run.config):
+            self.run.say(line)
         return found
 
     def take_folder(self, same: Mapping[str, tuple[Any, str]] | None = None, **facts: Any) -> None:
@@ -110,7 +112,7 @@ class OfflineRun:
     ) -> Trainer:
         """Train to the end, then load the best weights if rows are held out. ``plan``: the reference, if any."""
         run, config, policy = self.run, self.run.config, self.policy
-        objective = self._balanced(objective)
+        objective = routed(objective, self.policy.scorer, self.run.config)
         reference = plan.in_memory(policy) if plan is not None else None
         tokens, speed = self._token_budget(objective, source, reference)
         run.say(self._plan(tokens, self._seconds(objective, tokens, speed)))
@@ -142,7 +144,7 @@ class OfflineRun:
         if plan is not None:
             plan.say_missing()
         run.say(policy.make_trainable(run.world))
-        objective = self._balanced(objective)
+        objective = routed(objective, self.policy.scorer, self.run.config)
         reference = plan.in_memory(policy) if plan is not None else None
         tokens, speed = self._token_budget(objective, source, reference)
         seconds = self._seconds(objective, tokens, speed)
@@ -166,11 +168,6 @@ class OfflineRun:
         per_step = int(costs[epoch].sum()) / self.sampler.steps_per_epoch
         # Two passes: a second forward pass is a third of a step's work.
         return self.steps * per_step / speed * (4 / 3 if objective.whole_batch and per_step > tokens else 1)
-
-    def _balanced(self, objective: Objective) -> Objective:
-        """With the load-balancing loss of ``--router-aux-loss-coef``, over the modules that train."""
-        asked = getattr(self.run.config, "router_aux_loss_coef", None)
-        return balanced(objective, self.policy.scorer.model, asked)
 
     def _token_budget(
         self, objective: Objective, source: DataBatches, reference: InMemoryColumns | None

@@ -316,13 +316,12 @@ def _packed(config: Options, source: str) -> bool:
 
 def compiles(config: Options, scorer: PackedModel) -> bool:
     """What ``--compile`` comes to. A run that must resume to the same bits is not compiled by ``auto``: generated code
-    may depend on the shapes that it was first made for. Nor is one with a load-balancing loss, which reads the routers
-    inside of layers, or a model of which flash attention does not take every layer (FlexAttention compiles itself)."""
+    may depend on the shapes that it was first made for. Nor is one with a loss on routers, which are inside of layers,
+    or a model of which flash attention does not take every layer (FlexAttention compiles itself)."""
     if config.compile != "auto":
         return config.compile == "on"
-    reads_routers = getattr(config, "router_aux_loss_coef", None) is not None
     device = next(scorer.model.parameters()).device
-    if device.type != "cuda" or config.deterministic or config.attention == "loop" or reads_routers:
+    if device.type != "cuda" or config.deterministic or config.attention == "loop" or config.reads_routers:
         return False
     if not scorer.flash_takes_all:
         return False

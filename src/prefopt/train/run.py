@@ -50,6 +50,7 @@ from prefopt.train import budget
 from prefopt.train.objective import Objective
 from prefopt.train.optim import Network
 from prefopt.train.policy import Trained, with_base
+from prefopt.train.routing import expert_use
 from prefopt.train.saver import Saver
 from prefopt.train.source import BatchSource
 from prefopt.train.trainer import Trainer
@@ -102,8 +103,11 @@ class Run:
         if self.config.compile == "on":
             if policy.scorer.path == "separate":
                 raise ConfigError(f"--compile on does nothing here: {policy.scorer.reason}; leave it out")
-            if getattr(self.config, "router_aux_loss_coef", None) is not None:
-                raise ConfigError("--compile on cannot read routers for --router-aux-loss-coef; leave one of them out")
+            if self.config.reads_routers:
+                asked = "aux" if self.config.router_aux_loss_coef is not None else "z"
+                raise ConfigError(
+                    f"--compile on cannot read routers for --router-{asked}-loss-coef; leave one of them out"
+                )
         return policy
 
     def options(self) -> str:
@@ -164,6 +168,7 @@ class Run:
             measure_costs=self.costs.measured,
             world=self.world,
             lockstep=policy.sharded,
+            experts=expert_use(objective),
             **more,
         )
         torch.manual_seed(config.seed + 1 + RANK_SEED * self.world.rank)

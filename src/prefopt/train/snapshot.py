@@ -26,6 +26,7 @@ def take(trainer: Trainer) -> Checkpoint:
             "losses": {name: {k: float(v) for k, v in kept.items()} for name, kept in trainer.objective.state.items()},
             "averages": trainer.averages.to_dict(),
             "source": source.state(),
+            "experts": trainer.experts.state() if trainer.experts is not None else {},
         },
         reference=movement.weights.saved() if movement is not None else None,
         rollouts=source.tensors(),
@@ -49,5 +50,7 @@ def restore(trainer: Trainer, saved: Checkpoint) -> str | None:
     # Earlier versions kept the source's state in the trainer's.
     trainer.source.restore(saved.state.get("source", progress), saved.rollouts)
     trainer.averages = Averages.from_dict(saved.state.get("averages", {}))
+    if trainer.experts is not None:
+        trainer.experts.restore(saved.state.get("experts", {}))
     trainer.token_budget = trainer.state.token_budget
     return line

@@ -25,6 +25,7 @@ from prefopt.parallel.gradients import grad_norm, sum_gradients
 from prefopt.parallel.world import ALONE, World
 from prefopt.reference.in_memory import TrDpoUpdate
 from prefopt.runs.callbacks import Callbacks, RunInfo
+from prefopt.runs.experts import ExpertUse, shares
 from prefopt.runs.metrics import Averages, Metrics, Record, note
 from prefopt.train import checkpoint, snapshot
 from prefopt.train.batch import Batch
@@ -67,7 +68,7 @@ class Trainer:
     ``saver`` writes checkpoints and best weights. ``measure_costs`` returns what records the costs until now, once the
     checkpoint of this moment is there. ``movement``: the reference moves, so that losses at different steps are not
     comparable and no evaluation is the best. ``precision``: in which dtype the held-out batch is evaluated; None: in
-    that of the run.
+    that of the run. ``experts`` counts the tokens of each, where the model has some.
 
     Every rank of ``world`` has a trainer and makes the same calls; files and lines are those of the first one (whose
     ``metrics`` and ``reporter`` alone write). ``lockstep``: see :class:`Differentiator`.
@@ -93,6 +94,7 @@ class Trainer:
     inspect: Inspect | None = None
     movement: TrDpoUpdate | None = None
     precision: HeldOutPrecision | None = None
+    experts: ExpertUse | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)
     measure_costs: Callable[[], Callable[[], None]] = lambda: lambda: None
     state: TrainerState = field(default_factory=TrainerState)
@@ -148,6 +150,8 @@ class Trainer:
                         self.callbacks.done(state.step, evaluation=self.evaluate())
                 self.pause()
             self.keep()
+        if self.experts is not None and self.world.first:
+            self.experts.write(self.metrics.path.parent)
         return state
 
     def train_mode(self, mode: bool = True) -> None:
@@ -215,10 +219,16 @@ class Trainer:
         if self.movement is not None:
             self.movement.after(step + 1, self.policy.weights.saved())
         record = self.objective.derived(record)
+        weights = {"loss": float(len(batch)), **found.sums.weights}
+        if self.experts is not None and found.sums.table is not None:
+            record |= (parts := shares(found.sums.table))
+            weights |= dict.fromkeys(parts, float(len(batch)))
+            if (line := self.experts.add(step + 1, found.sums.table)) is not None:
+                self.reporter.say(line)
         if self.speed is not None:
             seconds = time.monotonic() - started
             record |= self.speed.record(work or self.speed.work(found.packed), seconds)
-        return record, {"loss": float(len(batch)), **found.sums.weights}
+        return record, weights
 
     def _gradients(self, batch: Batch) -> tuple[Gradients, Record, dict[str, float]]:
         """Add the gradients of a global batch to the weights. Returns them with the metrics, loss and norms of all
@@ -330,7 +340,7 @@ class Trainer:
         evaluate = differentiator.evaluate if self.precision is None else partial(self.precision.sums, differentiator)
         sums = evaluate(self._held_out, self.token_budget)
         record = sums.means() if self.world.alone else sums.of_ranks(self.world.totals(sums.numbers()))
-        record = self.objective.derived(record)
+        record = self.objective.derived(record) | (shares(sums.table) if sums.table is not None else {})
         self.train_mode()
         self.metrics.write({"step": state.step, **{f"eval_{name}": value for name, value in record.items()}})
         better = self.movement is None and record["loss"] < state.best_loss

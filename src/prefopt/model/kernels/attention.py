@@ -109,7 +109,7 @@ def shared_attention(
     if out is None:
         assert not isinstance(prefix_segments, Tensor)
         out = _loop(query, key, value, prefix_segments, scale, sliding_window, softcap, s_aux)
-    return out[..., :width], None
+    return out[..., :width].contiguous(), None  # AFMoE and JetMoE take views of it
 
 
 AttentionInterface.register(HOOK, shared_attention)
