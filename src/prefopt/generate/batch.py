@@ -1,7 +1,7 @@
 """Samples drawn side by side: a row of the decoder for each, and the next prompt in place of those that have ended.
 
-The host looks at drawn tokens every few steps (``read_every``), so that a GPU never waits for it; a row that ended since
-draws tokens for nothing, which are dropped.
+The host looks at drawn tokens every few steps (``read_every``), so that a GPU seldom waits for it; a row that ended
+since draws tokens for nothing, which are dropped.
 """
 
 from __future__ import annotations
@@ -81,9 +81,12 @@ class Queue:
         return taken
 
 
+_HOST = ("prompt", "number", "room", "living", "drawn", "ids", "logps")
+
+
 @dataclass(slots=True, eq=False)
 class _Rows:
-    """The samples of R rows; arrays are on the host, but those that end in ``_R``."""
+    """The samples of R rows: arrays on the host, tensors on the device."""
 
     prompt: np.ndarray
     number: np.ndarray
@@ -101,13 +104,13 @@ class _Rows:
     def select(self, index: np.ndarray) -> _Rows:
         """Some of the rows."""
         at = torch.from_numpy(index).to(self.key_R.device)
-        host = (self.prompt, self.number, self.room, self.living, self.drawn, self.ids, self.logps)
-        return _Rows(*(array[index] for array in host), self.key_R[at], self.step_R[at])
+        host = {name: getattr(self, name)[index] for name in _HOST}
+        return _Rows(**host, key_R=self.key_R[at], step_R=self.step_R[at])
 
     def replace(self, index: np.ndarray, other: _Rows) -> None:
         """Put ``other`` rows in the place of these."""
         at = torch.from_numpy(index).to(self.key_R.device)
-        for name in ("prompt", "number", "room", "living", "drawn", "ids", "logps"):
+        for name in _HOST:
             getattr(self, name)[index] = getattr(other, name)
         self.key_R[at], self.step_R[at] = other.key_R, other.step_R
 

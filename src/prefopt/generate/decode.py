@@ -84,9 +84,7 @@ class SlotDecoder(Decoder):
         """Encode prompts, each once for all of its ``rows``, whose sequences have ended (:meth:`retire`); a row for
         each prompt, as of :meth:`start`."""
         lengths = [len(prompt) for prompt in prompts]
-        self.slots.place(
-            [n for many in rows for n in many], [k for k, many in zip(lengths, rows, strict=True) for _ in many]
-        )
+        self.slots.place([n for many in rows for n in many], np.repeat(lengths, [len(many) for many in rows]))
         parts = split(range(len(prompts)), lengths, PREFILL_TOKENS[self.device.type])
         return torch.cat([self._fill([prompts[i] for i in part], [rows[i] for i in part]) for part in parts])
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -44,14 +45,14 @@ def is_packed(module: object) -> bool:
 def packed_linears(model: torch.nn.Module) -> Iterator[int]:
     """In this block the float32 linear layers of ``model`` on the CPU multiply with packed weights, without gradients;
     gives their number. None is packed where memory is short, or torch has no oneDNN. Weights must not change."""
-    layers = [module for module in model.modules() if _packs(module)]
+    layers: list[Any] = [module for module in model.modules() if _packs(module)]
     needed = sum(4 * layer.weight.numel() for layer in layers)
     if layers and needed > PACK_FRACTION * free_memory(torch.device("cpu")):
         layers = []
     try:
         for layer in layers:
             packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
-            layer.forward = _Packed(packed, None if layer.bias is None else layer.bias.detach())  # type: ignore[method-assign]
+            layer.forward = _Packed(packed, None if layer.bias is None else layer.bias.detach())
         yield len(layers)
     finally:
         for layer in layers:
@@ -64,4 +65,4 @@ def _packs(module: torch.nn.Module) -> bool:
         return False
     weight = module.weight
     plain = type(weight.data) is torch.Tensor and weight.device.type == "cpu" and weight.dtype == torch.float32
-    return plain and weight.numel() >= SMALLEST
+    return bool(plain and weight.numel() >= SMALLEST)

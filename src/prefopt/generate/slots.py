@@ -8,9 +8,9 @@ every row, whatever their positions::
     row 1    .  .  e  f | z  w          2 prompt tokens, position = slot - 2
     row 1    .  .  .  .   g  h | v      its sample has ended: another prompt takes its place, position = slot - 4
 
-Slots left of a sequence are masked. A step writes one slot and attends over all before it. The cache is copied only when
-its slots are used up or rows are removed; then slots that no row uses any more are dropped. Where every row starts, and
-how many slots are used, the host knows: no step waits for the device.
+Slots left of a sequence are masked. A step writes one slot and attends over all before it. The cache is copied only
+when its slots are used up or rows are removed; then slots that no row uses any more are dropped. The host knows where
+every row starts and how many slots are used: no step waits for the device.
 """
 
 from __future__ import annotations
@@ -64,20 +64,20 @@ class Slots:
         self.called[id(module)] += 1
         return id(module), self.called[id(module)]
 
-    def place(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
+    def place(self, rows: Sequence[int], lengths: IndexArray) -> None:
         """Sequences of these lengths take the place of what ``rows`` hold; :meth:`fill` brings their tokens."""
-        if (more := max(lengths) - self.length) > 0:
+        if (more := int(lengths.max()) - self.length) > 0:
             self.start += more
             self.length += more
             self._copy_layers(slice(None), 0, more)
-        self.start[list(rows)] = self.length - np.asarray(lengths)
+        self.start[list(rows)] = self.length - lengths
         self._moved()
 
     def fill(
         self, layer: LayerCall, key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor, at: torch.Tensor
     ) -> None:
-        """Write placed sequences into ``rows`` [n]: ``at`` [n, longest] selects the tokens of their last slots from keys
-        and values [heads, T, D]."""
+        """Write placed sequences into ``rows`` [n]: ``at`` [n, longest] selects the tokens of their last slots from
+        keys and values [heads, T, D]."""
         if layer not in self.layers:
             room = self.length + GROWTH
             empty = (x.new_zeros(len(self.start), len(x), room, x.shape[-1]) for x in (key, value))
@@ -212,11 +212,13 @@ def _step_attention(
         out = F.scaled_dot_product_attention(grouped, seen_key, seen_value, bias, scale=scale)
         return out.reshape(1, rows, heads, -1)
     # For one query per row, two matrix products beat the CPU's flash kernel. They support caps and sinks.
-    scores = (grouped * scale) @ seen_key.transpose(-1, -2)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if bias is not None:
-        scores = scores + bias
+    if softcap is None:  # scale and mask within the product
+        flat, keys = grouped.reshape(-1, *grouped.shape[2:]), seen_key.flatten(0, 1).transpose(-1, -2)
+        added = query.new_zeros(1, 1, 1) if bias is None else bias.expand(-1, seen_key.shape[1], -1, -1).flatten(0, 1)
+        scores = torch.baddbmm(added, flat, keys, alpha=scale).unflatten(0, (rows, -1))
+    else:
+        scores = torch.tanh((grouped * scale) @ seen_key.transpose(-1, -2) / softcap) * softcap
+        scores = scores if bias is None else scores + bias
     scores = scores.to(torch.promote_types(query.dtype, torch.float32))
     if s_aux is not None:
         sink = s_aux.to(scores.dtype).view(1, scores.shape[1], scores.shape[2], 1).expand(len(scores), -1, -1, 1)

@@ -111,8 +111,8 @@ class TransformersSampler:
         """A batch of the next jobs of a queue."""
         decoder = self.decoder_for(len(prompts[queue.next_prompt]), params)
         read_every = read_every or self.read_every or READ_EVERY[decoder.device.type]
-        options = {"context": self.context, "read_every": read_every, "found": found}
-        return SampleBatch(decoder, prompts, streams, params, queue, rows, **options)
+        work = (prompts, streams, params, queue, rows)
+        return SampleBatch(decoder, *work, context=self.context, read_every=read_every, found=found)
 
     @contextmanager
     def _sampling(self, decoder: Decoder) -> Iterator[None]:
