@@ -11,7 +11,7 @@ import torch
 
 from model.architectures import POSITIONS, VOCABULARY, build
 from prefopt.errors import Interrupted, ModelError, RunError
-from prefopt.generate import transformers_sampler
+from prefopt.generate import batch as sample_batch
 from prefopt.generate.decode import WholeDecoder
 from prefopt.generate.sampler import Sample, SamplingParams, group_of
 from prefopt.generate.transformers_sampler import TransformersSampler
@@ -159,7 +159,7 @@ def test_where_memory_ends_batches_are_halved(
 ) -> None:
     expected = plain(TransformersSampler(llama).sample(PROMPTS, 5, SETTINGS))
     sizes: list[int] = []
-    choose = transformers_sampler.choose
+    choose = sample_batch.choose
     most = 6
 
     def limited(z: torch.Tensor, *rest: Any) -> Any:
@@ -168,7 +168,7 @@ def test_where_memory_ends_batches_are_halved(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return choose(z, *rest)
 
-    monkeypatch.setattr(transformers_sampler, "choose", limited)
+    monkeypatch.setattr(sample_batch, "choose", limited)
     sampler = TransformersSampler(llama, rows=23)
     told: list[int] = []
     with caplog.at_level(logging.WARNING):

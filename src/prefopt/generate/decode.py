@@ -19,11 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from prefopt.data.table import IndexArray
+from prefopt.generate.packed_linear import is_packed
 from prefopt.generate.sampler import Ids
 from prefopt.generate.slots import HOOK, Filling, Slots
 from prefopt.model.architectures import body_of, causal_model
 from prefopt.model.costs import count_pass, out_of_memory, uncounted
 from prefopt.model.kernels.attention import gather_plan
+from prefopt.model.kernels.head import transformed
 from prefopt.model.packing import split
 from prefopt.model.scorer import Scorer
 
@@ -59,7 +62,7 @@ class Decoder(ABC):
 
     @abstractmethod
     def keep(self, index: torch.Tensor) -> None:
-        """Continue with these sequences, in this order; one may occur several times."""
+        """Continue with these sequences, in this order; one may occur several times. ``index`` is on the CPU."""
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Logits [n, V] of rows, float32 or float64."""
@@ -74,31 +77,37 @@ class SlotDecoder(Decoder):
     hook = HOOK
 
     def start(self, prompts: Sequence[Ids]) -> torch.Tensor:
-        # The last token of every prompt is the first step: the head sees no other.
-        before = [np.asarray(p, np.int64)[:-1] for p in prompts]
-        lengths = [len(ids) for ids in before]
-        longest = max(lengths)
-        self.slots = Slots(torch.tensor([longest - n for n in lengths], device=self.device), longest)
-        if longest:
-            for part in split(range(len(before)), lengths, PREFILL_TOKENS[self.device.type]):
-                self._fill([before[i] for i in part])
-        return self.step(torch.tensor([int(p[-1]) for p in prompts], device=self.device))
+        self.slots = Slots(np.zeros(len(prompts), np.int64), self.device)
+        return self.join(prompts, [[n] for n in range(len(prompts))])
 
-    def _fill(self, prompts: Sequence[np.ndarray]) -> None:
-        """Encode prompts packed end to end, and put their keys and values into slots."""
-        ends = np.cumsum([len(ids) for ids in prompts])
-        starts = [int(end) - len(ids) for end, ids in zip(ends, prompts, strict=True)]
-        segments = tuple((a, int(b), 0, 0) for a, b in zip(starts, ends, strict=True) if b > a)
-        # Slot j of a row holds token j - (length - end); slots left of a prompt are masked.
-        index = torch.arange(self.slots.length) - self.slots.length + torch.from_numpy(ends)[:, None]
+    def join(self, prompts: Sequence[Ids], rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Encode prompts, each once for all of its ``rows``, whose sequences have ended (:meth:`retire`); a row for
+        each prompt, as of :meth:`start`."""
+        lengths = [len(prompt) for prompt in prompts]
+        self.slots.place([n for many in rows for n in many], np.repeat(lengths, [len(many) for many in rows]))
+        parts = split(range(len(prompts)), lengths, PREFILL_TOKENS[self.device.type])
+        return torch.cat([self._fill([prompts[i] for i in part], [rows[i] for i in part]) for part in parts])
+
+    def _fill(self, prompts: Sequence[Ids], rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Encode prompts packed end to end, and put their keys and values into slots; hidden states of their last
+        tokens."""
+        lengths = np.array([len(prompt) for prompt in prompts])
+        ends = np.cumsum(lengths)
+        segments = tuple((int(b - n), int(b), 0, 0) for n, b in zip(lengths, ends, strict=True))
+        # The last slots of a row hold the last tokens of its prompt; slots left of a short prompt are masked.
+        longest = int(lengths.max())
+        at = np.maximum(np.repeat(ends, [len(many) for many in rows])[:, None] + np.arange(-longest, 0), 0)
+        ids = np.concatenate([np.asarray(prompt, np.int64) for prompt in prompts])
+        positions = np.concatenate([np.arange(n) for n in lengths])
+        flat = np.array([n for many in rows for n in many])
         kernel = self.scorer.kernel
         gather = gather_plan(segments, self.device) if kernel == "varlen" else None
-        filling = Filling(self.slots, segments, index.clamp_(min=0).to(self.device), kernel, gather)
-        positions = np.concatenate([np.arange(len(ids)) for ids in prompts])
-        row = [torch.from_numpy(x).to(self.device) for x in (np.concatenate(prompts), positions)]
-        self._forward(*row, filling=filling)
+        on_device = [torch.from_numpy(x).to(self.device) for x in (ids, positions, flat, at, ends - 1)]
+        filling = Filling(self.slots, segments, on_device[2], on_device[3], kernel, gather)
+        return self._forward(*on_device[:2], filling=filling)[on_device[4]]
 
     def step(self, token_n: torch.Tensor) -> torch.Tensor:
+        self.slots.make_room()
         hidden = self._forward(token_n, self.slots.positions, slots=self.slots)
         self.slots.length += 1
         return hidden
@@ -114,8 +123,16 @@ class SlotDecoder(Decoder):
     def keep(self, index: torch.Tensor) -> None:
         self.slots.keep(index)
 
+    def retire(self, rows: IndexArray) -> None:
+        """The sequences of ``rows`` have ended: they may be stepped on, for nothing, until prompts :meth:`join`."""
+        self.slots.retire(rows)
+
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.scorer.logits(rows.to(self.scorer.dtype))
+        head, how = self.model.get_output_embeddings(), self.scorer.head
+        rows = rows.to(self.scorer.dtype)
+        if how.kind == "fused" and is_packed(head):
+            return transformed(head(rows), how.scale, how.softcap)
+        return self.scorer.logits(rows)
 
 
 class _OwnForward(Decoder):
@@ -174,7 +191,7 @@ class CacheDecoder(_OwnForward):
         return last
 
     def keep(self, index: torch.Tensor) -> None:
-        self.cache.reorder_cache(index)
+        self.cache.reorder_cache(index.to(self.device))
 
 
 class WholeDecoder(_OwnForward):
@@ -195,7 +212,7 @@ class WholeDecoder(_OwnForward):
         return last
 
     def keep(self, index: torch.Tensor) -> None:
-        self.ids = self.ids[index]
+        self.ids = self.ids[index.to(self.device)]
 
 
 def decoder_of(scorer: Scorer) -> tuple[type[Decoder], str | None]:

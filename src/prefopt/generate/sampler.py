@@ -162,6 +162,10 @@ FIRST_SORTED = 256
 """Likeliest tokens that are sorted first to find the top-p set, which usually suffices."""
 
 
+Step = int | torch.Tensor
+"""Tokens that a sample has already; or those of each sample, [n] (int64)."""
+
+
 class Choice(NamedTuple):
     """Tokens [n] with their log-probabilities, under the distribution drawn from and under the model."""
 
@@ -170,14 +174,16 @@ class Choice(NamedTuple):
     logp_n: torch.Tensor
 
 
-def choose(z: torch.Tensor, params: SamplingParams, key_n: torch.Tensor, step: int) -> Choice:
+def choose(z: torch.Tensor, params: SamplingParams, key_n: torch.Tensor, step: Step) -> Choice:
     """One token for each row of logits ``z`` [n, V] (float32 or float64), at ``step`` of samples with keys [n].
 
-    ``z`` may be overwritten: a second tensor of its size would double the memory of a step.
+    Without top-p, nothing waits for the device.
     """
     w = z
-    if step < params.min_new_tokens and params.stop:
-        w = z.index_fill(1, torch.tensor(params.stop, device=z.device), -math.inf)
+    if params.min_new_tokens and params.stop:
+        w, early = z.clone(), torch.as_tensor(step, device=z.device) < params.min_new_tokens
+        for stop in params.stop:
+            w[:, stop].masked_fill_(early, -math.inf)
     if params.temperature == 0:
         token_n = w.argmax(-1)
         logp_n = _at(z, token_n) - z.logsumexp(-1)
@@ -186,13 +192,13 @@ def choose(z: torch.Tensor, params: SamplingParams, key_n: torch.Tensor, step: i
         w = w / params.temperature
     w = _truncated(w, params)
     total_n = None if w is z else z.logsumexp(-1)
-    e = w.sub_(w.amax(-1, keepdim=True)).exp_()
+    e = w.softmax(-1)
     token_n, sums = _draw(e, key_n, step)
     sampling_logp_n = _at(e, token_n).log_() - sums.sum(-1).log_()
     return Choice(token_n, sampling_logp_n, sampling_logp_n if total_n is None else _at(z, token_n) - total_n)
 
 
-def _draw(e: torch.Tensor, key_n: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _draw(e: torch.Tensor, key_n: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
     """A token by weights ``e`` [n, V], in two stages of Gumbel-max: a block by its sum, a token of it. Returns tokens
     [n] and the sums of blocks [n, B]."""
     vocabulary = e.shape[1]
@@ -261,14 +267,15 @@ def key_of(seed: int, prompt: Ids, stream: int, sample: int) -> int:
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
-def gumbel(key_n: torch.Tensor, step: int, counter: torch.Tensor) -> torch.Tensor:
+def gumbel(key_n: torch.Tensor, step: Step, counter: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel numbers [n, m] for keys [n] (int64) at ``step``; ``counter`` [m] or [n, m], below 2**32."""
     return uniform(key_n, step, counter).log_().neg_().log_().neg_()
 
 
-def uniform(key_n: torch.Tensor, step: int, counter: torch.Tensor) -> torch.Tensor:
+def uniform(key_n: torch.Tensor, step: Step, counter: torch.Tensor) -> torch.Tensor:
     """Uniform numbers in (0, 1) [n, m], float64 with 53 bits (float32 with 24 where the device has no float64)."""
-    x = (counter + step * COUNTERS_PER_STEP + 1) * _GOLDEN + key_n[:, None]
+    first = (torch.as_tensor(step, device=key_n.device) * COUNTERS_PER_STEP + 1) * _GOLDEN  # modulo 2**64
+    x = counter * _GOLDEN + (first + key_n)[:, None]
     x = (x ^ _shifted(x, 30)) * _MIX1
     x = (x ^ _shifted(x, 27)) * _MIX2
     x = x ^ _shifted(x, 31)

@@ -1,26 +1,31 @@
 """The key-value cache of a batch of samples, and the attention function that reads and extends it.
 
-Every sample has a row of slots. Prompts are right-aligned, so that the tokens of one step go into the same slot of
-every row::
+Every sample has a row of slots. Sequences are right-aligned, so that the tokens of one step go into the same slot of
+every row, whatever their positions::
 
     slot     0  1  2  3 | 4  5 ...
     row 0    a  b  c  d | x  y          4 prompt tokens, position = slot
     row 1    .  .  e  f | z  w          2 prompt tokens, position = slot - 2
+    row 1    .  .  .  .   g  h | v      its sample has ended: another prompt takes its place, position = slot - 4
 
-Slots left of a prompt are masked. A step writes one slot and attends over all before it; the cache is copied only when
-its slots are used up or rows are removed.
+Slots left of a sequence are masked. A step writes one slot and attends over all before it. The cache is copied only
+when its slots are used up or rows are removed; then slots that no row uses any more are dropped. The host knows where
+every row starts and how many slots are used: no step waits for the device.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from prefopt.data.table import IndexArray
 from prefopt.errors import ModelError
 from prefopt.model.kernels.attention import refuse_foreign, shared_attention
 from prefopt.model.packing import Segment
@@ -39,78 +44,117 @@ KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 class Slots:
     """The cache of one batch: ``start`` [rows] is each row's first slot, ``length`` how many are used."""
 
-    start: torch.Tensor
-    length: int
+    start: IndexArray
+    device: torch.device
+    length: int = 0
     layers: dict[LayerCall, KeysAndValues] = field(default_factory=dict)
     called: Counter[int] = field(default_factory=Counter)
-    bias: torch.Tensor | None = None
+    _start: torch.Tensor | None = None
+    _bias: torch.Tensor | None = None
 
     @property
     def positions(self) -> torch.Tensor:
-        """The position [rows] of the next token."""
-        return self.length - self.start
+        """The position [rows] of the next token, on the device."""
+        if self._start is None:
+            self._start = torch.from_numpy(self.start).to(self.device)
+        return self.length - self._start
 
     def call_of(self, module: torch.nn.Module) -> LayerCall:
         """The key of this call of ``module``."""
         self.called[id(module)] += 1
         return id(module), self.called[id(module)]
 
-    def fill(self, layer: LayerCall, key: torch.Tensor, value: torch.Tensor, index: torch.Tensor) -> None:
-        """Add prompts as rows: ``index`` [rows, length] selects them from keys and values [heads, T, D]."""
-        key, value = key[:, index].transpose(0, 1), value[:, index].transpose(0, 1)
-        if (before := self.layers.get(layer)) is not None:
-            key, value = torch.cat([before[0], key]), torch.cat([before[1], value])
-        self.layers[layer] = key, value
+    def place(self, rows: Sequence[int], lengths: IndexArray) -> None:
+        """Sequences of these lengths take the place of what ``rows`` hold; :meth:`fill` brings their tokens."""
+        if (more := int(lengths.max()) - self.length) > 0:
+            self.start += more
+            self.length += more
+            self._copy_layers(slice(None), 0, more)
+        self.start[list(rows)] = self.length - lengths
+        self._moved()
+
+    def fill(
+        self, layer: LayerCall, key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor, at: torch.Tensor
+    ) -> None:
+        """Write placed sequences into ``rows`` [n]: ``at`` [n, longest] selects the tokens of their last slots from
+        keys and values [heads, T, D]."""
+        if layer not in self.layers:
+            room = self.length + GROWTH
+            empty = (x.new_zeros(len(self.start), len(x), room, x.shape[-1]) for x in (key, value))
+            self.layers[layer] = next(empty), next(empty)
+        first = self.length - at.shape[1]
+        for kept, new in zip(self.layers[layer], (key, value), strict=True):
+            kept[rows, :, first : self.length] = new[:, at].transpose(0, 1)
 
     def extend(self, layer: LayerCall, key: torch.Tensor, value: torch.Tensor) -> KeysAndValues:
         """Write the tokens of this step [rows, heads, D]; returns what they attend to [rows, heads, length + 1, D]."""
-        # Nothing was filled in for prompts of one token.
-        keys, values = self.layers.get(layer) or (key[:, :, None][:, :, :0], value[:, :, None][:, :, :0])
-        if keys.shape[2] <= self.length:
-            keys, values = (self._with_room(x[:, :, : self.length]) for x in (keys, values))
-            self.layers[layer] = keys, values
+        keys, values = self.layers[layer]
         keys[:, :, self.length] = key
         values[:, :, self.length] = value
         return keys[:, :, : self.length + 1], values[:, :, : self.length + 1]
 
+    def make_room(self) -> None:
+        """Make sure of a free slot; sequences may move."""
+        if self.layers and self.length >= next(iter(self.layers.values()))[0].shape[2]:
+            self._drop_unused(slice(None))
+
+    def retire(self, rows: IndexArray) -> None:
+        """What ``rows`` hold has ended: they count as empty, and may be stepped until others take their place."""
+        self.start[rows] = self.length
+        self._moved()
+
     def keep(self, index: torch.Tensor) -> None:
-        """Keep rows ``index``, in that order; a row may occur several times. Slots that no row uses are dropped."""
-        self.start = self.start[index]
-        unused = int(self.start.min())
-        for layer, kept in self.layers.items():
-            key, value = (self._with_room(x[index, :, unused : self.length]) for x in kept)
-            self.layers[layer] = key, value
+        """Keep rows ``index`` (on the CPU), in that order; a row may occur several times."""
+        self.start = self.start[index.numpy()]
+        self._drop_unused(index.to(self.device))
+
+    def _drop_unused(self, index: torch.Tensor | slice) -> None:
+        unused = min(int(self.start.min()), self.length)
+        self._copy_layers(index, unused, 0)
         self.start = self.start - unused
         self.length -= unused
-        self.bias = None
+        self._moved()
 
-    @staticmethod
-    def _with_room(x: torch.Tensor) -> torch.Tensor:
-        """The same slots followed by free ones."""
-        rows, heads, used, width = x.shape
-        larger = x.new_empty(rows, heads, used + max(GROWTH, used // 2), width)
-        larger[:, :, :used] = x
-        return larger
+    def _copy_layers(self, index: torch.Tensor | slice, first: int, before: int) -> None:
+        """Rows ``index`` from slot ``first`` on, after ``before`` empty slots and followed by free ones."""
+        used = self.length - before
+        for layer, (key, value) in self.layers.items():
+            moved = (_with_room(x[index, :, first:used], before) for x in (key, value))
+            self.layers[layer] = next(moved), next(moved)
+
+    def _moved(self) -> None:
+        self._start = self._bias = None
 
     def hidden(self, dtype: torch.dtype) -> torch.Tensor | None:
         """The mask [rows, 1, 1, length + 1] of slots before each row's start, to add to scores; None where all start
         at 0."""
-        if self.bias is None or self.bias.shape[-1] <= self.length:
-            slot = torch.arange(self.length + GROWTH, device=self.start.device)
-            before = slot < self.start[:, None]
-            zero = torch.zeros(before.shape, dtype=dtype, device=slot.device)
-            self.bias = zero.masked_fill_(before, float("-inf"))[:, None, None] if bool(before.any()) else zero[:0]
-        return self.bias[..., : self.length + 1] if len(self.bias) else None
+        if not self.start.any():
+            return None
+        if self._bias is None or self._bias.shape[-1] <= self.length:
+            before = np.arange(self.length + GROWTH) < self.start[:, None]
+            bias = torch.from_numpy(np.where(before, -np.inf, 0.0)).to(self.device, dtype)
+            self._bias = bias[:, None, None]
+        return self._bias[..., : self.length + 1]
+
+
+def _with_room(x: torch.Tensor, before: int) -> torch.Tensor:
+    """Slots [rows, heads, used, D] between ``before`` empty ones and free ones."""
+    rows, heads, used, width = x.shape
+    larger = x.new_empty(rows, heads, before + used + max(GROWTH, used // 2), width)
+    larger[:, :, :before] = 0  # a masked slot still counts 0 times its value, which must be a number
+    larger[:, :, before : before + used] = x
+    return larger
 
 
 @dataclass(slots=True)
 class Filling:
-    """Arguments of a forward pass over prompts packed end to end: ``segments`` of the row, ``index`` as in
+    """Arguments of a forward pass over prompts packed end to end: ``segments`` of the row, ``rows`` and ``at`` as in
     :meth:`Slots.fill`, ``gather`` for the scorer's variable-length kernel."""
 
     slots: Slots
     segments: tuple[Segment, ...]
-    index: torch.Tensor
+    rows: torch.Tensor
+    at: torch.Tensor
     kernel: str
     gather: dict[str, Any] | None
 
@@ -131,7 +175,7 @@ def slot_attention(
     Returns [1, T or rows, heads, D]. Raises :class:`ModelError` for arguments of a layer that are not supported.
     """
     if filling is not None:
-        filling.slots.fill(filling.slots.call_of(module), key[0], value[0], filling.index)
+        filling.slots.fill(filling.slots.call_of(module), key[0], value[0], filling.rows, filling.at)
         options |= {"prefix_segments": filling.segments, "prefix_kernel": filling.kernel}
         return shared_attention(module, query, key, value, attention_mask, prefix_gather=filling.gather, **options)
     if slots is None:
@@ -168,11 +212,13 @@ def _step_attention(
         out = F.scaled_dot_product_attention(grouped, seen_key, seen_value, bias, scale=scale)
         return out.reshape(1, rows, heads, -1)
     # For one query per row, two matrix products beat the CPU's flash kernel. They support caps and sinks.
-    scores = (grouped * scale) @ seen_key.transpose(-1, -2)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if bias is not None:
-        scores = scores + bias
+    if softcap is None:  # scale and mask within the product
+        flat, keys = grouped.reshape(-1, *grouped.shape[2:]), seen_key.flatten(0, 1).transpose(-1, -2)
+        added = query.new_zeros(1, 1, 1) if bias is None else bias.expand(-1, seen_key.shape[1], -1, -1).flatten(0, 1)
+        scores = torch.baddbmm(added, flat, keys, alpha=scale).unflatten(0, (rows, -1))
+    else:
+        scores = torch.tanh((grouped * scale) @ seen_key.transpose(-1, -2) / softcap) * softcap
+        scores = scores if bias is None else scores + bias
     scores = scores.to(torch.promote_types(query.dtype, torch.float32))
     if s_aux is not None:
         sink = s_aux.to(scores.dtype).view(1, scores.shape[1], scores.shape[2], 1).expand(len(scores), -1, -1, 1)
