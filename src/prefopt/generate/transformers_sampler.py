@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from prefopt.errors import ModelError
+from prefopt.errors import ModelError, first_line
 from prefopt.generate.decode import Decoder, WholeDecoder, decoder_of
 from prefopt.generate.sampler import Choice, Ids, ProgressCallback, Sample, SamplingParams, choose, key_of, occurrences
 from prefopt.model.architectures import attention_shapes, causal_model, context_length, vocabulary_size
-from prefopt.model.costs import count_generated, free_memory, halved
+from prefopt.model.costs import MEMORY_ERRORS, count_generated, free_memory, halved
 from prefopt.model.scorer import Scorer
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class TransformersSampler:
                 for ended, drawn in batch.steps():
                     all_ended, all_drawn = all_ended + ended, all_drawn + drawn
                     report(ended, drawn)
-            except RuntimeError as error:
+            except MEMORY_ERRORS as error:
                 total = len(batch.rows)
                 self.rows = rows = halved(error, total, 1, TOO_LARGE, batch.decoder.device)
                 log.warning("out of memory with %d samples at once: going on with %d", total, rows)
@@ -148,7 +148,11 @@ class TransformersSampler:
     def estimate_rows(self, tokens: int) -> int:
         """Rows of so many tokens each whose cache fits into :data:`CACHE_FRACTION` of the free memory."""
         device = next(self.scorer.model.parameters()).device
-        shapes = attention_shapes(causal_model(self.scorer.model).config)
+        try:
+            shapes = attention_shapes(causal_model(self.scorer.model).config)
+        except Exception as error:  # of any kind, from the model's configuration
+            log.warning("samples are not counted by their memory: %s", first_line(error))
+            return MAX_ROWS[device.type]
         held = sum(s.key_heads * (s.key_width + s.value_width) for s in shapes)
         row = max(1, held * tokens * self.scorer.dtype.itemsize)
         affordable = int(free_memory(device) * CACHE_FRACTION / (2 * row))  # twice: growing and compacting copy it

@@ -15,13 +15,16 @@ from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging as transformers_logging
 
+from prefopt.data.table import IndexArray
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.packing import PackedBatch, Segment
+from prefopt.transfer import on_device
 
 _SHAREABLE = {"full_attention", "sliding_attention", "sparse", "dense"}
 _NO_ATTENTION = ("linear_attention", "conv", "mamba", "recurrent")
@@ -284,7 +287,8 @@ class Routers:
         same model with other weights is scored before it."""
         device = batch.target.device
         wide = torch.float32 if device.type == "mps" else torch.float64
-        use_T = torch.cat([_responses_per_token(p.segments, len(p.ids)) for p in batch.passes]).to(device, wide)
+        use = np.concatenate([_responses_per_token(p.segments, len(p.ids)) for p in batch.passes])
+        use_T = on_device([use], device)[0].to(wide)
         parts = []
         for logits in calls:
             z_TE = torch.cat([x.flatten(0, -2) for x in logits[-len(batch.passes) :]]).to(wide)
@@ -311,9 +315,9 @@ def routers_of(model: torch.nn.Module) -> Routers:
     return Routers(modules, int(chosen), float(coefficient or 0.0))
 
 
-def _responses_per_token(segments: Sequence[Segment], tokens: int) -> torch.Tensor:
+def _responses_per_token(segments: Sequence[Segment], tokens: int) -> IndexArray:
     """How many responses contain each token of a row, [T]."""
-    use_T = torch.ones(tokens)
+    use_T = np.ones(tokens, np.int64)
     for _, _, start, length in segments:
         use_T[start : start + length] += 1
     return use_T

@@ -40,8 +40,13 @@ def resolve_device(name: str | None) -> torch.device:
     available = {"cuda": cuda and (device.index or 0) < torch.cuda.device_count(), "mps": mps, "cpu": True}
     if not available.get(device.type, False):
         raise ConfigError(f"--device {name}: this machine has no such device; leave --device out to use what it has")
+    return made_current(device)
+
+
+def made_current(device: torch.device) -> torch.device:
+    """``device``, which kernels and libraries that ask for the current GPU get from now on."""
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # kernels and libraries that ask for the current device mean this one
+        torch.cuda.set_device(device)
     return device
 
 

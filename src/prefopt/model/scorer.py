@@ -117,9 +117,9 @@ class PackedModel(torch.nn.Module):
             shapes = attention_shapes(causal_model(self.model).config)
         except Exception:  # of any kind, from the model's configuration
             return
-        fitting = [s for s in shapes if s.key_width == s.value_width <= varlen.WIDEST and s.key_width % 8 == 0]
+        fitting = [s for s in shapes if max(s.key_width, s.value_width) <= varlen.WIDEST]
         windows = [s.window for s in fitting if s.window is not None]
-        heads = sorted({(s.heads, s.key_heads, s.key_width) for s in fitting})
+        heads = sorted({(s.heads, s.key_heads, varlen.padded_width(s.key_width, s.value_width)) for s in fitting})
         flash.activate(device, self.dtype, heads, min(windows, default=None))
 
     def compile_layers(self, *, backend: str = "inductor") -> str:
@@ -286,10 +286,8 @@ class Scorer(PackedModel):
     def forward(self, batch: PackedBatch, request: ScoreRequest | None = None) -> torch.Tensor | TokenScores:
         """Log-probability [M] of every scored token, float32 (float64 for a float64 model); more with ``request``."""
         head, how = self._head_module(), self.head
-        if how.kind == "model":
-            hidden = self._own_logits(batch)
-        else:  # Mamba ends with its residual in float32, whatever its weights are in
-            hidden = self.hidden(batch).index_select(0, batch.read).to(self.dtype)
+        # Mamba ends with its residual in float32, whatever its weights are in.
+        hidden = self._own_logits(batch) if how.kind == "model" else batch.read_from(self.hidden(batch)).to(self.dtype)
         fused, squares = how.kind == "fused", request is not None and request.squares
         options = {"bias": head.bias, "scale": how.scale, "softcap": how.softcap} if fused else {}
         if request is not None and request.reference is not None:

@@ -22,7 +22,7 @@ from prefopt.data.group import Group
 from prefopt.data.table import GroupTable, IndexArray
 from prefopt.errors import ConfigError, RunError, first_line
 from prefopt.model.architectures import causal_model
-from prefopt.model.costs import free_memory, halved, out_of_memory, peak_memory
+from prefopt.model.costs import MEMORY_ERRORS, MemoryFailure, free_memory, halved, out_of_memory, peak_memory
 from prefopt.model.flops import FlopCount, matmul_peak
 from prefopt.model.kernels.head import KEEP_BYTES
 from prefopt.model.packing import PackedBatch
@@ -82,7 +82,7 @@ def largest_batch(costs: IndexArray, token_budget: int) -> list[int]:
     return taken
 
 
-def smaller_budget(error: RuntimeError, tokens: int, what: str, largest: int, device: torch.device) -> int:
+def smaller_budget(error: MemoryFailure, tokens: int, what: str, largest: int, device: torch.device) -> int:
     """Half of ``tokens``, at least the ``largest`` group's, after ``error``; see :func:`prefopt.model.costs.halved`."""
     too_large = (
         f"{what}: one group of {largest} tokens does not fit into the device's memory; give"
@@ -129,7 +129,7 @@ def try_largest(
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             return token_budget, sum(p.tokens for p in found.packed) / (time.monotonic() - started)
-        except RuntimeError as error:
+        except MEMORY_ERRORS as error:
             if differentiator.lockstep and out_of_memory(error):
                 raise fatal_in_shards("the largest batch", token_budget) from error
             token_budget = smaller_budget(error, token_budget, "the largest batch", int(costs.max()), device)

@@ -10,7 +10,7 @@ import torch
 
 from prefopt.config.training import RunOptions
 from prefopt.errors import RunError
-from prefopt.model.costs import out_of_memory
+from prefopt.model.costs import MEMORY_ERRORS, out_of_memory
 from prefopt.model.precision import MasterWeights
 from prefopt.parallel.gradients import clip_
 
@@ -78,7 +78,7 @@ class Network:
             group["lr"] = self.schedule(step)
         try:
             self.optimizer.step()
-        except RuntimeError as error:
+        except MEMORY_ERRORS as error:
             if not out_of_memory(error):
                 raise
             raise RunError(
