@@ -43,6 +43,7 @@ from prefopt.model.kernels.head import (
 )
 from prefopt.model.kernels.head_class import Head, head_of
 from prefopt.model.kernels.shared import segments_tensor
+from prefopt.model.offload import HostActivations
 from prefopt.model.packing import ForwardPass, PackedBatch, PackLayout
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class PackedModel(torch.nn.Module):
         self.outer_weights: Callable[[], AbstractContextManager[None]] = nullcontext  # set by weights in shards
         self.most_passes: Callable[[int], int] | None = None
         """Where every pass must be made by all ranks (shards): the largest of their numbers of passes."""
+        self.offload: HostActivations | None = None  # set where activations wait for backward in host memory
         # All configurations that a layer may read: the model's, its text part's, and those of inner models.
         configs = [causal.config, config, *(m.config for m in causal.modules() if isinstance(m, PreTrainedModel))]
         self._configs = list({id(c): c for c in configs}.values())
@@ -243,7 +245,8 @@ class PackedModel(torch.nn.Module):
                 extra["prefix_segments"] = segments_tensor(row.segments)
             elif kernel == "varlen":
                 extra["prefix_gather"] = gather_plan(row.segments, row.ids.device)
-        with compiled.settings() if compiled is not None else nullcontext():
+        saving = self.offload.saving() if self.offload is not None and torch.is_grad_enabled() else nullcontext()
+        with compiled.settings() if compiled is not None else nullcontext(), saving:
             out = body(input_ids=row.ids[None], use_cache=False, return_dict=True, **extra)
         return cast(torch.Tensor, out.last_hidden_state[0])
 

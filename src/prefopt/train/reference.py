@@ -339,7 +339,7 @@ class ReferencePlan:
         # Remembered, since a resumed run must pack as the first one did to give the same bits.
         folder = self.run.folder
         tokens = folder.record.get("scoring_budget") or SCORING_AHEAD * (
-            self.run.config.token_budget or estimate(scorer, self.groups, checkpointing=False, still_to_come=0)
+            self.run.config.token_budget or estimate(scorer, self.groups)
         )
         tokens = self.run.world.smallest(tokens)
         folder.remember(scoring_budget=tokens)

@@ -275,8 +275,9 @@ class Trainer:
         """Metrics, loss and gradient norms of an update, and its work; gradients become those of all ranks."""
         networks = {"grad_norm" if n is self.policy else f"grad_norm/{name}": n for name, n in self.networks.items()}
         for network in networks.values():
+            network.weights.settle()
             sum_gradients(self.world, network.weights.masters.values())
-        norms = {name: grad_norm(n.weights.masters.values()) for name, n in networks.items()}
+        norms = {name: grad_norm(n.weights.masters.values()).to(self.device) for name, n in networks.items()}
         if self.world.alone:
             record = found.sums.means(norms)
             work = {}  # counted when the clock has stopped

@@ -24,6 +24,7 @@ from transformers import AttentionInterface
 from prefopt.data.table import ranges
 from prefopt.errors import ModelError
 from prefopt.model.kernels import flash_cpu, flex, plain, varlen
+from prefopt.model.kernels.device import kind_of
 from prefopt.model.kernels.gather import occurrences
 from prefopt.model.kernels.plain import visible_keys
 from prefopt.model.kernels.shared import KERNELS, How, Kernel, attention_by, compiled_attention
@@ -61,11 +62,11 @@ def kernel_for(device: torch.device, dtype: torch.dtype, preference: str = "auto
     """The kernel for ``device`` and ``dtype``; ``preference`` ``loop`` forces the plain one."""
     if preference == "loop":
         return "loop"
-    if device.type == "cpu":
+    if kind_of(device) == "cpu":
         return "flash-cpu"
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+    if kind_of(device) != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "loop"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "loop"
     return "varlen" if has_varlen() else "flex"
 
@@ -107,6 +108,8 @@ def shared_attention(
     if isinstance(prefix_segments, Tensor):
         kernel = "loop" if prefix_kernel == "flex" else prefix_kernel
         out = compiled_attention(kernel, prefix_segments, *row, how)[None]
+    elif prefix_kernel == "flex" and query.is_meta:  # memory is counted; both kernels keep the same
+        out = attention_by("loop", prefix_segments, *row, how)[None]
     elif prefix_kernel == "flex" and flex.usable():
         out = flex.attend(query, key, value, flex.flex_plan(prefix_segments, query.device), how, s_aux)
     elif prefix_kernel in ("varlen", "flash-cpu"):

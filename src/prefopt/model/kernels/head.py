@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from prefopt.model.kernels.device import kind_of
 from prefopt.model.kernels.head_device import aligned, fused_head, tiles
 
 KEEP_BYTES = 256 * 2**20
@@ -156,7 +157,7 @@ def transformed(z: Tensor, scale: float, softcap: float | None) -> Tensor:
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Logits [rows, V], accumulated in float32 or float64 where the device can."""
-    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
+    if kind_of(hidden.device) == "cuda" and hidden.dtype in (torch.bfloat16, torch.float16):
         if len(weight) % 8 == 0:
             z = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
         else:
