@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from model.oracle import groups_of_every_kind
+from model.test_memory import peak_of_allocator
 from prefopt.model.adapter import new_lora
 from prefopt.model.architectures import checkpoint_activations
 from prefopt.model.memory import Blueprint
-from prefopt.model.offload import HostActivations
+from prefopt.model.offload import HostActivations, _Block
 from prefopt.model.packing import pack
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer, response_sums
@@ -90,3 +92,31 @@ def test_the_device_holds_little_of_what_is_offloaded(checkpointed: bool) -> Non
     scorer.offload = HostActivations(scorer, smallest=1024)
     away = Blueprint.of(scorer).count(GROUPS)
     assert away.kept < 0.5 * here.kept and away.peak < here.peak
+
+
+class _Elsewhere(HostActivations):
+    """Blocks of the CPU in memory of numpy, which torch's allocator does not count."""
+
+    def _moved(self, index: int, storage: torch.UntypedStorage) -> _Block:
+        if storage.device.type == "meta":
+            return super()._moved(index, storage)
+        block = _Block(index, storage.device, storage.nbytes(), None)
+        block.host = np.array(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())  # type: ignore[assignment]
+        return block
+
+    def _fetch(self, block: _Block) -> None:
+        super()._fetch(block) if block.host is None else _fill(block)
+
+
+def _fill(block: _Block) -> None:
+    block.loaded = torch.empty(block.size, dtype=torch.uint8)
+    block.loaded.numpy()[:] = block.host
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_what_is_left_on_the_device_is_what_was_counted(checkpointed: bool) -> None:
+    scorer, _ = scorer_of(torch.float32, lora=False, checkpointed=checkpointed, num_hidden_layers=12)
+    scorer.offload = _Elsewhere(scorer, smallest=1024)
+    states = 12 * torch.get_rng_state().nbytes if checkpointed else 0  # kept for each layer, of the host by itself
+    counted = Blueprint.of(scorer).count(GROUPS)
+    assert counted.peak == pytest.approx(peak_of_allocator(scorer, GROUPS) - states, rel=0.02)

@@ -1,8 +1,8 @@
 """Memory of a training pass, counted before it is made.
 
 The model's own code is run on ``meta`` tensors, which have shapes and no contents: forward and backward, head and all,
-with adapters, checkpointing and offloading as they are, for each kind of layer at most twice. What every layer keeps
-for backward and needs for a moment is read off, and added up for the whole depth::
+with adapters, checkpointing and offloading as they are, for two layers of each kind, and a few more with offloading.
+What every layer keeps for backward and needs for a moment is read off, and added up for the whole depth::
 
     peak = embedded + max( layers before + forward pass of the next,  all layers + head,
                            layers up to the i-th + backward pass of the i-th,  embedding's backward pass )
@@ -32,6 +32,7 @@ from prefopt.data.group import Group
 from prefopt.model.architectures import causal_model
 from prefopt.model.costs import uncounted
 from prefopt.model.kernels.device import meta_as
+from prefopt.model.offload import AHEAD
 from prefopt.model.packing import pack
 from prefopt.model.placeholders import is_placeholder
 from prefopt.model.precision import MasterWeights
@@ -52,12 +53,15 @@ class LiveBytes(TorchDispatchMode):
         self.marks: dict[str, tuple[int, int]] = {}
         """By name: bytes live at the mark, and the most since the mark before."""
         self._known: set[int] = set()
+        self._awaited: str | None = None
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # True would import torch's compiler, which takes seconds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._awaited is not None:
+            self.mark(self._awaited)
         out = func(*args, **(kwargs or {}))
         if any(result.alias_info is not None for result in func._schema.returns):
             return out  # a view, or written in place
@@ -81,9 +85,15 @@ class LiveBytes(TorchDispatchMode):
 
     def mark(self, name: str) -> None:
         """Begin another phase."""
+        self._awaited = None
         if name not in self.marks:  # layers run again to be differentiated
             self.marks[name] = (self.live, self.peak)
             self.peak = self.live
+
+    def mark_next(self, name: str) -> None:
+        """Begin another phase with the next operation, when the arguments of the functions that end here are gone."""
+        if name not in self.marks:
+            self._awaited = name
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +128,7 @@ class Blueprint:
         its device. Raises :class:`ValueError` where it cannot be counted."""
         if is_quantised(scorer.model):
             raise ValueError("packed weights have no kernels without contents")
-        like, taken = _alike(scorer.model)
+        like, taken = _alike(scorer.model, 2 if scorer.offload is None else 2 + AHEAD)
         twin = _without_contents(scorer, taken)
         kind = kind or next(scorer.model.parameters()).device.type
         return cls(twin, tuple(like), kind, dtype or scorer.dtype)
@@ -179,9 +189,9 @@ def _marked(twin: PackedModel, live: LiveBytes) -> Iterator[None]:
     def reached(name: str, before: str) -> Callable[..., None]:
         def hook(module: Any, args: Any, out: Any) -> None:
             hidden = out[0] if isinstance(out, tuple) else out
-            if f"{name}" not in live.marks and isinstance(hidden, Tensor) and hidden.requires_grad:
+            if name not in live.marks and isinstance(hidden, Tensor) and hidden.requires_grad:
                 hidden.register_hook(lambda _: live.mark(before))
-            live.mark(name)
+            live.mark_next(name)
 
         return hook
 
@@ -242,9 +252,10 @@ def _layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     raise ValueError(f"{type(causal).__name__} has no list of {count} layers")
 
 
-def _alike(model: torch.nn.Module) -> tuple[list[int], list[int]]:
-    """For every layer the number of a layer like it, of those taken; and the places of these: the first two of each
-    kind, since the first layer of all has fewer gradients to compute."""
+def _alike(model: torch.nn.Module, few: int) -> tuple[list[int], list[int]]:
+    """For every layer the number of a layer like it, of those taken; and the places of these: the first ``few`` of each
+    kind. Two at least, since the first layer of all has fewer gradients to compute; more where what layers have saved
+    comes back ahead of its use, from as many layers as it may be saved in."""
     kinds = getattr(causal_model(model).config.get_text_config(), "layer_types", None)
     places: dict[Any, list[int]] = {}
     layers = _layers(model)
@@ -253,7 +264,7 @@ def _alike(model: torch.nn.Module) -> tuple[list[int], list[int]]:
         shapes = tuple((n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in layer.named_parameters())
         keys.append((kinds[i] if kinds else "", shapes))
         some = places.setdefault(keys[-1], [])
-        if len(some) < 2:
+        if len(some) < few:
             some.append(i)
     taken = sorted(i for some in places.values() for i in some)
     number = {place: n for n, place in enumerate(taken)}
