@@ -13,7 +13,7 @@ from model.architectures import build
 from prefopt.config.training import RunOptions
 from prefopt.model.adapter import new_lora
 from prefopt.model.architectures import checkpoint_activations
-from prefopt.model.kernels.head import head_of
+from prefopt.model.kernels.head_class import head_of
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer
 from prefopt.train.optim import Network
