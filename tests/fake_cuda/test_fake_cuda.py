@@ -1,4 +1,4 @@
-"""Runs traces.py and steps.py in a process of their own: the fake device has to be there before torch is."""
+"""Runs traces.py, steps.py and loads.py in a process of their own: the fake device has to be there before torch is."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(*arguments: str, timeout: int) -> None:
 
 @pytest.mark.timeout(600)
 def test_the_quick_ones() -> None:
-    run("-m", "not slow", str(HERE / "traces.py"), str(HERE / "steps.py"), timeout=600)
+    run("-m", "not slow", *(str(HERE / f"{name}.py") for name in ("traces", "steps", "loads")), timeout=600)
 
 
 @pytest.mark.slow
