@@ -19,6 +19,7 @@ import torch
 
 from prefopt.data.group import Group
 from prefopt.data.table import GroupTable, IndexArray
+from prefopt.model.kernels.device import kind_of
 from prefopt.model.kernels.gather import Sums, gathered, occurrences
 from prefopt.transfer import on_device
 
@@ -65,7 +66,7 @@ class PackedBatch:
             return self
         numbers = (self.read, self.target, self.owner, self.length, self.last)
         inputs = [x for p in self.passes for x in (p.ids, p.positions)]
-        pairs = occurrences(self.read.numpy()) if device.type == "cuda" else []
+        pairs = occurrences(self.read.numpy()) if kind_of(device) == "cuda" else []
         arrays = [x.numpy() for x in (*inputs, *numbers)] + [x for pair in pairs for x in pair]
         there = iter(on_device(arrays, device))
         passes = tuple(ForwardPass(next(there), next(there), p.segments) for p in self.passes)

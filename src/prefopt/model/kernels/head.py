@@ -305,7 +305,7 @@ class HeadGradients:
 
 def _narrowed(slope: Tensor, dtype: torch.dtype) -> Tensor:
     """A tile [rows, V] in ``dtype``."""
-    if slope.is_cuda and slope.shape[1] % 8:
+    if kind_of(slope.device) == "cuda" and slope.shape[1] % 8:
         return aligned(slope.shape[0], slope.shape[1], dtype, slope.device).copy_(slope)
     return slope.to(dtype)
 
