@@ -1,4 +1,4 @@
-"""Runs traces.py, steps.py and loads.py in a process of their own: the fake device has to be there before torch is."""
+"""Runs the other modules of this folder in a process of their own: the fake device has to be there before torch is."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def run(*arguments: str, timeout: int) -> None:
 
 @pytest.mark.timeout(600)
 def test_the_quick_ones() -> None:
-    run("-m", "not slow", *(str(HERE / f"{name}.py") for name in ("traces", "steps", "loads")), timeout=600)
+    run("-m", "not slow", *(str(HERE / f"{name}.py") for name in ("traces", "steps", "loads", "counted")), timeout=600)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize("which", ["traces", "steps"])
+@pytest.mark.parametrize("which", ["traces", "steps", "counted"])
 def test_all_others(which: str) -> None:
     run("-m", "slow", str(HERE / f"{which}.py"), timeout=3000)

@@ -118,6 +118,20 @@ def test_other_architectures_are_counted(name: str) -> None:
     assert counted.peak == pytest.approx(peak_of_allocator(scorer, groups), rel=0.1)
 
 
+def test_adapters_on_experts_are_counted() -> None:
+    """PEFT switches autocasting off around their weights, which torch refuses for tensors without contents."""
+    model: Any = new_lora(
+        build("mixtral", torch.bfloat16).requires_grad_(False), rank=4, alpha=8, dropout=0.0, targets=None
+    )
+    assert any("experts" in name for name, weight in model.named_parameters() if weight.requires_grad)
+    scorer, autocast = Scorer(model), torch.autocast
+    MasterWeights(model, torch.bfloat16)
+    groups = groups_of(2, 40, 30)
+    counted = Blueprint.of(scorer.train()).count(groups)
+    assert counted.peak == pytest.approx(peak_of_allocator(scorer, groups), rel=0.1)
+    assert torch.autocast is autocast
+
+
 def test_a_reward_model_is_counted() -> None:
     from transformers import LlamaConfig, LlamaForSequenceClassification
 

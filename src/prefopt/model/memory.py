@@ -213,8 +213,21 @@ def _marked(twin: PackedModel, live: LiveBytes) -> Iterator[None]:
 
 
 class _AsOnDevice(TorchFunctionMode):
-    """What ``meta`` has not: scaled dot-product attention by a fused kernel, and answers of tensors. Models ask whether
-    a row is one sequence (it is) and whether it holds a pad token (no)."""
+    """What ``meta`` has not: scaled dot-product attention by a fused kernel, answers of tensors, and autocasting, which
+    adapters on experts switch off. Models ask whether a row is one sequence (it is) and whether it holds a pad token
+    (no)."""
+
+    def __enter__(self) -> Any:
+        self._autocast = torch.autocast
+        torch.autocast = self._autocast_of_host  # type: ignore[misc, assignment]
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        torch.autocast = self._autocast  # type: ignore[misc]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def _autocast_of_host(self, device_type: str, *given: Any, **options: Any) -> torch.autocast:
+        return self._autocast("cpu" if device_type == "meta" else device_type, *given, **options)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
