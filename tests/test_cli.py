@@ -234,6 +234,7 @@ def test_every_option_of_the_command_line_reaches_the_config(ran: list[dict[str,
         "eval_data": "e",
         "track": "wandb",
         "data_weights": "2",
+        "offload": "optimizer",
         "loss": "ipo",
     }
     company = {

@@ -84,3 +84,20 @@ def test_logits_are_made_as_the_scorer_makes_them(monkeypatch: pytest.MonkeyPatc
         weight = scorer.model.lm_head.weight  # type: ignore[union-attr]
         assert torch.equal(found, (hidden.float() @ weight.float().t()) * (1 / 3.0))  # type: ignore[operator]
     assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", SEPARATE)
+def test_so_are_those_of_a_models_own_cache(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = Scorer(build(name, torch.bfloat16))
+    kind, _ = decoder_of(scorer)
+    assert kind is CacheDecoder
+    monkeypatch.setattr(
+        "prefopt.model.scorer.head_logits", lambda hidden, weight, bias: hidden.float() @ weight.float().t()
+    )
+    decoder, prompts = kind(scorer), draw(9, 9)
+    with torch.no_grad(), scorer.attention_by(decoder.hook):
+        decoder.start(prompts)
+        found = decoder.logits(decoder.step(torch.tensor([5, 6])))
+        expected = torch.stack([own_logits(scorer, [*p, t]) for p, t in zip(prompts, (5, 6), strict=True)]).float()
+    assert (found != found.bfloat16().float()).any(), "rounded to bfloat16"
+    assert float((found - expected).abs().max() / expected.abs().max()) < 0.05

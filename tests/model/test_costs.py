@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import numpy as np
+import pytest
 import torch
 
+from model.architectures import build
 from prefopt.data.group import Group
 from prefopt.generate.sampler import SamplingParams
-from prefopt.generate.transformers_sampler import TransformersSampler
+from prefopt.generate.transformers_sampler import MAX_ROWS, TransformersSampler
 from prefopt.model.check import check_scoring
-from prefopt.model.costs import combine_costs, count_costs, out_of_memory, uncounted
+from prefopt.model.costs import MEMORY_ERRORS, combine_costs, count_costs, halved, out_of_memory, uncounted
 from prefopt.model.packing import pack
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer
@@ -81,6 +84,16 @@ def test_parts_add_up_and_memory_is_the_largest() -> None:
     assert combine_costs([]) == {}
 
 
+def test_a_cache_that_cannot_be_estimated_does_not_end_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raising(config: object) -> list[object]:
+        raise ValueError("head_dim differs by layer")
+
+    sampler = TransformersSampler(Scorer(build("llama", torch.float32)))
+    assert sampler.estimate_rows(10**9) == 1
+    monkeypatch.setattr("prefopt.generate.transformers_sampler.attention_shapes", raising)
+    assert sampler.estimate_rows(10**9) == MAX_ROWS["cpu"]
+
+
 def test_out_of_memory_is_recognised() -> None:
     for error in (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -89,9 +102,31 @@ def test_out_of_memory_is_recognised() -> None:
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: not enough memory: you tried"),
         RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB)"),
+        RuntimeError("HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`"),
+        RuntimeError("level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
         MemoryError(),
     ):
         assert out_of_memory(error), error
     for error in (RuntimeError("shape mismatch"), ValueError("out of memory"), KeyError("x")):
         assert not out_of_memory(error), error
+
+
+def test_what_an_error_holds_is_free_before_the_work_is_repeated() -> None:
+    class Activations:
+        pass
+
+    held: list[weakref.ref[Activations]] = []
+
+    def forward() -> None:
+        activations = Activations()
+        held.append(weakref.ref(activations))
+        raise MemoryError
+
+    try:
+        forward()
+    except MEMORY_ERRORS as error:
+        assert held[0]() is not None
+        assert halved(error, 8, 1, "too large", torch.device("cpu")) == 4
+        assert held[0]() is None

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.attention as registry
 
-from model import varlen_stand_in
+from model import flash as stand_in
 from model.architectures import build
 from prefopt.model import scorer as scorer_module
 from prefopt.model.kernels import flash
@@ -30,6 +30,7 @@ class Handle:
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """A device of capability 9 whose FA3 is plain arithmetic; yields how often it was switched on."""
+    stand_in.register()
     switched: list[str] = []
 
     def register(*_: Any) -> Handle:
@@ -61,7 +62,7 @@ def test_the_best_one_is_switched_on_and_named(hopper: list[str], monkeypatch: p
 def test_one_that_is_wrong_is_switched_off(
     hopper: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(varlen_stand_in.FAULTS, "gradients", 1.1)
+    monkeypatch.setitem(stand_in.FAULTS, "gradients", 1.1)
     with caplog.at_level(logging.WARNING, logger="prefopt"):
         for _ in range(2):
             scorer = Scorer(build("llama", torch.bfloat16))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,10 @@ from prefopt.model.kernels.head_device import fused_error
 from prefopt.model.packing import pack
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer
+from prefopt.train.batch import Batch
+from prefopt.train.objective import PreferenceObjective
+from prefopt.train.step import Differentiator
+from train.ranked import columns_for, mixed, pairs_only, terms
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -123,18 +128,41 @@ def test_the_load_check_passes_on_the_device(dtype: torch.dtype) -> None:
     assert check_scoring(scorer, groups_of_every_kind()).clone_error is not None
 
 
-def test_no_step_of_a_micro_batch_waits_for_the_device() -> None:
+@pytest.mark.parametrize("name", ["dpo", "ld_dpo", "plackett_luce"])
+def test_gradients_of_a_batch_are_computed_without_a_wait_for_the_device(name: str) -> None:
+    """From packing to backward, with several micro-batches. tests/fake_cuda has all losses, without a GPU."""
+    chosen = terms(f"{name}:1")
+    groups = list((pairs_only if chosen[0].loss.kind == "pairs" else mixed)(6))
+    sizes = Batch(groups)
+    zeros = {"ref_logp_N": np.zeros(len(sizes.length_N)), "ref_logp_M": np.zeros(int(sizes.length_N.sum()), np.float32)}
     model = build("llama", torch.float32).to(CUDA)
-    MasterWeights(model, torch.bfloat16)
-    scorer = Scorer(model)
-    batch = pack(GROUPS[:3], scorer.layout).to(CUDA)
-    scorer(batch).sum().backward()  # what is allocated once
+    masters = MasterWeights(model, torch.bfloat16)
+    objective = PreferenceObjective(chosen, device=CUDA)
+    differentiator = Differentiator(Scorer(model), objective)
+    columns = {**columns_for(chosen)(groups), **zeros}
+    differentiator.gradients(Batch(groups, columns), 60)  # what is allocated once
+    first = {weight: master.grad.clone() for weight, master in masters.masters.items() if master.grad is not None}
+    masters.zero_grad()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        scorer(batch).sum().backward()
+        differentiator.gradients(Batch(groups, columns), 60)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert first.keys() == masters.masters.keys()
+    for weight, grad in first.items():
+        torch.testing.assert_close(masters.masters[weight].grad, grad)
+
+
+def test_a_batch_arrives_as_it_was_packed() -> None:
+    here = pack(GROUPS)
+    there = here.to(CUDA)
+    for field in ("read", "target", "owner", "length", "last"):
+        assert torch.equal(getattr(there, field).cpu(), getattr(here, field)), field
+    for before, after in zip(here.passes, there.passes, strict=True):
+        assert torch.equal(after.ids.cpu(), before.ids) and torch.equal(after.positions.cpu(), before.positions)
+    states = torch.randn(here.tokens, 8, dtype=torch.bfloat16)
+    assert torch.equal(there.read_from(states.to(CUDA)).cpu(), here.read_from(states))
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from hub import Hub, prefopt
 from model.architectures import build
@@ -188,6 +189,19 @@ def test_devices_and_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     for native, taken in [(True, torch.bfloat16), (False, torch.float32)]:
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
         assert resolve_dtype("auto", CPU) == taken
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError()], ids=repr
+)
+def test_a_model_that_is_too_large_names_the_remedy(
+    error: Exception, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    assert message(saved).endswith(": does not fit into the memory; give --quantise nf4 or a smaller model")
 
 
 @pytest.mark.parametrize(

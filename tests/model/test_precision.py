@@ -16,7 +16,7 @@ from prefopt.data.group import Group
 from prefopt.losses.pairs import dpo
 from prefopt.model.adapter import new_lora
 from prefopt.model.packing import pack
-from prefopt.model.precision import MasterWeights, freeze_and_cast
+from prefopt.model.precision import MasterWeights, freeze_and_cast, made_current, resolve_device
 from prefopt.model.scorer import Scorer, response_sums
 from prefopt.parallel.gradients import clip_, grad_norm
 from prefopt.train.optim import adamw
@@ -207,3 +207,15 @@ def test_a_frozen_model_computes_as_the_trained_one_does() -> None:
             values.append(scorer(pack(groups, scorer.layout)))
     assert torch.equal(*values)
     assert not any(p.requires_grad for p in reference.parameters())
+
+
+def test_a_gpu_by_its_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    second = torch.device("cuda", 1)
+    assert resolve_device("cuda:1") == second
+    assert resolve_device("cuda") == torch.device("cuda")
+    assert made_current(second) == second, "of a model given in Python"
+    assert current == [second, second]

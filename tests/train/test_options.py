@@ -328,6 +328,18 @@ def compile_layers(place: Place) -> None:
     assert compiled_calls() == compiled_calls(compile="off") == 0
 
 
+def optimizer(place: Place) -> None:
+    """Moments of larger matrices in 8 bits move the weights a little differently; tests/train/test_memory.py."""
+    with pytest.raises(ConfigError, match="--optimizer paged-adamw-8bit needs"):
+        place.run(optimizer="paged-adamw-8bit", dtype="float32")
+
+
+def offload(place: Place) -> None:
+    """Bits, and what stays on the device: tests/train/test_memory.py and tests/model/test_offload.py."""
+    with pytest.raises(ConfigError, match="--offload optimizer: the cpu computes in host memory"):
+        place.run(offload=["optimizer"])
+
+
 def attention(place: Place) -> None:
     kernels = []
     with pytest.MonkeyPatch.context() as patch:
@@ -440,6 +452,8 @@ SHOWN: dict[str, Callable[[Place], None]] = {
     "threads": threads,
     "token_budget": token_budget,
     "gradient_checkpointing": gradient_checkpointing,
+    "optimizer": optimizer,
+    "offload": offload,
     "attention": attention,
     "compile": compile_layers,
     "seed": seed,

@@ -85,7 +85,7 @@ def _metavar(o: Option) -> str:
     if list[str] in o.kinds:
         return f"{name} [{name} ...]"
     if bool in o.kinds:
-        return "[true|false]"
+        return f"[{'|'.join(('true', 'false', *o.choices))}]"
     if o.choices and len(o.kinds) == 1:
         return "{" + ",".join(o.choices) + "}"
     return "N" if int in o.kinds else "X" if float in o.kinds else name

@@ -19,6 +19,7 @@ LORA_RANK, LORA_ALPHA_PER_RANK, LORA_DROPOUT = 16, 2, 0.0
 FILLED = {"lora_rank": LORA_RANK, "lora_alpha": LORA_ALPHA_PER_RANK * LORA_RANK, "lora_dropout": LORA_DROPOUT}
 ADAPTER_SHAPE = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
+OFFLOADS = ("optimizer", "activations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +212,11 @@ class RunOptions(MachineOptions, ProgressOptions):
     adam_beta1: float = option(0.9, "AdamW's decay of the mean", at_least=0, below=1)
     adam_beta2: float = option(0.999, "AdamW's decay of the square", at_least=0, below=1)
     adam_epsilon: float = option(1e-8, "AdamW's epsilon", above=0)
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = option(
+        "adamw",
+        "adamw-8bit: AdamW with moments in 8 bits, 2 bytes of state for a weight and not 8; paged-adamw-8bit: its"
+        ' moments move to host memory where a GPU is full. Both need pip install "prefopt[quantise]"',
+    )
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; a huge number clips nothing", above=0)
 
     output: str = option(help="folder for the model, its card and the metrics", group="output")
@@ -234,8 +240,16 @@ class RunOptions(MachineOptions, ProgressOptions):
         default_text="estimated from memory, then measured",
         at_least=1,
     )
-    gradient_checkpointing: bool = option(
-        False, "recompute activations in the backward pass: less memory, about a third slower"
+    gradient_checkpointing: bool | Literal["auto"] = option(
+        "auto",
+        "recompute activations in the backward pass: less memory, about a third slower, the same result; auto: where"
+        " too few tokens fit without",
+    )
+    offload: list[str] | None = option(
+        None,
+        "keep in host memory, of one GPU: optimizer (float32 weights, gradients and optimiser state), activations"
+        " (between forward and backward pass), or both",
+        default_text="all is on the device",
     )
     attention: Literal["auto", "loop"] = option(
         "auto", "attention kernel; loop: one call per segment, as a reference to compare with"
@@ -253,12 +267,28 @@ class RunOptions(MachineOptions, ProgressOptions):
     seed: int = option(0, "seed of order, held-out split, dropout and new adapters", at_least=0, at_most=2**32 - 1)
     deterministic: bool = option(False, "deterministic kernels on a GPU, so that a resumed run is bit-identical")
 
+    def offloads(self, what: str) -> bool:
+        """Whether ``optimizer`` or ``activations`` are in host memory."""
+        return what in (self.offload or ())
+
     def check(self) -> None:
         if self.resume and self.dry_run:
             raise ConfigError("--dry-run trains nothing that --resume could continue: leave one of them out")
         for name in self.track or ():
             if name not in TRACKERS:
                 raise ConfigError(f"--track {name}: it must be one of {', '.join(TRACKERS)}{nearest(name, TRACKERS)}")
+        for name in self.offload or ():
+            if name not in OFFLOADS:
+                raise ConfigError(f"--offload {name}: it must be {' or '.join(OFFLOADS)}{nearest(name, OFFLOADS)}")
+        if self.offload and self.shard in ("full", "hybrid"):
+            raise ConfigError(f"--offload is for one GPU, and --shard {self.shard} for several: leave one of them out")
+        if self.offloads("activations") and self.compile == "on":
+            raise ConfigError("--offload activations does not work with --compile on: leave one of them out")
+        if self.optimizer != "adamw":
+            other = {"--shard " + self.shard: self.shard in ("full", "hybrid")}
+            other |= {"--offload optimizer": self.offloads("optimizer"), "--dtype float64": self.dtype == "float64"}
+            if clash := [name for name, there in other.items() if there]:
+                raise ConfigError(f"--optimizer {self.optimizer} does not work with {clash[0]}: leave one of them out")
         if self.is_given("track_project") and not set(self.track or ()) - {"tensorboard"}:
             raise ConfigError("--track-project does nothing without --track wandb, trackio or mlflow: leave it out")
 

@@ -136,12 +136,19 @@ class SlotDecoder(Decoder):
 
 
 class _OwnForward(Decoder):
-    """The model's own forward on rows of one length, for the last token's logits."""
+    """The model's own forward on rows of one length, for the last token.
+
+    A class computes logits in the model's dtype. Where that is narrower than float32, its layers alone are called, and
+    logits are made of hidden states as the scorer makes them: what is drawn from must be no coarser.
+    """
 
     def __init__(self, scorer: Scorer) -> None:
         super().__init__(scorer)
+        narrow = scorer.dtype != torch.promote_types(scorer.dtype, torch.float32)
+        self._by_scorer = narrow and scorer.head.kind != "model"
         known = inspect.signature(type(self.model).forward).parameters
-        self._last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        limits = not self._by_scorer and "logits_to_keep" in known
+        self._options: dict[str, Any] = {"logits_to_keep": 1} if limits else {}
 
     def _ids(self, prompts: Sequence[Ids]) -> torch.Tensor:
         """Prompts of one length, [n, length]."""
@@ -149,7 +156,16 @@ class _OwnForward(Decoder):
 
     def _forward(self, ids: torch.Tensor, **more: Any) -> Any:
         count_pass(self.model, ids.numel(), "decode")
-        return self.model(input_ids=ids, return_dict=True, **self._last, **more)
+        module = body_of(self.model) if self._by_scorer else self.model
+        return module(input_ids=ids, return_dict=True, **self._options, **more)
+
+    def _last(self, out: Any) -> torch.Tensor:
+        """What :meth:`logits` takes of the last token of each row."""
+        last: torch.Tensor = (out.last_hidden_state if self._by_scorer else out.logits)[:, -1]
+        return last
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.scorer.logits(rows.to(self.scorer.dtype)) if self._by_scorer else super().logits(rows)
 
 
 class CacheDecoder(_OwnForward):
@@ -181,14 +197,13 @@ class CacheDecoder(_OwnForward):
         return self._take(self._forward(token_n[:, None], use_cache=True, **{self._argument: self.cache}))
 
     def _take(self, out: Any) -> torch.Tensor:
-        """Keep the cache, and the name of its argument; returns logits of the last token."""
+        """Keep the cache, and the name of its argument; returns the last token's rows."""
         names = ("past_key_values", "cache_params")
         name = next((n for n in names if hasattr(getattr(out, n, None), "reorder_cache")), None)
         if name is None:
             raise TypeError("the model returns no cache to continue from")
         self._argument, self.cache = name, getattr(out, name)
-        last: torch.Tensor = out.logits[:, -1]
-        return last
+        return self._last(out)
 
     def keep(self, index: torch.Tensor) -> None:
         self.cache.reorder_cache(index.to(self.device))
@@ -201,15 +216,11 @@ class WholeDecoder(_OwnForward):
 
     def start(self, prompts: Sequence[Ids]) -> torch.Tensor:
         self.ids = self._ids(prompts)
-        return self._last_logits()
+        return self._last(self._forward(self.ids, use_cache=False))
 
     def step(self, token_n: torch.Tensor) -> torch.Tensor:
         self.ids = torch.cat([self.ids, token_n[:, None]], 1)
-        return self._last_logits()
-
-    def _last_logits(self) -> torch.Tensor:
-        last: torch.Tensor = self._forward(self.ids, use_cache=False).logits[:, -1]
-        return last
+        return self._last(self._forward(self.ids, use_cache=False))
 
     def keep(self, index: torch.Tensor) -> None:
         self.ids = self.ids[index.to(self.device)]

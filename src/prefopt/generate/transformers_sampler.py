@@ -13,13 +13,13 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from prefopt.errors import ModelError
+from prefopt.errors import ModelError, first_line
 from prefopt.generate.batch import Job, Queue, SampleBatch
 from prefopt.generate.decode import Decoder, WholeDecoder, decoder_of
 from prefopt.generate.packed_linear import FEWEST_ROWS, packed_linears
 from prefopt.generate.sampler import Ids, ProgressCallback, Sample, SamplingParams, occurrences
 from prefopt.model.architectures import attention_shapes, causal_model, context_length, vocabulary_size
-from prefopt.model.costs import free_memory, halved
+from prefopt.model.costs import MEMORY_ERRORS, free_memory, halved
 from prefopt.model.scorer import Scorer
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class TransformersSampler:
                     with self._sampling(batch.decoder):
                         while batch.running:
                             report(*batch.advance())
-                except RuntimeError as error:
+                except MEMORY_ERRORS as error:
                     self.rows = rows = halved(error, size, 1, TOO_LARGE, batch.decoder.device)
                     log.warning("out of memory with %d samples at once: going on with %d", size, rows)
                     jobs, drawn = batch.unfinished()
@@ -148,7 +148,11 @@ class TransformersSampler:
     def estimate_rows(self, tokens: int) -> int:
         """Rows of so many tokens each whose cache fits into :data:`CACHE_FRACTION` of the free memory."""
         device = next(self.scorer.model.parameters()).device
-        shapes = attention_shapes(causal_model(self.scorer.model).config)
+        try:
+            shapes = attention_shapes(causal_model(self.scorer.model).config)
+        except Exception as error:  # of any kind, from the model's configuration
+            log.warning("samples are not counted by their memory: %s", first_line(error))
+            return MAX_ROWS[device.type]
         held = sum(s.key_heads * (s.key_width + s.value_width) for s in shapes)
         row = max(1, held * tokens * self.scorer.dtype.itemsize)
         affordable = int(free_memory(device) * CACHE_FRACTION / (2 * row))  # twice: growing and compacting copy it

@@ -10,13 +10,17 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prefopt.losses.common import BETA, DIVERGENCE, LossOutput, accuracy, implied, log1m_exp
 from prefopt.losses.declare import loss
+from prefopt.transfer import on_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +76,19 @@ def plackett_luce(
     reward = beta * implied(logp_N - ref_logp_N, divergence, divergence_alpha)
     tiers, groups = tier_N.tolist(), group_N.tolist()
     found = list(stages(tiers, groups))
+    sizes = sorted({len(s.tier) for s in found})
+    same = [[s for s in found if len(s.tier) == tied] for tied in sizes]
+    arrays = [array for some in same for array in _stage_places(some)]
+    arrays += [_whole(sorted({s.group for s in found})), *_metric_places(found)]
+    places = iter(on_device(arrays, reward.device))
     numerator = reward.new_zeros(groups[-1] + 1)
-    for tied in sorted({len(s.tier) for s in found}):
-        same = [s for s in found if len(s.tier) == tied]
-        members = reward[_index([s.tier for s in same], reward.device)]
-        probability = _all_before(members - _log_sum(reward, [s.later for s in same])[:, None])
-        numerator = numerator.index_add(0, _index([s.group for s in same], reward.device), -probability)
-    weight = torch.zeros_like(numerator.detach())
-    weight[_index(sorted({s.group for s in found}), weight.device)] = 1.0
-    return LossOutput(numerator, weight, _metrics(reward.detach(), logp_N.detach(), found, len(weight)))
+    for _ in sizes:
+        tier_SD, later_SL, absent_SL, group_S = (next(places) for _ in range(4))
+        total = reward[later_SL].masked_fill(absent_SL, -math.inf).logsumexp(1)
+        probability = _all_before(reward[tier_SD] - total[:, None])
+        numerator = numerator.index_add(0, group_S, -probability)
+    weight = torch.zeros_like(numerator.detach()).index_fill(0, next(places), 1.0)
+    return LossOutput(numerator, weight, _metrics(reward.detach(), logp_N.detach(), [*places], len(weight)))
 
 
 def _all_before(ahead_SD: Tensor) -> Tensor:
@@ -107,35 +115,40 @@ def _log_taken(x: Tensor) -> Tensor:
     return torch.where(x < -36, x, log1m_exp(-x.clamp(-36, 8).exp()))
 
 
-def _log_sum(values: Tensor, sets: Sequence[Sequence[int]]) -> Tensor:
-    """Log-sum-exp over sets of positions of different sizes, none of them empty."""
-    widest = max(len(s) for s in sets)
-    index = _index([[*s, *[0] * (widest - len(s))] for s in sets], values.device)
-    here = torch.tensor([[j < len(s) for j in range(widest)] for s in sets], device=values.device)
-    return values[index].masked_fill(~here, -math.inf).logsumexp(1)
+def _whole(numbers: Sequence[object]) -> npt.NDArray[Any]:
+    return np.array(numbers, np.int64)
 
 
-def _index(positions: Sequence[object], device: torch.device) -> Tensor:
-    return torch.tensor(positions, dtype=torch.int64, device=device)
+def _stage_places(same: Sequence[Stage]) -> list[npt.NDArray[Any]]:
+    """Of stages whose tiers are of one size D: responses of the tiers [S, D], all later ones [S, L], where fewer than L
+    are later [S, L], and groups [S]."""
+    widest = max(len(s.later) for s in same)
+    later = _whole([[*s.later, *[0] * (widest - len(s.later))] for s in same])
+    absent = np.arange(widest) >= np.array([len(s.later) for s in same])[:, None]
+    return [_whole([s.tier for s in same]), later, absent, _whole([s.group for s in same])]
 
 
-def _metrics(reward: Tensor, logp: Tensor, found: Sequence[Stage], groups: int) -> dict[str, Tensor]:
-    """Means of the best and last tier of each group, and the accuracy of its ordered pairs; NaN without an order."""
+def _metric_places(found: Sequence[Stage]) -> list[npt.NDArray[Any]]:
+    """Responses and groups of the best tiers, of the last tiers, and of ordered pairs (better, worse, group)."""
     best = {s.group: s.tier for s in reversed(found)}
     last = {s.group: s.later for s in found}
-    pairs = [(s.group, i, j) for s in found for i in s.tier for j in s.later]
+    sides = [(i, group) for sets in (best, last) for group, members in sets.items() for i in members]
+    split = sum(map(len, best.values()))
+    pairs = [(i, j, s.group) for s in found for i in s.tier for j in s.later]
+    tables: list[tuple[Sequence[object], int]] = [(sides[:split], 2), (sides[split:], 2), (pairs, 3)]
+    return [column for rows, width in tables for column in _whole(rows).reshape(-1, width).T]
 
-    def mean(values: Tensor, owners: Sequence[int]) -> Tensor:
-        owner, zero = _index(owners, values.device), torch.zeros(groups, dtype=values.dtype, device=values.device)
+
+def _metrics(reward: Tensor, logp: Tensor, places: Sequence[Tensor], groups: int) -> dict[str, Tensor]:
+    """Means of the best and last tier of each group, and the accuracy of its ordered pairs; NaN without an order."""
+    best, of_best, last, of_last, better, worse, of_pair = places
+
+    def mean(values: Tensor, owner: Tensor) -> Tensor:
+        zero = torch.zeros(groups, dtype=values.dtype, device=values.device)
         return zero.index_add(0, owner, values) / zero.index_add(0, owner, torch.ones_like(values))
 
-    def of(values: Tensor, sets: dict[int, tuple[int, ...]]) -> Tensor:
-        positions = _index([i for members in sets.values() for i in members], values.device)
-        return mean(values[positions], [group for group, members in sets.items() for _ in members])
-
-    sides = {"chosen": best, "rejected": last}
-    metrics = {f"rewards/{name}": of(reward, sets) for name, sets in sides.items()}
+    sides = {"chosen": (best, of_best), "rejected": (last, of_last)}
+    metrics = {f"rewards/{name}": mean(reward[at], owner) for name, (at, owner) in sides.items()}
     metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
-    better, worse = (reward[_index([pair[side] for pair in pairs], reward.device)] for side in (1, 2))
-    metrics["rewards/accuracies"] = mean(accuracy(better - worse), [group for group, _, _ in pairs])
-    return metrics | {f"logps/{name}": of(logp, sets) for name, sets in sides.items()}
+    metrics["rewards/accuracies"] = mean(accuracy(reward[better] - reward[worse]), of_pair)
+    return metrics | {f"logps/{name}": mean(logp[at], owner) for name, (at, owner) in sides.items()}

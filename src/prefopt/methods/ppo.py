@@ -23,6 +23,7 @@ from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.losses.rl import KlController
 from prefopt.model.card import portable
 from prefopt.model.check import CheckReport, check_scoring
+from prefopt.model.costs import peak_memory
 from prefopt.reference.identity import identity_of_name
 from prefopt.rewards import Reward, load_reward
 from prefopt.rl.models import PpoModels, build_models, bytes_of_others
@@ -32,7 +33,7 @@ from prefopt.rl.rollouts import Collector
 from prefopt.rl.rounds import Rounds, keep_last_good
 from prefopt.runs.folder import digest_of, fingerprint
 from prefopt.runs.history import averages_of, read_history
-from prefopt.train import budget
+from prefopt.train.memory import Trainee, TrainingMemory
 from prefopt.train.optim import Network
 from prefopt.train.policy import Policy
 from prefopt.train.routing import describe_routing, routed
@@ -99,14 +100,16 @@ def run(
         models = build_models(config, policy, start.source, start.tokenizer, settings.stop, longest, judge, run.world)
         for line in models.words():
             say(line)
-        tokens = run.world.smallest(_token_budget(run, models, prompts, ptx))
+        memory = _memory(run, models)
+        tokens = run.world.smallest(_token_budget(run, memory, prompts, ptx))
         if config.dry_run:
-            _preview(run, start, prompts, models, tokens)
+            _preview(run, start, prompts, ptx, memory, tokens)
             return None
         same = _same(config, start, prompts, ptx, function)
         run.take_folder(same, algorithm=config.algorithm, memory=models.memory())
+        say(memory.line(_largest(run, prompts, ptx), tokens))
         _say_plan(run, prompts, tokens)
-        run.folder.remember(token_budget=tokens)
+        run.folder.remember(token_budget=tokens, checkpointed=memory.trainees[0].checkpointed)
         rounds = _rounds(run, models, prompts, settings, check, ptx)
         state = _train(run, models, rounds, tokens, start.tokenizer, settings.stop)
         run.save(policy, start.tokenizer, settings.stop)
@@ -188,15 +191,16 @@ def _same(
     return found
 
 
-def _preview(run: Run, start: SampledModel, prompts: PromptSet, models: PpoModels, tokens: int) -> None:
+def _preview(
+    run: Run, start: SampledModel, prompts: PromptSet, ptx: PtxTerm | None, memory: TrainingMemory, tokens: int
+) -> None:
     """The output of a dry run: prompts, options, plan and memory."""
     for row, ids in list(zip(prompts.rows, prompts.ids, strict=True))[:2]:
         run.reporter.show(f"\nrow {row.row}: {start.tokenizer.decode(ids.tolist())}")
     run.reporter.show("\n" + run.options())
     _say_plan(run, prompts, tokens)
-    memory = models.memory()
-    state = 3 * sum(size for name, size in memory.items() if name in ("actor", "critic"))
-    run.say(f"memory: {size(sum(memory.values()))} for the models, up to {size(state)} for training them")
+    run.reporter.show(memory.table(_largest(run, prompts, ptx), tokens))
+    run.say(f"memory: {size(peak_memory(run.device))} at most so far")
     run.say("dry run: nothing was trained, and no output written")
 
 
@@ -205,26 +209,32 @@ def _say_plan(run: Run, prompts: PromptSet, tokens: int) -> None:
     run.say(too_few(run.config, len(prompts.ids)))
 
 
-def _token_budget(run: Run, models: PpoModels, prompts: PromptSet, ptx: PtxTerm | None) -> int:
-    """The budget of ``--token-budget``, of the run's first start, or an estimate, halved if a critic has layers of its
-    own."""
-    config, policy = run.config, models.actor
-    if given := config.token_budget or run.folder.record.get("token_budget"):
-        return int(given)
-    # What memory must hold: the longest prompt with responses of the greatest length.
+def _largest(run: Run, prompts: PromptSet, ptx: PtxTerm | None) -> list[Group]:
+    """What memory must hold: the longest prompt with responses of the greatest length, often enough to fill a pass."""
+    config = run.config
     prompt = max(prompts.ids, key=len)
     ids = np.concatenate([prompt, np.zeros(config.max_new_tokens, np.int32)])
     sequence = (ids, np.arange(len(ids)) >= len(prompt))
     largest = Group.from_sequences([sequence] * config.num, row=0, pairs=())
-    groups = [largest] if ptx is None else [largest, ptx.groups[int(ptx.groups.tokens_G.argmax())]]
-    own = models.critic is not None and not models.critic.is_head
-    tokens = budget.estimate(
-        policy.scorer,
-        groups,
-        checkpointing=config.gradient_checkpointing,
-        still_to_come=budget.state_bytes(policy.masters) * (2 if own else 1),
-    )
-    return tokens // 2 if own else tokens
+    per_update = -(-config.batch_size // config.minibatches)
+    return [largest] * per_update + ([ptx.groups[int(ptx.groups.tokens_G.argmax())]] if ptx is not None else [])
+
+
+def _memory(run: Run, models: PpoModels) -> TrainingMemory:
+    trainees = [Trainee(models.actor.scorer, models.actor.masters, models.actor.blueprint)]
+    critic = models.critic
+    if critic is not None and critic.scorer is not None:
+        trainees.append(Trainee(critic.scorer, critic.weights, critic.blueprint))
+    others = {name: count for name, count in models.memory().items() if name in ("reference", "reward")}
+    return TrainingMemory(trainees, run.config, run.device, others)
+
+
+def _token_budget(run: Run, memory: TrainingMemory, prompts: PromptSet, ptx: PtxTerm | None) -> int:
+    """The budget of ``--token-budget``, of the run's first start, or one that fits."""
+    before = run.folder.record
+    tokens = run.config.token_budget or before.get("token_budget")
+    groups = _largest(run, prompts, ptx)
+    return int(memory.plan(groups, tokens=tokens, checkpointed=before.get("checkpointed"), world=run.world))
 
 
 def _finish(run: Run, models: PpoModels, prompts: PromptSet, steps: int, seconds: float) -> PpoResult:

@@ -63,6 +63,11 @@ def checkpoint_activations(model: torch.nn.Module) -> None:
     enable({"use_reentrant": False})
 
 
+def checkpoints_activations(model: torch.nn.Module) -> bool:
+    """Whether :func:`checkpoint_activations` was called."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 @contextmanager
 def transformers_log_level(level: int) -> Iterator[None]:
     """Set the level of transformers' log in this block."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 Purpose = Literal["train", "score", "decode"]
 LARGEST = ("models", "model_bytes", "peak_memory_bytes")
 """Maxima over several stages; all others are sums."""
+MemoryFailure = RuntimeError | MemoryError
+MEMORY_ERRORS = (RuntimeError, MemoryError)
+"""Classes of errors that may mean that memory ran out, see :func:`out_of_memory`: a device's, or the host's."""
 
 
 @dataclass(slots=True)
@@ -172,17 +176,18 @@ def out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    pattern = r"can't allocate memory|out of memory|CU\w+_STATUS_\w*ALLOC(ATION)?_FAILED"
-    return isinstance(error, RuntimeError) and re.search(pattern, str(error)) is not None
+    pattern = r"can't allocate memory|not enough memory|out[ _]of[ _](\w+_)?memory|_STATUS_\w*ALLOC(ATION)?_FAILED"
+    return isinstance(error, RuntimeError) and re.search(pattern, str(error), re.I) is not None
 
 
-def halved(error: RuntimeError, size: int, smallest: int, too_large: str, device: torch.device) -> int:
+def halved(error: MemoryFailure, size: int, smallest: int, too_large: str, device: torch.device) -> int:
     """Half of ``size``, at least ``smallest``, after work of that size ran out of memory with ``error``.
 
     Raises ``error`` if it is another one, and :class:`RunError` with ``too_large`` for work of the smallest size.
     """
     if not out_of_memory(error):
         raise error
+    traceback.clear_frames(error.__traceback__)  # they hold the activations
     if device.type == "cuda":
         import torch
 

@@ -25,7 +25,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prefopt.model.architectures import attention_shapes, causal_model, expert_fraction, weights_in
-from prefopt.model.costs import out_of_memory
+from prefopt.model.costs import MEMORY_ERRORS, out_of_memory
 from prefopt.model.packing import PackedBatch, Segment
 
 _SEARCH_SECONDS, _PRODUCT_SECONDS = 0.3, 0.02
@@ -137,7 +137,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     for size in (2**n for n in range(8, 15)):
         try:
             seconds = _best_seconds(size, device, dtype, began)
-        except RuntimeError as error:
+        except MEMORY_ERRORS as error:
             if not out_of_memory(error) or not best:
                 raise
             break

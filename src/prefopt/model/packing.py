@@ -19,6 +19,9 @@ import torch
 
 from prefopt.data.group import Group
 from prefopt.data.table import GroupTable, IndexArray
+from prefopt.model.kernels.device import kind_of
+from prefopt.model.kernels.gather import Sums, gathered, occurrences
+from prefopt.transfer import on_device
 
 Segment = tuple[int, int, int, int]
 """(start, stop, prefix start, prefix length): queries and own keys in [start, stop), and the prefix they all see."""
@@ -41,7 +44,8 @@ class PackedBatch:
 
     ``read`` [M] indexes the passes' hidden states laid end to end, ``target`` [M] are the scored token ids,
     ``owner`` [M] the response each belongs to, ``length`` [N] how many each response has, ``last`` [N] indexes the
-    hidden state at the last scored token of each, where a reward is read (all int64).
+    hidden state at the last scored token of each, where a reward is read (all int64). ``reads``: the occurrences of
+    rows in ``read``, on CUDA alone.
     """
 
     groups: tuple[Group, ...]
@@ -51,6 +55,7 @@ class PackedBatch:
     owner: torch.Tensor
     length: torch.Tensor
     last: torch.Tensor
+    reads: Sums | None = None
 
     @property
     def tokens(self) -> int:
@@ -58,14 +63,23 @@ class PackedBatch:
         return sum(len(p.ids) for p in self.passes)
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch with its tensors on ``device``."""
-
-        def move(x: torch.Tensor) -> torch.Tensor:
-            return x.to(device, non_blocking=True)
-
-        passes = tuple(ForwardPass(move(p.ids), move(p.positions), p.segments, p.repeated) for p in self.passes)
+        """The batch, packed on the CPU, with its tensors on ``device``."""
+        if device.type == self.read.device.type:
+            return self
         numbers = (self.read, self.target, self.owner, self.length, self.last)
-        return PackedBatch(self.groups, passes, *map(move, numbers))
+        inputs = [x for p in self.passes for x in (p.ids, p.positions)]
+        pairs = occurrences(self.read.numpy()) if kind_of(device) == "cuda" else []
+        arrays = [x.numpy() for x in (*inputs, *numbers)] + [x for pair in pairs for x in pair]
+        there = iter(on_device(arrays, device))
+        passes = tuple(ForwardPass(next(there), next(there), p.segments, p.repeated) for p in self.passes)
+        read, target, owner, length, last = (next(there) for _ in numbers)
+        reads = tuple((next(there), next(there)) for _ in pairs) if pairs else None
+        return PackedBatch(self.groups, passes, read, target, owner, length, last, reads)
+
+    def read_from(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The hidden states [M, H] at ``read`` of those of all passes."""
+        # The state at the end of a prompt is read once for each response to it.
+        return hidden.index_select(0, self.read) if self.reads is None else gathered(hidden, self.read, self.reads)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefopt.errors import ConfigError
 from prefopt.model.architectures import causal_model
+from prefopt.model.offload import HostGradients
 from prefopt.model.placeholders import cast_to
 from prefopt.model.quantised import is_packed
 
@@ -41,8 +42,13 @@ def resolve_device(name: str | None) -> torch.device:
     available = {"cuda": cuda and (device.index or 0) < torch.cuda.device_count(), "mps": mps, "cpu": True}
     if not available.get(device.type, False):
         raise ConfigError(f"--device {name}: this machine has no such device; leave --device out to use what it has")
+    return made_current(device)
+
+
+def made_current(device: torch.device) -> torch.device:
+    """``device``, which kernels and libraries that ask for the current GPU get from now on."""
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # kernels and libraries that ask for the current device mean this one
+        torch.cuda.set_device(device)
     return device
 
 
@@ -81,35 +87,62 @@ def slow_dtype(dtype: torch.dtype, device: torch.device) -> str | None:
 class MasterWeights:
     """Trainable weights by name: the optimiser updates ``masters``, ``publish`` rounds them into the model."""
 
-    def __init__(self, model: torch.nn.Module, compute: torch.dtype) -> None:
-        """Cast ``model`` to ``compute`` in place and give its trainable weights float32 masters (float64 stays)."""
+    host: HostGradients | None = None
+    """Where masters are on the host: what adds up their gradients there."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        compute: torch.dtype,
+        *,
+        on_host: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        """Cast ``model`` to ``compute`` in place and give its trainable weights float32 masters (float64 stays).
+
+        ``on_host``: masters and their gradients are in host memory, apart from the weights that are computed with,
+        which leaves room on a GPU for these alone. ``device``: where the model moves to, from the host.
+        """
         self.model = model
+        self.host = HostGradients() if on_host else None
         self.masters: dict[str, torch.nn.Parameter] = {}
         self._copies: dict[str, torch.nn.Parameter] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         for name, parameter, target in _cast_frozen(model, compute):
             wide = cast_to(parameter.data, torch.promote_types(target, torch.float32))
-            if target == wide.dtype:
+            if target == wide.dtype and self.host is None:
                 parameter.data = wide
                 self.masters[name] = parameter
                 continue
-            parameter.data = cast_to(wide, target)
+            parameter.data = cast_to(wide, target) if device is None else wide.to(device, target)
+            if self.host is not None and not wide.is_meta:
+                wide = wide.to("cpu", copy=True)
             self.masters[name] = torch.nn.Parameter(wide)
             self._copies[name] = parameter
-            hook = partial(_collect, self.masters[name])
-            self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
+            add = _collect if self.host is None else self.host.add
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(partial(add, self.masters[name])))
+        if device is not None and next(model.parameters()).device != device:
+            model.to(device)  # buffers, and weights that do not train
 
     def release(self) -> None:
         """Remove the hooks: gradients stay on the model's own weights again."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        if self.host is not None:
+            self.host.close()
+
+    def settle(self) -> None:
+        """Wait until all gradients are on the masters; only on the host they are late."""
+        if self.host is not None:
+            self.host.settle()
 
     def reshard(self) -> None:
         """Nothing to do where every process has whole weights."""
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
+        self.settle()
         for parameter in (*self.masters.values(), *self._copies.values()):
             parameter.grad = None
 

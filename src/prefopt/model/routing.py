@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
+from prefopt.data.table import IndexArray
 from prefopt.errors import ConfigError
 from prefopt.model.architectures import causal_model, experts_per_token
 from prefopt.model.packing import ForwardPass, PackedBatch
+from prefopt.transfer import on_device
 
 _RECORDS_PROBABILITIES = {"Gemma4TextRouter", "DiffusionGemmaTextRouter"}
 """Routers whose ``router_logits`` in transformers are probabilities, of which no z loss can be computed."""
@@ -169,20 +172,20 @@ def _of(calls: Sequence[Sequence[Routing]], batch: PackedBatch) -> Iterator[Rout
 
 def _per_token(batch: PackedBatch, number: Any) -> torch.Tensor:
     """``number`` of each token of all passes, end to end, on the device of ``batch``; int64."""
-    return torch.cat([number(row) for row in batch.passes]).to(batch.target.device)
+    return on_device([np.concatenate([number(row) for row in batch.passes])], batch.target.device)[0]
 
 
-def _responses_per_token(row: ForwardPass) -> torch.Tensor:
+def _responses_per_token(row: ForwardPass) -> IndexArray:
     """How many responses contain each token of a row, [T]."""
-    use_T = torch.ones(len(row.ids), dtype=torch.int64)
+    use_T = np.ones(len(row.ids), np.int64)
     for _, _, start, length in row.segments:
         use_T[start : start + length] += 1
     return use_T
 
 
-def _counted_once(row: ForwardPass) -> torch.Tensor:
+def _counted_once(row: ForwardPass) -> IndexArray:
     """1 for each token of a row, [T]; 0 for those that a row before it has encoded already."""
-    once_T = torch.ones(len(row.ids), dtype=torch.int64)
+    once_T = np.ones(len(row.ids), np.int64)
     once_T[: row.repeated] = 0
     return once_T
 

@@ -62,7 +62,8 @@ class ScalarScorer(PackedModel):
     def forward(self, batch: PackedBatch, tokens: bool = False) -> torch.Tensor:
         """Rewards [N], read at the last scored token of each response, float32 (float64 for a float64 model).
         ``tokens``: values [M] of the state before each scored token, read at the token before it."""
-        hidden = self.hidden(batch).index_select(0, batch.read if tokens else batch.last)
+        hidden = self.hidden(batch)
+        hidden = batch.read_from(hidden) if tokens else hidden.index_select(0, batch.last)
         head: Any = causal_model(self.model).score
         wide = wide_dtype(hidden.dtype)
         weights = {name: p.to(wide) for name, p in head.named_parameters()}

@@ -46,6 +46,7 @@ from prefopt.model.kernels.head import (
 )
 from prefopt.model.kernels.head_class import Head, head_of
 from prefopt.model.kernels.shared import segments_tensor
+from prefopt.model.offload import HostActivations
 from prefopt.model.packing import ForwardPass, PackedBatch, PackLayout
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class HeldElsewhere(Protocol):
 
 
 def _fits_flash(shape: AttentionShape) -> bool:
-    return shape.key_width == shape.value_width <= varlen.WIDEST and shape.key_width % 8 == 0
+    return max(shape.key_width, shape.value_width) <= varlen.WIDEST
 
 
 class PackedModel(torch.nn.Module):
@@ -94,6 +95,7 @@ class PackedModel(torch.nn.Module):
         self.outer_weights: Callable[[], AbstractContextManager[None]] = nullcontext  # set by weights in shards
         self.most_passes: Callable[[int], int] | None = None
         """Where every pass must be made by all ranks (shards): the largest of their numbers of passes."""
+        self.offload: HostActivations | None = None  # set where activations wait for backward in host memory
         # All configurations that a layer may read: the model's, its text part's, and those of inner models.
         configs = [causal.config, config, *(m.config for m in causal.modules() if isinstance(m, PreTrainedModel))]
         self._configs = list({id(c): c for c in configs}.values())
@@ -127,7 +129,7 @@ class PackedModel(torch.nn.Module):
             return
         fitting = list(filter(_fits_flash, shapes))
         windows = [s.window for s in fitting if s.window is not None]
-        heads = sorted({(s.heads, s.key_heads, s.key_width) for s in fitting})
+        heads = sorted({(s.heads, s.key_heads, varlen.padded_width(s.key_width, s.value_width)) for s in fitting})
         flash.activate(device, self.dtype, heads, min(windows, default=None))
 
     @property
@@ -259,7 +261,8 @@ class PackedModel(torch.nn.Module):
                 extra["prefix_segments"] = segments_tensor(row.segments)
             elif kernel == "varlen":
                 extra["prefix_gather"] = gather_plan(row.segments, row.ids.device)
-        with compiled.settings() if compiled is not None else nullcontext():
+        saving = self.offload.saving() if self.offload is not None and torch.is_grad_enabled() else nullcontext()
+        with compiled.settings() if compiled is not None else nullcontext(), saving:
             out = body(input_ids=row.ids[None], use_cache=False, return_dict=True, **extra)
         return cast(torch.Tensor, out.last_hidden_state[0])
 
@@ -303,10 +306,8 @@ class Scorer(PackedModel):
     def forward(self, batch: PackedBatch, request: ScoreRequest | None = None) -> torch.Tensor | TokenScores:
         """Log-probability [M] of every scored token, float32 (float64 for a float64 model); more with ``request``."""
         head, how = self._head_module(), self.head
-        if how.kind == "model":
-            hidden = self._own_logits(batch)
-        else:  # Mamba ends with its residual in float32, whatever its weights are in
-            hidden = self.hidden(batch).index_select(0, batch.read).to(self.dtype)
+        # Mamba ends with its residual in float32, whatever its weights are in.
+        hidden = self._own_logits(batch) if how.kind == "model" else batch.read_from(self.hidden(batch)).to(self.dtype)
         fused, squares = how.kind == "fused", request is not None and request.squares
         options = {"bias": head.bias, "scale": how.scale, "softcap": how.softcap} if fused else {}
         if request is not None and request.reference is not None:

@@ -27,6 +27,7 @@ from prefopt.core.model_folder import read_object
 from prefopt.core.plugins import installed_version
 from prefopt.errors import ModelError, UserError, first_line
 from prefopt.model.architectures import architectures_of
+from prefopt.model.costs import out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +188,7 @@ def backend_errors(name: str, config: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # every backend has errors of its own
-        if how is None or isinstance(error, UserError):
+        if how is None or isinstance(error, UserError) or out_of_memory(error):
             raise
         why = f"and cannot be read here: {first_line(error)}; give"
         if isinstance(error, ImportError):
@@ -238,8 +239,8 @@ def _explain(name: str, error: Exception) -> str:
         pickled = list(folder.glob("*.bin"))
         remedy = "convert its .bin files with save_pretrained" if pickled else "the weights are missing"
         return f"{name}: no .safetensors file in this folder; {remedy}"
-    if isinstance(error, MemoryError):
-        return f"{name}: does not fit into the memory"
+    if out_of_memory(error):
+        return f"{name}: does not fit into the memory; give --quantise nf4 or a smaller model"
     if isinstance(error, KeyError) and (key := _key_of(folder, error.args)):
         return f"{name}: config.json has {key} {error.args[0]!r}; transformers {transformers_version} does not know it"
     if isinstance(error, (OSError, ValueError, RuntimeError)) and text.strip():

@@ -61,7 +61,7 @@ class SwappedWeights:
         """Set the values to ``amount`` of ``weights`` (the masters) plus 1 - ``amount`` of themselves."""
         for name, value in self._values.items():
             wide = self._wide.get(name, value)
-            wide.copy_(weights[name]) if amount == 1 else wide.lerp_(weights[name], amount)
+            wide.copy_(weights[name]) if amount == 1 else wide.lerp_(weights[name].to(wide.device), amount)
             if name in self._wide:
                 value.copy_(wide)
 
@@ -96,6 +96,12 @@ class InMemoryReference:
         """``scorer`` is the policy's where ``weights`` are given, else the reference's own. ``vocabulary``: the tokens
         that the policy has; distributions are over these alone."""
         self.scorer, self.weights, self.vocabulary = scorer, weights, vocabulary
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of weights on this process that are the reference's alone."""
+        held = self.weights.saved().values() if self.weights is not None else self.scorer.model.parameters()
+        return sum(local_of(x).numel() * x.element_size() for x in held)
 
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch) -> torch.Tensor:

@@ -22,7 +22,9 @@ from prefopt.model.architectures import body_of, causal_model, checkpoint_activa
 from prefopt.model.checkpoint import WeightFiles
 from prefopt.model.kernels.head import TokenScores, wide_dtype
 from prefopt.model.load import base_and_adapter, load_model, local_folder
+from prefopt.model.memory import Blueprint
 from prefopt.model.merge import load_merged
+from prefopt.model.offload import HostActivations
 from prefopt.model.packing import PackedBatch, PackLayout, pack
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scalar import ScalarScorer, load_scalar, scalar_from
@@ -30,7 +32,8 @@ from prefopt.model.scorer import PackedModel, Scorer, ScoreRequest
 from prefopt.parallel.tensors import local_of
 from prefopt.parallel.world import ALONE, World
 from prefopt.reference.in_memory import InMemoryReference, SwappedWeights
-from prefopt.train.policy import Policy, ScalarPolicy, compiles
+from prefopt.train.memory import blueprint_of
+from prefopt.train.policy import Policy, ScalarPolicy, compiles, loaded_on, masters_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,8 @@ class Critic:
     scorer: ScalarScorer | None = None
     apart: ScalarScorer | None = None
     """The scorer for passes that other ranks do not make, where the weights are in shards."""
+    blueprint: Blueprint | None = None
+    """Of a network in shards: how it was before, to count the memory of a pass."""
 
     @property
     def is_head(self) -> bool:
@@ -241,7 +246,7 @@ def _network_critic(
     or optimiser state. Raises :class:`ModelError` where the architecture has no scalar head.
     """
     dtype, seed = actor.dtype, config.seed
-    wide, device = torch.promote_types(dtype, torch.float32), actor.device
+    wide, device = torch.promote_types(dtype, torch.float32), loaded_on(config, actor.device)
     own_tokens = copy.deepcopy(tokenizer)  # it may get a pad token
     name = config.reward if kind == "reward" else source
     model: torch.nn.Module
@@ -262,19 +267,22 @@ def _network_critic(
         alpha = config.lora_alpha or LORA_ALPHA_PER_RANK * rank
         targets = config.lora_targets
         model = new_lora(model, rank=rank, alpha=alpha, dropout=0.0, targets=targets, task=ScalarPolicy.task)
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing is True:
         checkpoint_activations(model)
-    weights = MasterWeights(model, dtype)
+    weights = masters_of(model, config, dtype, actor.device)
     what = "an adapter on a network of its own" if config.lora else "a network of its own"
     scorer = ScalarScorer(model, attention=actor.scorer.attention)
+    if config.offloads("activations"):
+        scorer.offload = HostActivations(scorer)
     if compiles(config, scorer):
         scorer.compile_layers()
-    apart = None
+    apart = blueprint = None
     if actor.sharded:
         from prefopt.parallel.gathered import shard_like
 
+        blueprint = blueprint_of(scorer, actor.device, dtype)
         weights, apart = shard_like(actor.masters, scorer, weights, world)
-    return Critic(f"{what}, started from the {kind} model", weights, scorer, apart)
+    return Critic(f"{what}, started from the {kind} model", weights, scorer, apart, blueprint)
 
 
 def bytes_of_others(config: PpoConfig, actor: Policy, source: str) -> int:

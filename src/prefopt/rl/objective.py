@@ -26,7 +26,7 @@ from prefopt.model.scorer import PackedModel, Scorer, response_sums
 from prefopt.rl.models import Critic, look
 from prefopt.rl.rollouts import Rollouts
 from prefopt.runs.metrics import Record
-from prefopt.train.batch import Batch, Column, LossResult, tensor
+from prefopt.train.batch import Batch, Column, LossResult
 from prefopt.train.columns import Values
 from prefopt.train.objective import Normaliser, Objective
 
@@ -100,7 +100,7 @@ class PpoObjective(Objective):
         logp_M, value_M = look(scorer, self.critic, self.config.temperature, packed)
         found = {"logp_M": logp_M}
         if self.critic is None:
-            old_M = tensor(batch.columns["old_logp_M"], logp_M.device, logp_M.dtype)
+            old_M = batch.on_device(logp_M.device)["old_logp_M"].to(logp_M.dtype)
             found |= {"logp_N": response_sums(logp_M, packed), "old_logp_N": response_sums(old_M, packed)}
         return found if value_M is None else {**found, "value_M": value_M}
 
@@ -109,7 +109,7 @@ class PpoObjective(Objective):
         logp_M = values["logp_M"]
 
         def column(name: str, like: torch.Tensor = logp_M) -> torch.Tensor:
-            return tensor(batch.columns[name], like.device, like.dtype)
+            return batch.on_device(like.device)[name].to(like.dtype)
 
         old_M = column("old_logp_M")
         if self.critic is None:
@@ -153,7 +153,7 @@ def _ratio_metrics(logp_M: torch.Tensor, old_M: torch.Tensor) -> dict[str, tuple
 
 
 def _counted(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.sum(), x.new_tensor(float(x.numel()))
+    return x.sum(), x.new_full((), x.numel())
 
 
 def rollout_metrics(rollouts: Rollouts, score_N: torch.Tensor, targets: Targets, beta: float) -> Record:

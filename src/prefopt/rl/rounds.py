@@ -25,7 +25,7 @@ from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import Diverged, RunError
 from prefopt.losses.rl import KlController, k1
 from prefopt.model.architectures import causal_model
-from prefopt.model.costs import peak_memory
+from prefopt.model.costs import MEMORY_ERRORS, peak_memory
 from prefopt.model.save import add_end_tokens, repair_generation
 from prefopt.parallel.world import World
 from prefopt.rl.objective import Targets, final_scores, rollout_metrics, targets_of
@@ -106,7 +106,7 @@ class Rounds(BatchSource):
                     step, prompts, trainer.token_budget, lambda ended, drawn: trainer.pause()
                 )
                 return rollouts
-            except RuntimeError as error:
+            except MEMORY_ERRORS as error:
                 trainer.halve(error, "scoring the responses")
 
     def batch(self, step: int, update: int) -> Batch:

@@ -19,7 +19,7 @@ from prefopt.runs.history import RECORD, read_metrics, read_record
 
 # Options that may change at a resume: they never affect the weights.
 FREE = frozenset(
-    {"resume", "shard", "progress", "save_every", "keep_last", "output", "dry_run", "track", "track_project"}
+    "resume shard progress save_every keep_last output dry_run track track_project gradient_checkpointing".split()
 )
 
 _LOCK, CHECKPOINTS, LAST_GOOD = ".lock", "checkpoints", "last-good"

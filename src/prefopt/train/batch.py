@@ -28,8 +28,11 @@ from prefopt.data.table import IndexArray, Selection, ranges
 from prefopt.model.packing import PackedBatch, pack, split
 from prefopt.model.scorer import PackedModel
 from prefopt.runs.metrics import Record
+from prefopt.transfer import on_device
 
 Column = npt.NDArray[Any]
+POSITIONS = ("chosen_P", "rejected_P", "ranked_N")
+"""Columns of positions within a group."""
 AT_ONCE = 512  # groups held as objects; held-out rows may be many more
 
 
@@ -65,6 +68,20 @@ class Batch:
         many = self.columns["pairs_G"] if name.endswith("_P") else self.responses_G
         found: IndexArray = self.columns[name] + np.repeat(starts_G, many)
         return found
+
+    def on_device(self, device: torch.device) -> Mapping[str, torch.Tensor]:
+        """The columns and ``length_N`` as tensors, moved once and together. Positions (``chosen_P``, ``rejected_P``,
+        ``ranked_N``) count the responses of the whole batch, as :meth:`at_N` gives them."""
+        moved: dict[str, torch.Tensor] | None = self._moved.get(device)
+        if moved is None:
+            placed = {name: self.at_N(name) for name in POSITIONS if name in self.columns}
+            found = {**self.columns, **placed, "length_N": self.length_N}
+            moved = self._moved[device] = dict(zip(found, on_device([*found.values()], device), strict=True))
+        return moved
+
+    @cached_property
+    def _moved(self) -> dict[torch.device, dict[str, torch.Tensor]]:
+        return {}
 
     def select(self, groups: Sequence[int]) -> Batch:
         """Some of the groups, in the order given, with their rows of all columns."""
@@ -104,11 +121,6 @@ def micro_batches(scorer: PackedModel, batch: Batch, token_budget: int) -> Itera
     for part in split(range(len(batch)), costs, token_budget):
         some = batch if len(part) == len(batch) else batch.select(part)
         yield MicroBatch(some, pack(some.groups, scorer.layout).to(device))
-
-
-def tensor(column: Column, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A column as a tensor on the device."""
-    return torch.from_numpy(np.ascontiguousarray(column)).to(device, dtype, non_blocking=True)
 
 
 State = dict[str, dict[str, torch.Tensor]]

@@ -1,12 +1,14 @@
-"""The token budget of a micro-batch, estimated from model size and free memory, then tried; speed measurements.
+"""The token budget of a micro-batch is tried, and halved where it does not fit; speed measurements.
 
-The estimate counts the activations that a transformer layer keeps for backward, in numbers per token: about 20 times
+The budget comes from :mod:`prefopt.train.memory`. Here is a rough estimate, for scoring and for models whose memory
+cannot be counted: of the activations that a transformer layer keeps for backward, in numbers per token, about 20 times
 the hidden and 4 times the intermediate width. With activation checkpointing only each layer's input is kept, and the
 activations of one layer.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import time
@@ -22,27 +24,21 @@ from prefopt.data.group import Group
 from prefopt.data.table import GroupTable, IndexArray
 from prefopt.errors import ConfigError, RunError, first_line
 from prefopt.model.architectures import causal_model, expert_fraction, experts_per_token
-from prefopt.model.costs import free_memory, halved, out_of_memory, peak_memory
+from prefopt.model.costs import MEMORY_ERRORS, MemoryFailure, free_memory, halved, out_of_memory, peak_memory
 from prefopt.model.flops import FlopCount, matmul_peak
 from prefopt.model.kernels.head import KEEP_BYTES
 from prefopt.model.packing import PackedBatch
 from prefopt.model.precision import MasterWeights, slow_dtype
 from prefopt.model.scorer import PackedModel
-from prefopt.parallel.tensors import local_of
 from prefopt.runs.metrics import Record
 from prefopt.train.batch import Batch
 from prefopt.train.step import Differentiator, same_randomness
 
 SHARE = 0.5
-"""The fraction of free memory for activations; the rest is for gradients, optimiser state and fragmentation."""
+"""The fraction of free memory that is given out by the rough estimate."""
 CEILING = {"cpu": 2048, "cuda": 32768, "mps": 4096}
 """Beyond these numbers of tokens matrix products get no faster."""
 log = logging.getLogger(__name__)
-
-
-def state_bytes(masters: MasterWeights) -> int:
-    """Bytes of gradients and of the optimiser's two moments."""
-    return 3 * sum(local_of(p).numel() * p.element_size() for p in masters.masters.values())
 
 
 def bytes_per_token(scorer: PackedModel, *, checkpointing: bool) -> int:
@@ -74,11 +70,11 @@ def _width(config: Any, *names: str) -> int:
     return int(max(found) if isinstance(found, (list, tuple)) else found)
 
 
-def estimate(scorer: PackedModel, groups: Sequence[Group], *, checkpointing: bool, still_to_come: int) -> int:
-    """A token budget for training. ``still_to_come``: bytes of gradients and optimiser state, not allocated yet."""
+def estimate(scorer: PackedModel, groups: Sequence[Group]) -> int:
+    """A token budget by a rough estimate, as if activations were kept."""
     device = next(scorer.model.parameters()).device
-    free = free_memory(device) - still_to_come - KEEP_BYTES
-    affordable = int(max(0, free) * SHARE) // bytes_per_token(scorer, checkpointing=checkpointing)
+    free = free_memory(device) - KEEP_BYTES
+    affordable = int(max(0, free) * SHARE) // bytes_per_token(scorer, checkpointing=False)
     largest = int(scorer.layout.costs(GroupTable.of(groups)).max())
     return max(largest, min(affordable, CEILING[device.type]))
 
@@ -99,7 +95,7 @@ def largest_batch(costs: IndexArray, token_budget: int) -> list[int]:
     return taken
 
 
-def smaller_budget(error: RuntimeError, tokens: int, what: str, largest: int, device: torch.device) -> int:
+def smaller_budget(error: MemoryFailure, tokens: int, what: str, largest: int, device: torch.device) -> int:
     """Half of ``tokens``, at least the ``largest`` group's, after ``error``; see :func:`prefopt.model.costs.halved`."""
     too_large = (
         f"{what}: one group of {largest} tokens does not fit into the device's memory; give"
@@ -122,11 +118,13 @@ def try_largest(
     groups: Sequence[Group],
     batch_of: Callable[[Sequence[int]], Batch],
     token_budget: int,
+    optimizer_state: int = 0,
 ) -> tuple[int, float]:
     """Run forward and backward on the largest micro-batch of ``groups``, halving the budget on out-of-memory.
 
     ``batch_of`` makes a batch of groups by their places. Returns the budget that works and its tokens per second. In
-    lockstep (shards), running out of memory is fatal.
+    lockstep (shards), running out of memory is fatal. On a GPU gradients are there before the pass, and
+    ``optimizer_state`` bytes are held, since all passes but the first find both there.
     Weights and random states do not change.
     """
     scorer = differentiator.scorer
@@ -135,8 +133,12 @@ def try_largest(
     costs = scorer.layout.costs(GroupTable.of(groups))
     while True:
         batch = batch_of(largest_batch(costs, token_budget))
-        started = time.monotonic()
+        started, held = time.monotonic(), None
         try:
+            if device.type == "cuda":
+                held = torch.empty(optimizer_state, dtype=torch.uint8, device=device)
+                for master in (m for m in weights.masters.values() if m.is_cuda):
+                    master.grad = torch.zeros_like(master)
             with same_randomness(device):
                 found = differentiator.gradients(batch, max(token_budget, int(costs.max())))
                 if scorer.compiled is not None:  # the first pass was for the compiler, the second one is timed
@@ -146,11 +148,12 @@ def try_largest(
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             return token_budget, sum(p.tokens for p in found.packed) / (time.monotonic() - started)
-        except RuntimeError as error:
+        except MEMORY_ERRORS as error:
             if differentiator.lockstep and out_of_memory(error):
                 raise fatal_in_shards("the largest batch", token_budget) from error
             token_budget = smaller_budget(error, token_budget, "the largest batch", int(costs.max()), device)
         finally:
+            del held
             weights.zero_grad()
 
 
@@ -194,6 +197,16 @@ class Speed:
         }
 
 
+def refuse_8bit(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise :class:`ConfigError` where an 8-bit optimiser does not work."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f'--optimizer {name} needs bitsandbytes: pip install "prefopt[quantise]"')
+    if device.type != "cuda" and (name.startswith("paged") or device.type != "cpu"):
+        raise ConfigError(f"--optimizer {name} needs a CUDA device, not {device.type}; try --optimizer adamw")
+    if dtype == torch.float64:
+        raise ConfigError(f"--optimizer {name} does not work in float64; take --optimizer adamw")
+
+
 def prepare_machine(options: RunOptions, dtype: torch.dtype, device: torch.device, reporter: Reporter) -> None:
     """Set torch up for a run. Raises :class:`ConfigError` for a precision that the device lacks."""
     if options.threads:
@@ -203,5 +216,9 @@ def prepare_machine(options: RunOptions, dtype: torch.dtype, device: torch.devic
         torch.use_deterministic_algorithms(True)
     if slow := slow_dtype(dtype, device):
         reporter.say(slow)
+    if options.offload and device.type != "cuda":
+        raise ConfigError(f"--offload {options.offload[0]}: the {device.type} computes in host memory; leave it out")
+    if options.optimizer != "adamw":
+        refuse_8bit(options.optimizer, device, dtype)
     if device.type == "mps" and dtype == torch.float64:
         raise ConfigError("--dtype float64: mps has none; take --device cpu")

@@ -213,18 +213,40 @@ def _sha256(path: Path) -> str:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The optimiser's state under names ``INDEX.NAME``, in the order of its parameters."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": value for i, values in state.items() for name, value in values.items()}
+    return {
+        f"{i}.{name}": value if isinstance(value, torch.Tensor) else torch.tensor(value)
+        for i, (parameter, _) in enumerate(_parameters(optimizer))
+        for name, value in optimizer.state.get(parameter, {}).items()
+        if not name.startswith("qmap")  # of bitsandbytes: constants, which all parameters share
+    }
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
     """The inverse of :func:`optimizer_tensors`."""
     state: dict[int, dict[str, torch.Tensor]] = {}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = _parameters(optimizer)
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = sharded_as(value, parameters[int(index)])
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        state.setdefault(int(index), {})[name] = sharded_as(value, parameters[int(index)][0])
+    own: Any = optimizer
+    if not hasattr(own, "init_state"):
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        return
+    for number, values in state.items():  # of bitsandbytes, whose paged memory only its own state has
+        parameter, (group, place) = parameters[number]
+        own.init_state(optimizer.param_groups[group], parameter, group, place)
+        for name, before in values.items():
+            there = optimizer.state[parameter][name]
+            if isinstance(there, torch.Tensor):
+                there.copy_(before)
+            else:
+                optimizer.state[parameter][name] = before.item()
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[tuple[torch.nn.Parameter, tuple[int, int]]]:
+    """The parameters of an optimiser in order, each with its group and its place there."""
+    groups = enumerate(group["params"] for group in optimizer.param_groups)
+    return [(parameter, (g, place)) for g, many in groups for place, parameter in enumerate(many)]
 
 
 def random_states() -> dict[str, Any]:

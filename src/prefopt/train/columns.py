@@ -22,11 +22,12 @@ import numpy.typing as npt
 import torch
 
 from prefopt.data.group import BoolArray, Group, IntArray
-from prefopt.data.table import GroupTable, IndexArray, Part, TableBuilder
+from prefopt.data.table import GroupTable, IndexArray, Part, TableBuilder, ranges
 from prefopt.errors import DataError
 from prefopt.losses.declare import Kind
 from prefopt.records import Tiers, tiers_of
-from prefopt.train.batch import Batch, Column, tensor, weighted_sum
+from prefopt.train.batch import Batch, Column, weighted_sum
+from prefopt.transfer import on_device
 
 Weighted = tuple[int, int, float]  # preferred, dispreferred, weight
 WHICH = ("all", "best-worst")
@@ -211,19 +212,19 @@ class LossInputs:
     @cached_property
     def length_N(self) -> torch.Tensor:
         """Trained tokens of each response."""
-        return self.tensor(self.batch.length_N, self.dtype)
+        return self.column("length_N", self.dtype)
 
     @cached_property
     def weight_R(self) -> torch.Tensor:
         """Weight of each pair; labelled responses and rankings weigh 1."""
         if self.kind == "pairs":
-            return self.tensor(self.batch.columns["weight_P"], self.dtype)
+            return self.column("weight_P", self.dtype)
         rows = len(self.batch) if self.kind == "ranking" else len(self.batch.length_N)
         return torch.ones(rows, dtype=self.dtype, device=self.device)
 
-    def tensor(self, column: Column, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A column on the device."""
-        return tensor(column, self.device, dtype)
+    def column(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A column on the device, as :meth:`Batch.on_device` gives it."""
+        return self.batch.on_device(self.device)[name].to(dtype)
 
     def named(self, names: Iterable[str], optional: Iterable[str], values: Values) -> Values:
         """The tensors that losses need, by name; zeros where ``values`` has none.
@@ -239,24 +240,24 @@ class LossInputs:
         columns = self.batch.columns
         if self.kind == "pairs":
             if name == "label_P":
-                return self.tensor(columns["label_P"], self.dtype)
+                return self.column("label_P", self.dtype)
             if "_head_" in name:
                 return values.get(name, torch.zeros_like(self.weight_R))
             side, _, word = name.removesuffix("_P").partition("_")
-            return self._of_responses(f"{word}_N", values)[self.tensor(self.batch.at_N(f"{side}_P"))]
+            return self._of_responses(f"{word}_N", values)[self.column(f"{side}_P")]
         if self.kind == "labels":
-            return self.tensor(columns["label_N"]) if name == "label_N" else self._of_responses(name, values)
+            return self.column("label_N") if name == "label_N" else self._of_responses(name, values)
         if name == "tier_N":  # on the CPU: losses read it number by number
             return torch.from_numpy(columns["tier_N"])
         if name == "group_N":
             return torch.from_numpy(self.batch.group_N)
-        return self._of_responses(name, values)[self.tensor(self.batch.at_N("ranked_N"))]
+        return self._of_responses(name, values)[self.column("ranked_N")]
 
     def _of_responses(self, name: str, values: Values) -> torch.Tensor:
         if name == "length_N":
             return self.length_N
         if name == "score_N":
-            return self.tensor(self.batch.columns["score_N"], self.dtype)
+            return self.column("score_N", self.dtype)
         return values.get(name, torch.zeros_like(self.length_N))
 
     @torch.no_grad()
@@ -277,24 +278,21 @@ class LossInputs:
         columns = self.batch.columns
         if self.kind == "pairs":
             sides = ("chosen", "rejected")
-            return {side: (self.tensor(self.batch.at_N(f"{side}_P")), self.weight_R) for side in sides}
+            return {side: (self.column(f"{side}_P"), self.weight_R) for side in sides}
         if self.kind == "labels":
-            label = self.tensor(columns["label_N"], self.dtype)
+            label = self.column("label_N", self.dtype)
             return {"chosen": (None, self.weight_R * label), "rejected": (None, self.weight_R * (1 - label))}
         tier, group = columns["tier_N"], self.batch.group_N
         last = np.zeros(len(self.batch), np.int64)
         np.maximum.at(last, group, tier)
-        ranked = self.tensor(self.batch.at_N("ranked_N"))
-        first, worst = (self.tensor(x, self.dtype) for x in (tier == 0, tier == last[group]))
+        ranked = self.column("ranked_N")
+        first, worst = (x.to(self.dtype) for x in on_device([tier == 0, tier == last[group]], self.device))
         return {"chosen": (ranked, first), "rejected": (ranked, worst)}
 
 
-def head_sums(
-    values_M: torch.Tensor, starts_N: IndexArray, response_R: IndexArray, count_R: IndexArray
-) -> torch.Tensor:
-    """Sums [R] of the first ``count_R`` token values of each response; those of response n begin at ``starts_N[n]``."""
-    ends = np.cumsum(count_R)
-    within = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - count_R, count_R)
-    at = torch.from_numpy(np.repeat(starts_N[response_R], count_R) + within).to(values_M.device)
-    owner = torch.from_numpy(np.repeat(np.arange(len(count_R)), count_R)).to(values_M.device)
-    return values_M.new_zeros(len(count_R)).index_add(0, owner, values_M[at])
+def head_sums(values_M: torch.Tensor, starts_R: Sequence[IndexArray], count_R: IndexArray) -> list[torch.Tensor]:
+    """Sums [R] of ``count_R`` consecutive token values, once for each of ``starts_R``, the first ones' places."""
+    owner = np.repeat(np.arange(len(count_R)), count_R)
+    places = [ranges(starts, count_R, np.arange(len(count_R))) for starts in starts_R]
+    owner_T, *places_T = on_device([owner, *places], values_M.device)
+    return [values_M.new_zeros(len(count_R)).index_add(0, owner_T, values_M[at]) for at in places_T]

@@ -131,9 +131,10 @@ class PreferenceObjective(Objective):
         """Sums over as many tokens of both responses of a pair as the shorter one has."""
         length = batch.length_N
         starts = np.cumsum(length) - length
-        sides = {side: batch.at_N(f"{side}_P") for side in ("chosen", "rejected")}
-        shorter: IndexArray = np.minimum(*(length[at] for at in sides.values()))
-        return {f"{side}_head_{name}_P": head_sums(logp_M, starts, at, shorter) for side, at in sides.items()}
+        sides = [batch.at_N(f"{side}_P") for side in ("chosen", "rejected")]
+        shorter: IndexArray = np.minimum(*(length[at] for at in sides))
+        sums = head_sums(logp_M, [starts[at] for at in sides], shorter)
+        return {f"{side}_head_{name}_P": found for side, found in zip(("chosen", "rejected"), sums, strict=True)}
 
     def __call__(self, batch: Batch, values: Values, normaliser: Normaliser) -> LossResult:
         inputs = self._inputs(batch)
@@ -177,15 +178,12 @@ class PreferenceObjective(Objective):
         found: Values = {}
         batch = inputs.batch
         if "ref_logp_N" in batch.columns:
-            found["ref_logp_N"] = inputs.tensor(batch.columns["ref_logp_N"], inputs.dtype)
+            found["ref_logp_N"] = inputs.column("ref_logp_N", inputs.dtype)
         if batch.mismatched is not None and "ref_logp_N" in batch.mismatched.columns:
-            found["mismatched_ref_logp_N"] = inputs.tensor(batch.mismatched.columns["ref_logp_N"], inputs.dtype)
+            found["mismatched_ref_logp_N"] = batch.mismatched.on_device(self.device)["ref_logp_N"].to(self.dtype)
         if "chosen_head_ref_logp_P" in self._needs and "chosen_head_ref_logp_P" not in values:
-            tokens = values.get("ref_logp_M")
-            if tokens is None:
-                tokens = torch.from_numpy(batch.columns["ref_logp_M"])
-            heads = self._heads(tokens.to(self.dtype), batch, "ref_logp")
-            found |= {name: x.to(inputs.device, inputs.dtype) for name, x in heads.items()}
+            tokens = values["ref_logp_M"] if "ref_logp_M" in values else inputs.column("ref_logp_M")
+            found |= self._heads(tokens.to(self.dtype), batch, "ref_logp")
         return {**found, **values}
 
 

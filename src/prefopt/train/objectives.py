@@ -12,7 +12,7 @@ from prefopt.model.kernels.head import Distributions
 from prefopt.model.packing import PackedBatch
 from prefopt.model.scorer import PackedModel, response_sums
 from prefopt.runs.metrics import Record
-from prefopt.train.batch import Batch, LossResult, tensor, weighted_sum
+from prefopt.train.batch import Batch, LossResult, weighted_sum
 from prefopt.train.columns import LossInputs, Values
 from prefopt.train.objective import Normaliser, Objective
 
@@ -37,8 +37,8 @@ class LikelihoodObjective(Objective):
 
     def normaliser(self, batch: Batch) -> Normaliser:
         """Trained tokens, or responses."""
-        length_N = tensor(batch.length_N, self.device, self.dtype)
-        return (length_N.sum() if self.average == "tokens" else length_N.new_tensor(float(len(length_N))),)
+        length_N = batch.on_device(self.device)["length_N"].to(self.dtype)
+        return (length_N.sum() if self.average == "tokens" else length_N.new_full((), len(length_N)),)
 
     def score(
         self, scorer: PackedModel, packed: PackedBatch, batch: Batch, reference: Distributions | None = None
@@ -47,13 +47,13 @@ class LikelihoodObjective(Objective):
         return {"logp_N": response_sums(scorer(packed), packed)}
 
     def __call__(self, batch: Batch, values: Values, normaliser: Normaliser) -> LossResult:
-        length_N = tensor(batch.length_N, self.device, self.dtype)
+        length_N = batch.on_device(self.device)["length_N"].to(self.dtype)
         nll_N = -values["logp_N"].to(self.dtype)
         numerator = nll_N.sum() if self.average == "tokens" else (nll_N / length_N).sum()
         loss = numerator / normaliser[0]
         metrics = {
             "nll": (nll_N.detach().sum(), length_N.sum()),
-            "lengths": (length_N.sum(), length_N.new_tensor(float(len(length_N)))),
+            "lengths": (length_N.sum(), length_N.new_full((), len(length_N))),
         }
         return LossResult(loss, {"loss": loss}, metrics, weights={"loss": normaliser[0]})
 
@@ -76,7 +76,7 @@ class RewardObjective(Objective):
 
     def normaliser(self, batch: Batch) -> Normaliser:
         """The groups: each has pairs of weight 1."""
-        return (torch.tensor(float(len(batch)), dtype=self.dtype, device=self.device),)
+        return (torch.full((), len(batch), dtype=self.dtype, device=self.device),)
 
     def score(
         self, scorer: PackedModel, packed: PackedBatch, batch: Batch, reference: Distributions | None = None
@@ -87,14 +87,13 @@ class RewardObjective(Objective):
     def __call__(self, batch: Batch, values: Values, normaliser: Normaliser) -> LossResult:
         inputs = LossInputs(batch, "pairs", self.device, self.dtype)
         columns, weight_P = batch.columns, inputs.weight_R
-        places = {side: batch.at_N(f"{side}_P") for side in ("chosen", "rejected")}
-        at = {side: inputs.tensor(place) for side, place in places.items()}
+        at = {side: inputs.column(f"{side}_P") for side in ("chosen", "rejected")}
         chosen, rejected = (values["reward_N"][at[side]] for side in at)
-        label = inputs.tensor(columns["label_P"], self.dtype) if (columns["label_P"] != 1).any() else None
+        label = inputs.column("label_P", self.dtype) if (columns["label_P"] != 1).any() else None
         margin = None
         if self.margin is not None:
-            better, worse = (columns["score_N"][place] for place in places.values())
-            margin = inputs.tensor(self.margin * (better - worse), self.dtype)
+            better, worse = (inputs.column("score_N", self.dtype)[place] for place in at.values())
+            margin = self.margin * (better - worse)
         loss_P = bradley_terry(chosen, rejected, label, margin, centre=self.centre)
         total = (loss_P * weight_P).sum() / normaliser[0]
         seen = {

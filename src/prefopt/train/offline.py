@@ -25,6 +25,7 @@ from prefopt.runs.table import reached
 from prefopt.train import budget, checkpoint
 from prefopt.train.data import DataBatches, TrainingData
 from prefopt.train.held_out import HeldOutPrecision
+from prefopt.train.memory import Trainee, TrainingMemory
 from prefopt.train.objective import Objective
 from prefopt.train.optim import Network
 from prefopt.train.policy import Trained
@@ -62,6 +63,7 @@ class OfflineRun:
     data: TrainingData
     policy: Trained[Any]
     unit: str = "pairs"
+    _counted: TrainingMemory | None = None
 
     def __post_init__(self) -> None:
         config, data = self.run.config, self.data
@@ -115,6 +117,7 @@ class OfflineRun:
         objective = routed(objective, self.policy.scorer, self.run.config)
         reference = plan.in_memory(policy) if plan is not None else None
         tokens, speed = self._token_budget(objective, source, reference)
+        run.say(self._memory(reference).line(self.data.groups, tokens))
         run.say(self._plan(tokens, self._seconds(objective, tokens, speed)))
         trainer = run.trainer(
             {"policy": Network.of(policy.masters, config, self.steps, config.learning_rate)},
@@ -151,8 +154,8 @@ class OfflineRun:
         before = plan.seconds_ahead(policy.scorer, speed) if plan is not None else None
         whole = "" if before is None else f", with the reference {duration(before + seconds)}"
         run.say(self._plan(tokens, seconds) + whole)
-        peak, state = peak_memory(run.device), budget.state_bytes(policy.masters)
-        run.say(f"memory: {size(peak)} in the trial, and {size(state)} for the optimiser to come")
+        run.reporter.show(self._memory(reference).table(self.data.groups, tokens))
+        run.say(f"memory: {size(peak_memory(run.device))} at most so far")
         run.say("dry run: nothing was trained, and no output written")
 
     def _plan(self, tokens: int, seconds: float) -> str:
@@ -174,20 +177,25 @@ class OfflineRun:
     ) -> tuple[int, float]:
         """The token budget (of the options, the first start, or estimated) after a trial, and tokens per second."""
         run, policy, groups = self.run, self.policy, self.data.groups
-        tokens = run.config.token_budget or run.folder.record.get("token_budget")
-        if not tokens:
-            tokens = budget.estimate(
-                policy.scorer,
-                groups,
-                checkpointing=run.config.gradient_checkpointing,
-                still_to_come=budget.state_bytes(policy.masters),
-            )
+        memory, before = self._memory(reference), run.folder.record
+        tokens = run.config.token_budget or before.get("token_budget")
+        tokens = memory.plan(groups, tokens=tokens, checkpointed=before.get("checkpointed"), world=run.world)
         tokens = run.world.smallest(int(tokens))
         differentiator = Differentiator(policy.scorer, objective, reference, lockstep=policy.sharded)
-        tokens, speed = budget.try_largest(differentiator, policy.masters, groups, source.of, tokens)
+        state = memory.parts().get("optimiser state", 0)
+        tokens, speed = budget.try_largest(differentiator, policy.masters, groups, source.of, tokens, state)
         tokens = run.world.smallest(tokens)
-        run.folder.remember(token_budget=tokens)
+        run.folder.remember(token_budget=tokens, checkpointed=memory.trainees[0].checkpointed)
         return tokens, speed * run.world.size
+
+    def _memory(self, reference: InMemoryColumns | None) -> TrainingMemory:
+        """The memory of this run. Its blueprint is kept."""
+        if self._counted is None:
+            policy, live = self.policy, reference.live if reference is not None else None
+            trainee = Trainee(policy.scorer, policy.masters, policy.blueprint)
+            others = {} if live is None else {"reference": live.bytes_held}
+            self._counted = TrainingMemory([trainee], self.run.config, self.run.device, others)
+        return self._counted
 
     def finish(
         self,

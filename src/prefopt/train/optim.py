@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from prefopt.config.training import RunOptions
 from prefopt.errors import RunError
-from prefopt.model.costs import out_of_memory
+from prefopt.model.costs import MEMORY_ERRORS, out_of_memory
 from prefopt.model.precision import MasterWeights
 from prefopt.parallel.gradients import clip_
 
@@ -38,11 +39,38 @@ def adamw(
     masters: Mapping[str, torch.nn.Parameter], *, betas: tuple[float, float], epsilon: float, weight_decay: float
 ) -> torch.optim.AdamW:
     """AdamW over named weights, without decay for vectors (norms and biases)."""
+    fused = all(p.device.type in ("cpu", "cuda") for p in masters.values())
+    return torch.optim.AdamW(_groups(masters, weight_decay), betas=betas, eps=epsilon, fused=fused)
+
+
+MIN_8BIT, BLOCK, PAGED_FROM = 4096, 256, 100_000
+"""Of bitsandbytes: weights with fewer numbers keep float32 moments; moments that share a scale; numbers from which on
+paged moments may leave the device."""
+
+
+def adamw_8bit(
+    masters: Mapping[str, torch.nn.Parameter],
+    *,
+    betas: tuple[float, float],
+    epsilon: float,
+    weight_decay: float,
+    paged: bool,
+) -> torch.optim.Optimizer:
+    """AdamW with blockwise 8-bit moments (Dettmers et al. 2021, arXiv 2110.02861) by bitsandbytes, else as
+    :func:`adamw`. ``paged``: moments in memory that CUDA moves to the host where the device is full."""
+    from bitsandbytes.optim import AdamW
+
+    options = {"betas": betas, "eps": epsilon, "optim_bits": 8, "min_8bit_size": MIN_8BIT, "is_paged": paged}
+    optimizer: torch.optim.Optimizer = AdamW(_groups(masters, weight_decay), **options)
+    return optimizer
+
+
+def _groups(masters: Mapping[str, torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices, and vectors without decay."""
     matrices = [p for p in masters.values() if p.ndim > 1]
     vectors = [p for p in masters.values() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    fused = all(p.device.type in ("cpu", "cuda") for p in masters.values())
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=epsilon, fused=fused)
+    return [group for group in groups if group["params"]]
 
 
 @dataclass(slots=True)
@@ -64,8 +92,14 @@ class Network:
         train: Callable[[bool], object] = lambda mode: None,
     ) -> Network:
         """With the optimiser and the schedule of ``options``, over ``steps`` steps to a ``peak`` learning rate."""
+        asked = {"epsilon": options.adam_epsilon, "weight_decay": options.weight_decay}
         betas = (options.adam_beta1, options.adam_beta2)
-        optimizer = adamw(weights.masters, betas=betas, epsilon=options.adam_epsilon, weight_decay=options.weight_decay)
+        optimizer: torch.optim.Optimizer
+        if options.optimizer == "adamw":
+            optimizer = adamw(weights.masters, betas=betas, **asked)
+        else:
+            paged = options.optimizer == "paged-adamw-8bit"
+            optimizer = adamw_8bit(weights.masters, betas=betas, paged=paged, **asked)
         return cls(weights, optimizer, Schedule(options.schedule, peak, steps, round(options.warmup * steps)), train)
 
     def update(self, step: int, norm: float, limit: float) -> None:
@@ -78,12 +112,12 @@ class Network:
             group["lr"] = self.schedule(step)
         try:
             self.optimizer.step()
-        except RuntimeError as error:
+        except MEMORY_ERRORS as error:
             if not out_of_memory(error):
                 raise
             raise RunError(
-                f"step {step + 1}: the optimiser's state does not fit into the device's memory; give --lora, or a"
-                " smaller --token-budget"
+                f"step {step + 1}: the optimiser's state does not fit into the device's memory; give"
+                " --lora, --optimizer adamw-8bit, --offload optimizer, or a smaller --token-budget"
             ) from error
         self.weights.publish()
         self.weights.zero_grad()

@@ -21,6 +21,8 @@ from prefopt.model.checkpoint import describe_untouched, origin_of
 from prefopt.model.kernels.head_class import Head
 from prefopt.model.load import base_and_adapter, load_config, load_model, local_folder
 from prefopt.model.lora_targets import tower_weights
+from prefopt.model.memory import Blueprint
+from prefopt.model.offload import HostActivations
 from prefopt.model.placeholders import FromFirst, skeleton
 from prefopt.model.precision import MasterWeights, disable_dropout
 from prefopt.model.quantised import chosen, is_quantised, set_compute_dtype
@@ -31,6 +33,7 @@ from prefopt.parallel.tensors import digest_of
 from prefopt.parallel.world import ALONE, World
 from prefopt.reference.identity import adapter_line
 from prefopt.runs.card import save_model
+from prefopt.train.memory import blueprint_of
 
 AnyScorer = TypeVar("AnyScorer", bound=PackedModel)
 Options = MethodOptions | PpoConfig
@@ -61,12 +64,16 @@ class Trained(Generic[AnyScorer]):
         """How several processes hold the weights: all of them (``none``), a part each, or a part of each machine's."""
         self.reading: str | None = None
         """A line on how weights in shards were read."""
+        self.blueprint: Blueprint | None = None
+        """Of a model in shards: how it was before, to count the memory of a pass."""
         self.config, self.dtype, self._named = config, dtype, named
+        self._moves_to = device if named else None
+        self._never_cut = config.optimizer != "adamw" or bool(config.offload)
         self._new_lora = config.lora and config.named_adapter is None
         self._why = ""
         self._apart: AnyScorer | None = None
         self._trained_head: Head | None = None
-        if named and not world.alone and config.shard != "none":
+        if named and not (world.alone or self._never_cut or config.shard == "none"):
             self._read_in_shards(load, world, device)
         if not self.sharded:
             self._begin(load(None))
@@ -84,7 +91,7 @@ class Trained(Generic[AnyScorer]):
             set_compute_dtype(model, self.dtype)
         for parameter in model.parameters() if self._new_lora else ():
             parameter.requires_grad_(False)
-        self.masters = MasterWeights(model, self.dtype)
+        self.masters = masters_of(model, self.config, self.dtype, self._moves_to)
         self.scorer = self.score_with(model)
 
     def _read_in_shards(
@@ -106,6 +113,7 @@ class Trained(Generic[AnyScorer]):
             self._add_adapter()
             if isinstance(self.scorer, Scorer):  # nor may it change how logits are rounded
                 self._trained_head, self.scorer.head = self.scorer.head, before.head
+        self.blueprint = blueprint_of(self.scorer, device, self.dtype)
         self.masters, self.reading = shard_unread(
             self.scorer, self.masters, world, self.dtype, device, hybrid=shards == "hybrid"
         )
@@ -133,7 +141,8 @@ class Trained(Generic[AnyScorer]):
     def _add_adapter(self) -> None:
         self.scorer.detach_hook()
         model = self._with_adapter(self.scorer.model)
-        self.masters = MasterWeights(model, self.dtype)
+        self.masters.release()
+        self.masters = masters_of(model, self.config, self.dtype, self._moves_to)
         self.scorer = self.score_with(model)
 
     @property
@@ -165,16 +174,25 @@ class Trained(Generic[AnyScorer]):
         return f"not trained, and saved as they are: {words}" if origin.kept else f"not in a reward model: {words}"
 
     def make_trainable(self, world: World = ALONE, *, draws: bool = False, others: Callable[[], int] = int) -> str:
-        """Add a new LoRA adapter and activation checkpointing, and cut the weights into shards, as configured. Returns
-        a line on what trains. ``draws``: :attr:`apart` is used; ``others``: as of :func:`choose`."""
+        """Add a new LoRA adapter, activation checkpointing and offloading, and cut the weights into shards, as
+        configured. Returns a line on what trains. ``draws``: :attr:`apart` is used; ``others``: as of
+        :func:`choose`."""
         config = self.config
+        if not world.alone and config.offloads("optimizer"):
+            raise ConfigError(
+                "--offload optimizer is for one process; of several, shards divide the state: --shard full"
+            )
         torch.manual_seed(config.seed)
         if self._new_lora and not self.sharded:
             self._add_adapter()
         if self._trained_head is not None and isinstance(self.scorer, Scorer):
             self.scorer.head = self._trained_head
-        if config.gradient_checkpointing:
+        if config.gradient_checkpointing is True:
             checkpoint_activations(self.scorer.model)
+            if self.blueprint is not None:
+                checkpoint_activations(self.blueprint.scorer.model)
+        if config.offloads("activations"):
+            self.scorer.offload = HostActivations(self.scorer)
         trained = sum(p.numel() for p in self.masters.masters.values())
         total = sum(weights_in(p) for p in self.scorer.model.parameters())
         if not config.lora:
@@ -189,9 +207,10 @@ class Trained(Generic[AnyScorer]):
             packed, model = is_quantised(self.scorer.model), self.scorer.model
             if packed and config.shard in ("full", "hybrid"):
                 raise ConfigError(f"--shard {config.shard} cuts weights into parts, and this model's are packed")
-            asked = "none" if packed else config.shard
+            asked = "none" if packed or self._never_cut else config.shard
             self.shards, self._why = choose(asked, world, model, self.masters.masters, self.device, others)
             if self.sharded:
+                self.blueprint = blueprint_of(self.scorer, self.device, self.dtype)
                 given, hybrid = (self.scorer, self.masters, world, self.dtype), self.shards == "hybrid"
                 if draws:
                     self.masters, self._apart = shard_with_copy(*given, hybrid=hybrid)
@@ -238,7 +257,7 @@ class Policy(Trained[Scorer]):
             adapter = local_folder(config.named_adapter) if config.named_adapter else None
             wide = _loaded_in(config, dtype)
             options: dict[str, Any] = {"quantise": config.quantise, "from_first": from_first}
-            model = load_model(source, dtype=wide, device=device, adapter=adapter, **options)
+            model = load_model(source, dtype=wide, device=loaded_on(config, device), adapter=adapter, **options)
             if adapter is not None:
                 # An adapter may name its base relative to its own folder; what is saved names it as it was found.
                 for peft in getattr(model, "peft_config", {}).values():
@@ -276,10 +295,9 @@ class ScalarPolicy(Trained[ScalarScorer]):
             if given is not None:
                 disable_dropout(given)
                 return cast(torch.nn.Module, scalar_from(given, tokenizer, seed=config.seed))
-            options: dict[str, Any] = {"tokenizer": tokenizer, "seed": config.seed}
-            return load_scalar(
-                source, dtype=wide, device=device, quantise=config.quantise, from_first=from_first, **options
-            )
+            where = loaded_on(config, device)
+            options: dict[str, Any] = {"tokenizer": tokenizer, "seed": config.seed, "quantise": config.quantise}
+            return load_scalar(source, dtype=wide, device=where, from_first=from_first, **options)
 
         # An adapter is merged into all of the model, and packed weights are never cut.
         whole = given is None and (is_adapter(source) or _packed(config, source))
@@ -317,10 +335,13 @@ def _packed(config: Options, source: str) -> bool:
 def compiles(config: Options, scorer: PackedModel) -> bool:
     """What ``--compile`` comes to. A run that must resume to the same bits is not compiled by ``auto``: generated code
     may depend on the shapes that it was first made for. Nor is one with a loss on routers, which are inside of layers,
-    or a model of which flash attention does not take every layer (FlexAttention compiles itself)."""
+    one that moves activations to the host, or a model of which flash attention does not take every layer
+    (FlexAttention compiles itself)."""
     if config.compile != "auto":
         return config.compile == "on"
     device = next(scorer.model.parameters()).device
+    if config.offloads("activations"):
+        return False
     if device.type != "cuda" or config.deterministic or config.attention == "loop" or config.reads_routers:
         return False
     if not scorer.flash_takes_all:
@@ -333,6 +354,20 @@ def compiles(config: Options, scorer: PackedModel) -> bool:
 def _loaded_in(config: Options, dtype: torch.dtype) -> torch.dtype:
     """The dtype to load in: full fine-tuning needs float32 masters from the file, not rounded ones."""
     return dtype if config.lora else torch.promote_types(dtype, torch.float32)
+
+
+def loaded_on(config: Options, device: torch.device) -> torch.device:
+    """Where to load a model: float32 weights that stay on the host never fill a GPU."""
+    return torch.device("cpu") if config.offloads("optimizer") and not config.lora else device
+
+
+def masters_of(
+    model: torch.nn.Module, config: Options, dtype: torch.dtype, device: torch.device | None
+) -> MasterWeights:
+    """The masters of a model that computes in ``dtype``, on the host under ``--offload optimizer``: then the model
+    moves to ``device``, where one is given."""
+    on_host = config.offloads("optimizer")
+    return MasterWeights(model, dtype, on_host=on_host, device=device if on_host else None)
 
 
 Config = TypeVar("Config")

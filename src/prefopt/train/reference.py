@@ -18,7 +18,7 @@ from prefopt.errors import ModelError
 from prefopt.losses.parse import WeightedLoss
 from prefopt.model.architectures import causal_model, context_length, vocabulary_size
 from prefopt.model.check import check_scoring
-from prefopt.model.costs import out_of_memory
+from prefopt.model.costs import MEMORY_ERRORS, out_of_memory
 from prefopt.model.kernels.head import vocabulary_of
 from prefopt.model.load import base_and_adapter, load_model
 from prefopt.model.packing import pack
@@ -164,7 +164,7 @@ class ReferenceRun:
                     world=self.run.world,
                     lockstep=self.shards != "none",
                 )
-            except RuntimeError as error:
+            except MEMORY_ERRORS as error:
                 if self.shards != "none" and out_of_memory(error):
                     raise fatal_in_shards("scoring the reference", token_budget // SCORING_AHEAD) from error
                 largest = int(cache.space.costs(groups).max())
@@ -345,7 +345,7 @@ class ReferencePlan:
         # Remembered, since a resumed run must pack as the first one did to give the same bits.
         folder = self.run.folder
         tokens = folder.record.get("scoring_budget") or SCORING_AHEAD * (
-            self.run.config.token_budget or estimate(scorer, self.groups, checkpointing=False, still_to_come=0)
+            self.run.config.token_budget or estimate(scorer, self.groups)
         )
         tokens = self.run.world.smallest(tokens)
         folder.remember(scoring_budget=tokens)

@@ -37,7 +37,7 @@ from prefopt.model.card import write_card
 from prefopt.model.check import CheckReport
 from prefopt.model.costs import peak_memory
 from prefopt.model.load import load_config, local_folder
-from prefopt.model.precision import resolve_device, resolve_dtype
+from prefopt.model.precision import made_current, resolve_device, resolve_dtype
 from prefopt.model.quantised import check_quantisable, quantised_words
 from prefopt.model.save import add_end_tokens, repair_generation
 from prefopt.model.supported import refuse_untrainable
@@ -243,7 +243,7 @@ def open_run(config: Options, *, model: Any = None, callbacks: Sequence[Any] = (
         name = config.device
         if not world.alone and name in (None, "cuda") and torch.cuda.is_available():
             name = f"cuda:{torch.cuda.current_device()}"
-        device = resolve_device(name) if model is None else next(model.parameters()).device
+        device = resolve_device(name) if model is None else made_current(next(model.parameters()).device)
         if config.device and torch.device(config.device).type != device.type:
             raise ConfigError(f"--device {config.device}: the model given is on {device}; move it with model.to()")
         dtype = resolve_dtype(config.dtype, device)

@@ -12,7 +12,7 @@ from prefopt.model.kernels.head import Distributions
 from prefopt.model.packing import PackedBatch
 from prefopt.model.scorer import PackedModel, Scorer, ScoreRequest, response_sums
 from prefopt.reference.in_memory import TrDpoUpdate
-from prefopt.train.batch import Batch, LossResult, tensor
+from prefopt.train.batch import Batch, LossResult
 from prefopt.train.columns import Values
 from prefopt.train.objectives import Average, LikelihoodObjective
 from prefopt.train.policy import Trained
@@ -45,7 +45,7 @@ class DistillationObjective(LikelihoodObjective):
 
     def __call__(self, batch: Batch, values: Values, normaliser: tuple[torch.Tensor, ...]) -> LossResult:
         plain = super().__call__(batch, {"logp_N": values["logp_N"]}, normaliser)
-        length_N = tensor(batch.length_N, self.device, self.dtype)
+        length_N = batch.on_device(self.device)["length_N"].to(self.dtype)
         apart_N = values["divergence_N"].to(self.dtype)
         loss = (apart_N.sum() if self.average == "tokens" else (apart_N / length_N).sum()) / normaliser[0]
         metrics = {

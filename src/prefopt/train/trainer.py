@@ -19,7 +19,7 @@ import torch
 
 from prefopt.core.terminal import Reporter, StopRequest
 from prefopt.errors import Diverged
-from prefopt.model.costs import out_of_memory
+from prefopt.model.costs import MEMORY_ERRORS, MemoryFailure, out_of_memory
 from prefopt.model.scorer import PackedModel
 from prefopt.parallel.gradients import grad_norm, sum_gradients
 from prefopt.parallel.world import ALONE, World
@@ -246,7 +246,7 @@ class Trainer:
                     second = self._differentiator(auxiliary.objective, None).gradients(
                         auxiliary.batch, self.token_budget, scale=auxiliary.coefficient
                     )
-            except RuntimeError as caught:
+            except MEMORY_ERRORS as caught:
                 error = caught
                 if not out_of_memory(error):
                     raise
@@ -265,7 +265,7 @@ class Trainer:
         return Differentiator(self.scorer, objective, known, self.world, self.lockstep)
 
     def _exchange(
-        self, found: Gradients | None, second: Gradients | None, error: RuntimeError | None
+        self, found: Gradients | None, second: Gradients | None, error: MemoryFailure | None
     ) -> dict[str, float]:
         """The numbers of an update that all ranks add up, in one message: sums, work, failures and stop requests."""
         if self.world.alone:
@@ -289,8 +289,9 @@ class Trainer:
         """Metrics, loss and gradient norms of an update, and its work; gradients become those of all ranks."""
         networks = {"grad_norm" if n is self.policy else f"grad_norm/{name}": n for name, n in self.networks.items()}
         for network in networks.values():
+            network.weights.settle()
             sum_gradients(self.world, network.weights.masters.values())
-        norms = {name: grad_norm(n.weights.masters.values()) for name, n in networks.items()}
+        norms = {name: grad_norm(n.weights.masters.values()).to(self.device) for name, n in networks.items()}
         if self.world.alone:
             record = found.sums.means(norms)
             work = {}  # counted when the clock has stopped
@@ -306,7 +307,7 @@ class Trainer:
             record[auxiliary.name] = value
         return record, work
 
-    def halve(self, error: RuntimeError, what: str, largest: int = 1) -> None:
+    def halve(self, error: MemoryFailure, what: str, largest: int = 1) -> None:
         """Halve the token budget after ``error``, to repeat ``what``. Raises as :func:`smaller_budget`."""
         self.token_budget = smaller_budget(error, self.token_budget, what, largest, self.device)
         self.reporter.say(f"out of memory: {what} is repeated with {self.token_budget} tokens at once")

@@ -5,7 +5,7 @@ The hook receives the packed row's queries, keys and values [1, heads, T, D] and
 
 ``flash-cpu``   tiles of torch's CPU flash attention merged by their log-sum-exp, without copying keys
 ``varlen``      variable-length flash attention on CUDA, keys and values gathered per segment, one call per layer
-``flex``        FlexAttention on CUDA, where flash attention refuses: soft-caps, other head widths
+``flex``        FlexAttention on CUDA, where flash attention refuses: soft-caps, wider heads
 ``loop``        scaled dot-product attention or plain arithmetic, segment by segment: any device, soft-caps too. In a
                 compiled layer, where segments are no constants, :mod:`prefopt.model.kernels.plain` takes its place
 """
@@ -15,17 +15,22 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from prefopt.data.table import ranges
 from prefopt.errors import ModelError
 from prefopt.model.kernels import flash_cpu, flex, plain, varlen
+from prefopt.model.kernels.device import kind_of
+from prefopt.model.kernels.gather import occurrences
 from prefopt.model.kernels.plain import visible_keys
 from prefopt.model.kernels.shared import KERNELS, How, Kernel, attention_by, compiled_attention
-from prefopt.model.kernels.varlen import WIDEST, has_varlen, occurrences
+from prefopt.model.kernels.varlen import WIDEST, has_varlen, padded_width
 from prefopt.model.packing import Segment
+from prefopt.transfer import on_device
 
 # An unregistered mask function makes transformers build no [T, T] mask at all; the name must not contain "flash".
 HOOK = "prefopt_shared"
@@ -57,11 +62,11 @@ def kernel_for(device: torch.device, dtype: torch.dtype, preference: str = "auto
     """The kernel for ``device`` and ``dtype``; ``preference`` ``loop`` forces the plain one."""
     if preference == "loop":
         return "loop"
-    if device.type == "cpu":
+    if kind_of(device) == "cpu":
         return "flash-cpu"
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+    if kind_of(device) != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "loop"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "loop"
     return "varlen" if has_varlen() else "flex"
 
@@ -93,14 +98,18 @@ def shared_attention(
         raise HookReached
     width, scale = value.shape[-1], scaling if scaling is not None else query.shape[-1] ** -0.5
     both = max(width, key.shape[-1])  # multi-head latent attention: pad the narrower, cut the result
-    query, key, value = (x if x.shape[-1] == both else F.pad(x, (0, both - x.shape[-1])) for x in (query, key, value))
-    if softcap is not None or (prefix_kernel == "varlen" and (both > WIDEST or both % 8)):
+    if softcap is not None or (prefix_kernel == "varlen" and both > WIDEST):
         prefix_kernel = "flex" if prefix_kernel in ("varlen", "flex") else "loop"
+    if prefix_kernel == "varlen":
+        both = padded_width(both)
+    query, key, value = (x if x.shape[-1] == both else F.pad(x, (0, both - x.shape[-1])) for x in (query, key, value))
     how, row = How(scale, sliding_window, softcap), (query[0], key[0], value[0], s_aux)
     out: Tensor | None = None
     if isinstance(prefix_segments, Tensor):
         kernel = "loop" if prefix_kernel == "flex" else prefix_kernel
         out = compiled_attention(kernel, prefix_segments, *row, how)[None]
+    elif prefix_kernel == "flex" and query.is_meta:  # memory is counted; both kernels keep the same
+        out = attention_by("loop", prefix_segments, *row, how)[None]
     elif prefix_kernel == "flex" and flex.usable():
         out = flex.attend(query, key, value, flex.flex_plan(prefix_segments, query.device), how, s_aux)
     elif prefix_kernel in ("varlen", "flash-cpu"):
@@ -169,26 +178,22 @@ def _keys(x: Tensor, start: int, stop: int, origin: int, prefix: int) -> Tensor:
 
 
 def gather_plan(segments: tuple[Segment, ...], device: torch.device) -> dict[str, Any]:
-    """Arguments of ``varlen``, made once per pass: the row of every segment's keys, and both cumulative lengths."""
-    rows = [
-        torch.cat([torch.arange(o, o + p, dtype=torch.int64), torch.arange(a, b, dtype=torch.int64)])
-        for a, b, o, p in segments
-    ]
-    queries = [b - a for a, b, _, _ in segments]
-    keys = [len(r) for r in rows]
-    index = torch.cat(rows)
-
-    def cumulative(lengths: list[int]) -> Tensor:
-        ends = torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return F.pad(ends, (1, 0)).to(device, non_blocking=True)
-
+    """Arguments of ``varlen``, made once per pass: the row of every segment's keys, the sums of their gradients, and
+    both cumulative lengths."""
+    start, stop, origin, prefix = np.array(segments, np.int64).T
+    queries, keys = stop - start, stop - start + prefix
+    runs, lengths = (np.stack(pair, 1).ravel() for pair in ((origin, start), (prefix, queries)))
+    index = ranges(runs, lengths, np.arange(len(runs)))
+    ends = [np.concatenate([[0], np.cumsum(many)]).astype(np.int32) for many in (queries, keys)]
+    sums = occurrences(index)
+    moved, cu_q, cu_k, *pairs = on_device([index, *ends, *(x for pair in sums for x in pair)], device)
     return {
-        "index": index.to(device, non_blocking=True),
-        "sums": tuple(tuple(x.to(device, non_blocking=True) for x in part) for part in occurrences(index)),
-        "cu_q": cumulative(queries),
-        "cu_k": cumulative(keys),
-        "max_q": max(queries),
-        "max_k": max(keys),
+        "index": moved,
+        "sums": tuple(zip(pairs[::2], pairs[1::2], strict=True)),
+        "cu_q": cu_q,
+        "cu_k": cu_k,
+        "max_q": int(queries.max()),
+        "max_k": int(keys.max()),
     }
 
 

@@ -49,14 +49,15 @@ class Tile:
     offset: int = 0
     window: int | None = None
 
-    def mask(self, dtype: torch.dtype) -> Tensor | None:
-        """Additive mask [rows, columns]; None where no window cuts through the tile."""
+    def mask(self, like: Tensor) -> Tensor | None:
+        """Additive mask [rows, columns], of the dtype and on the device of ``like``; None where no window cuts through
+        the tile."""
         if self.window is None:
             return None
         rows, columns = (torch.arange(r.stop - r.start) for r in (self.queries, self.keys) if isinstance(r, slice))
         gap = self.offset + rows[:, None] - columns[None, :]
         hidden = (gap < 0) | (gap >= self.window)
-        return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+        return like.new_zeros(hidden.shape).masked_fill_(hidden.to(like.device), float("-inf"))
 
 
 @lru_cache(maxsize=4)  # each layer asks for the same, forward and backward
@@ -150,8 +151,8 @@ def backward(
     grad, out = grad.transpose(0, 1), out.transpose(0, 1)
     # Without a window the tiles of a segment's own keys cover the row once: they are written, the others added.
     make = torch.empty if how.window is None else torch.zeros
-    grad_q = make(query.shape, dtype=query.dtype)
-    grad_k, grad_v = make(key.shape, dtype=lse.dtype), make(value.shape, dtype=lse.dtype)
+    grad_q = make(query.shape, dtype=query.dtype, device=query.device)
+    grad_k, grad_v = (make(x.shape, dtype=lse.dtype, device=x.device) for x in (key, value))
     heads = key.shape[0]
     own, prefixes = tiles_of(segments, how.window)
     for tile in (*own, *prefixes):
@@ -174,7 +175,7 @@ def _tile_forward(query: Tensor, key: Tensor, value: Tensor, tile: Tile, scale: 
     """Output [Hq, rows, D] and log-sum-exp [Hq, rows] of a tile."""
     heads = key.shape[0]
     q, k, v = _operands(query, key, value, tile)
-    mask = tile.mask(query.dtype)
+    mask = tile.mask(query)
     out, lse = _forward(q, k, v, 0.0, tile.causal, attn_mask=mask, scale=scale)
     if mask is not None:  # the kernel reports 0 for a row that sees nothing
         blind = torch.isinf(mask).all(-1)
@@ -188,7 +189,7 @@ def _tile_backward(
     """Gradients of the kernel's operands. ``out`` and ``lse`` are the merged ones of the whole row."""
     q, k, v = _operands(query, key, value, tile)
     g, o, norm = (_take(x, key.shape[0], tile.queries, tile.many) for x in (grad, out, lse))
-    mask = tile.mask(query.dtype)
+    mask = tile.mask(query)
     grads = _backward(g, q, k, v, o, norm, 0.0, tile.causal, attn_mask=mask, scale=scale)
     return cast(tuple[Tensor, Tensor, Tensor], grads)
 

@@ -1,4 +1,4 @@
-"""FlexAttention on CUDA for what flash attention refuses: soft-caps of scores, and other head widths.
+"""FlexAttention on CUDA for what flash attention refuses: soft-caps of scores, and wider heads.
 
 The mask is computed from the bounds of the segments, on the host, block by block: no [T, T] mask exists, and blocks
 that are seen whole skip the mask. Rows are padded to whole blocks; shapes are dynamic, so that one kernel serves all

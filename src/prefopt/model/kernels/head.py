@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from prefopt.model.kernels.device import kind_of
 from prefopt.model.kernels.divergence import Divergence
 from prefopt.model.kernels.head_device import aligned, fused_head, tiles
 
@@ -164,7 +165,7 @@ def transformed(z: Tensor, scale: float, softcap: float | None) -> Tensor:
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Logits [rows, V], accumulated in float32 or float64 where the device can."""
-    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
+    if kind_of(hidden.device) == "cuda" and hidden.dtype in (torch.bfloat16, torch.float16):
         if len(weight) % 8 == 0:
             z = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
         else:
@@ -318,7 +319,7 @@ class HeadGradients:
 
 def _narrowed(slope: Tensor, dtype: torch.dtype) -> Tensor:
     """A tile [rows, V] in ``dtype``."""
-    if slope.is_cuda and slope.shape[1] % 8:
+    if kind_of(slope.device) == "cuda" and slope.shape[1] % 8:
         return aligned(slope.shape[0], slope.shape[1], dtype, slope.device).copy_(slope)
     return slope.to(dtype)
 

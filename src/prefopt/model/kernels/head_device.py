@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prefopt.errors import first_line
 from prefopt.model.costs import memory_of, out_of_memory
+from prefopt.model.kernels.device import kind_of
 
 if TYPE_CHECKING:
     from prefopt.model.kernels.head_triton import FusedHead
@@ -25,16 +26,23 @@ log = logging.getLogger(__name__)
 
 def tiles(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
     """Even tiles of rows, small enough for their logits."""
-    height = max(16, tile_elements(device) // vocabulary)
+    height = max(16, tile_elements(as_counted(device)) // vocabulary)
     height = -(-rows // -(-rows // height)) if rows else 1  # even tiles
     for start in range(0, rows, height):
         yield slice(start, min(start + height, rows))
+
+
+def as_counted(device: torch.device) -> torch.device:
+    """The device that ``meta`` stands for."""
+    return torch.device(kind_of(device)) if device.type == "meta" else device
 
 
 @cache
 def tile_elements(device: torch.device) -> int:
     """Logits of one tile. On a GPU the weight of the head is read for every tile, so that a tile must be tall enough to
     keep its products bound by arithmetic: its float32 logits take a 150th of the memory, up to 1 GiB."""
+    if device.type == "cuda" and not torch.cuda.is_available():  # memory is counted for a GPU that is not here
+        return 2**27
     if device.type == "cuda":
         return min(2**28, max(2**24, memory_of(device) // 150 // 4))
     return {"cpu": 2**23}.get(device.type, 2**25)

@@ -2,7 +2,8 @@
 
 The operators behind ``torch.nn.attention.varlen.varlen_attn`` are called, not the function itself: sinks need the
 log-sum-exp, and its gradient is dropped there. They run FlashAttention-2, or the implementation that is switched on
-(:func:`activate_flash`). Gathered keys and values are not kept for the backward pass but gathered again.
+(:mod:`prefopt.model.kernels.flash`). Gathered keys and values are not
+kept for the backward pass but gathered again.
 """
 
 from __future__ import annotations
@@ -13,35 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefopt.model.kernels.gather import summed
 from prefopt.model.kernels.shared import How
 
-WIDEST = 256
-"""Largest head width; widths are multiples of 8."""
-
-Sums = tuple[tuple[Tensor, Tensor], ...]
-"""For the first, second, ... occurrence of a row in an index: rows and positions. Rows within a pair differ, so that
-adding one pair after the other is deterministic."""
+WIDEST, WIDTH_STEP = 256, 8
+"""Largest head width, and what widths are multiples of: the hook pads others."""
 
 
-def occurrences(index: Tensor) -> Sums:
-    """The occurrences of each row in ``index``; see :data:`Sums`.
-
-    >>> [[x.tolist() for x in pair] for pair in occurrences(torch.tensor([0, 1, 0, 2, 0]))]
-    [[[0, 1, 2], [0, 1, 3]], [[0], [2]], [[0], [4]]]
-    """
-    rows, order = index.sort(stable=True)
-    starts = torch.searchsorted(rows, rows)
-    times = torch.arange(len(rows)) - starts
-    return tuple((rows[times == k], order[times == k]) for k in range(int(times.max()) + 1 if len(rows) else 0))
-
-
-def summed(grad: Tensor, tokens: int, sums: Sums, dtype: torch.dtype) -> Tensor:
-    """Gradient [T, ...] of the rows that were gathered, from that of what was gathered: added in the order of the
-    segments in float32 and rounded once. torch adds in the tensor's dtype, on CUDA in any order."""
-    total = grad.new_zeros(tokens, *grad.shape[1:], dtype=torch.promote_types(dtype, torch.float32))
-    for rows, places in sums:
-        total[rows] = total[rows] + grad[places].to(total.dtype)
-    return total.to(dtype)
+def padded_width(*widths: int) -> int:
+    """The head width that these are padded to: one for keys and values, a multiple of :data:`WIDTH_STEP`."""
+    return -(-max(widths) // WIDTH_STEP) * WIDTH_STEP
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, plan: dict[str, Any], how: How) -> tuple[Tensor, Tensor]:
