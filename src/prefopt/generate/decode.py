@@ -200,9 +200,10 @@ class WholeDecoder(_OwnForward):
 
 def decoder_of(scorer: Scorer) -> tuple[type[Decoder], str | None]:
     """The fastest decoder that the model supports, and a line on what is slow where that is not the first."""
-    if scorer.layout.share:
+    if scorer.layout.share and not scorer.recurrent:
         return SlotDecoder, None
     if CacheDecoder.fits(scorer):
-        return CacheDecoder, f"{scorer.reason}: its own cache is used, and only prompts of one length share a batch"
+        why = scorer.reason or f"{scorer.recurrent[0]} keeps a state"
+        return CacheDecoder, f"{why}: its own cache is used, and only prompts of one length share a batch"
     name = type(causal_model(scorer.model)).__name__
     return WholeDecoder, f"{name} returns no cache to continue from: every token encodes its whole sequence, slowly"
