@@ -14,7 +14,12 @@ from prefopt.model.scorer import Scorer
 
 LENGTHS = (1, 5, WINDOW, WINDOW + 1, 2, 20)
 STEPS = 2 * WINDOW + 1
-EXPECTED = {**dict.fromkeys(SHARED, SlotDecoder), **dict.fromkeys([*HYBRIDS, *SEPARATE], CacheDecoder)}
+EXPECTED: dict[str, type[Decoder]] = {
+    **dict.fromkeys(SHARED, SlotDecoder),
+    **dict.fromkeys([*HYBRIDS, *SEPARATE], CacheDecoder),
+    # No cache, a state inside the layers, and a cache of which a part cannot be reordered.
+    **dict.fromkeys(["xlstm", "recurrent gemma", "minimax"], WholeDecoder),
+}
 
 
 def draw(*lengths: int, seed: int = 0) -> list[list[int]]:

@@ -216,3 +216,23 @@ def test_a_class_that_is_not_in_the_list_or_has_changed_is_scored_separately(mon
         assert not any("forward" in vars(m) for m in model.modules())
         with torch.no_grad():
             assert_same(scorer(pack(groups, scorer.layout)), oracle_logprobs(model, groups), 1e-6)
+
+
+def test_layers_with_attention_alone_are_compiled() -> None:
+    torch._dynamo.reset()
+    model = build("jamba", num_local_experts=1, num_experts=1)
+    scorer = Scorer(model)
+    batch = pack(groups_of_every_kind()[:3], scorer.layout)
+    before = scorer(batch)
+    expected = gradients(before, model)
+    assert scorer.compile_layers(backend="eager").startswith("layers without JambaMambaMixer: compiled")
+    after = scorer(batch)
+    assert scorer.compiled is not None
+    assert scorer.compiled.failure is None
+    assert [type(layer).__name__ for layer in scorer.compiled.layers] == ["JambaAttentionDecoderLayer"]
+    assert len(scorer.compiled._functions) == 1
+    assert_same(after, before, 1e-12)
+    assert_same_gradients(gradients(after, model), expected, 1e-12)
+    scorer.release()
+    assert not any("forward" in vars(m) for m in model.modules())
+    assert "all are recurrent (MambaMixer)" in Scorer(build("mamba")).compile_layers()

@@ -133,8 +133,12 @@ class PackedModel(torch.nn.Module):
         if self.compiled is None:
             from prefopt.model.compiled import CompiledLayers  # the compiler takes a second to import
 
-            self.compiled = CompiledLayers(self.model, backend=backend)
-        return f"layers: compiled (torch.compile, {backend}) when they are first used, which takes a minute or two"
+            compiled = CompiledLayers(self.model, backend=backend)
+            if not compiled.layers:
+                return f"layers are not compiled: all are recurrent ({self.recurrent[0]})"
+            self.compiled = compiled
+        which = "layers" if not self.recurrent else f"layers without {self.recurrent[0]}"
+        return f"{which}: compiled (torch.compile, {backend}) when they are first used, which takes a minute or two"
 
     def release(self) -> None:
         """Restore the model's own attention and layers, for its owner."""
