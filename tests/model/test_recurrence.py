@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +14,11 @@ from torch import Tensor
 
 from model.oracle import Draw
 from prefopt.model.packing import Segment, pack
+from prefopt.model.recurrence import delta
 from prefopt.model.recurrence import row as rows
 from prefopt.model.recurrence.conv import packed_conv
 from prefopt.model.recurrence.delta import CHANNEL_CHUNK, CHUNK, delta_rule
+from prefopt.model.recurrence.operators import operators
 from prefopt.model.recurrence.row import Piece, chunk_tree, pieces_of, tails_of
 from prefopt.model.recurrence.ssm import STEPS, linear_recurrence, selective_scan, state_space_dual
 
@@ -225,3 +230,50 @@ def test_gradients_of_copied_tokens_are_rounded_once() -> None:
     (found,) = torch.autograd.grad(longer, x, grad)
     assert float(found[1]) == float(torch.tensor(1 + 5 * 0.00390625).bfloat16())
     assert float(found[1]) > 1.0
+
+
+@pytest.mark.parametrize("file", ["qwen3_next", "bailing_hybrid"])
+def test_kernels_that_know_states_and_lengths_are_given_prompts_first(
+    file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for flash-linear-attention: transformers' own function in torch, sequence by sequence."""
+    there = importlib.import_module(f"transformers.models.{file}.modeling_{file}")
+    name = "torch_chunk_gated_delta_rule" if file == "qwen3_next" else "chunk_kimi_delta_attention"
+    plain = inspect.unwrap(getattr(there, name))
+    lengths: list[list[int]] = []
+
+    def kernel(*qkv: Tensor, g: Tensor, beta: Tensor, initial_state: Any, cu_seqlens: Tensor, **options: Any) -> Any:
+        assert cu_seqlens.dtype == torch.int32
+        bounds = list(itertools.pairwise(cu_seqlens.tolist()))
+        lengths.append([b - a for a, b in bounds])
+        found = [
+            plain(
+                *(x[:, a:b] for x in qkv),
+                g=g[:, a:b],
+                beta=beta[:, a:b],
+                initial_state=None if initial_state is None else initial_state[n : n + 1],
+                **options,
+            )
+            for n, (a, b) in enumerate(bounds)
+        ]
+        states = torch.cat([s for _, s in found]) if options["output_final_state"] else None
+        return torch.cat([y for y, _ in found], 1), states
+
+    segments = segments_of((20, (5, 9, 3)), (4, (2,)), (0, (3, 2)), (17, (2, 6)))
+    tokens, heads = max(s[1] for s in segments), 2
+    decay = -normal(*((1, tokens, heads, 4) if file != "qwen3_next" else (1, tokens, heads)), seed=3).abs() * 0.2
+    inputs = leaves(
+        normal(1, tokens, heads, 4, seed=0),
+        normal(1, tokens, heads, 4, seed=1),
+        normal(1, tokens, heads, 3, seed=2),
+        decay,
+        normal(1, tokens, heads, seed=4).sigmoid(),
+    )
+    query, key, value, g, beta = inputs
+    results = []
+    for there_are in (True, False):
+        monkeypatch.setattr(delta, "has_kernels", lambda _, there_are=there_are: there_are)
+        run = operators(segments, {name: kernel})[name]
+        results.append(run(query, key, value, g=g, beta=beta, use_qk_l2norm_in_kernel=True)[0])
+    assert lengths == [[20, 6, 3, 2, 17], [5, 9, 3, 2, 6]]
+    compare(results[0], results[1], inputs, segments, 1e-5)  # transformers computes in float32

@@ -7,10 +7,15 @@ Yang et al. 2024, "Gated Delta Networks" (arXiv 2412.06464), section 3.3: inside
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from prefopt.model.recurrence.row import ChunkTree, Segments, chunk_tree, fork
+from prefopt.model.recurrence.row import ChunkTree, Segments, chunk_tree, fork, piece_levels
 
 CHUNK, CHANNEL_CHUNK = 64, 16
 """Tokens of a chunk; fewer where each channel decays by itself, since that takes memory for each pair of tokens."""
@@ -46,6 +51,49 @@ def delta_rule(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: T
     if state is not None:
         y = torch.cat([y[:roots], y[roots:] + (query * from_start)[roots:] @ state])
     return tree.join(y.transpose(1, 2))
+
+
+@cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether flash-linear-attention is there for ``device``."""
+    if device.type != "cuda":
+        return False
+    try:
+        import_module("fla")  # as transformers does, which uses torch where that fails
+    except Exception:  # of any kind: a package made for another torch
+        return False
+    return True
+
+
+def delta_rule_by(kernel: Callable[..., Any], inputs: Sequence[Tensor], segments: Segments, **options: Any) -> Tensor:
+    """The same by a kernel of flash-linear-attention, which takes states to start from and lengths: prompts first, then
+    all responses, each from the state at the end of its prompt. Nothing has confirmed it on a GPU.
+
+    ``inputs`` are queries, keys, values, decays and betas, [1, T, H, ...]; ``options`` go to the kernel.
+    """
+    levels = piece_levels(segments, inputs[0].device)
+    state: Tensor | None = None
+    parts = []
+    for n, level in enumerate(levels):
+        query, key, value, decay, beta = (x.index_select(1, level.tokens) for x in inputs)
+        if level.parent is not None:
+            assert state is not None
+            state = fork(state, level.parent, level.sums)
+        forks = n < len(levels) - 1
+        y, state = kernel(
+            query,
+            key,
+            value,
+            g=decay,
+            beta=beta,
+            initial_state=state,
+            output_final_state=forks,
+            cu_seqlens=level.ends,
+            **options,
+        )
+        parts.append(y)
+    order = torch.cat([level.tokens for level in levels])
+    return torch.cat(parts, 1).index_select(1, order.argsort())
 
 
 def _carry(new: Tensor, read: Tensor, key: Tensor, decay: Tensor, tree: ChunkTree) -> tuple[Tensor, Tensor | None]:

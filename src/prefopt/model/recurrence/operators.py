@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefopt.model.kernels.attention import UnshareableError
+from prefopt.model.recurrence import delta
 from prefopt.model.recurrence.conv import packed_conv
-from prefopt.model.recurrence.delta import delta_rule
 from prefopt.model.recurrence.row import Segments
 from prefopt.model.recurrence.ssm import selective_scan, state_space_dual
 
@@ -41,35 +41,45 @@ def operators(segments: Segments, own: dict[str, Any]) -> dict[str, Operator]:
 
         return packed_conv(conv, hidden_states, weight.shape[-1], segments)
 
-    def chunk_delta(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        use_qk_l2norm_in_kernel: bool = False,
-        **others: Any,
-    ) -> tuple[Tensor, None]:
-        _refuse_states(others)
-        repeat = value.shape[2] // key.shape[2]
-        q, k = (wide(x[0]).repeat_interleave(repeat, 1) if repeat > 1 else wide(x[0]) for x in (query, key))
-        if use_qk_l2norm_in_kernel:
-            q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
-        q = q * q.shape[-1] ** -0.5
-        v, decay, strength = (wide(x[0]) for x in (value, g, beta))
-        found = delta_rule(q, k, v, decay, strength, segments)
-        return found.to(query.dtype)[None], None
+    def delta_like(name: str) -> Operator:
+        return lambda *args, **options: _delta(own[name], segments, *args, **options)
 
     return {
         "causal_conv1d_fn": causal_conv1d_fn,
-        "torch_chunk_gated_delta_rule": chunk_delta,
-        "chunk_kimi_delta_attention": chunk_delta,
+        "torch_chunk_gated_delta_rule": delta_like("torch_chunk_gated_delta_rule"),
+        "chunk_kimi_delta_attention": delta_like("chunk_kimi_delta_attention"),
         "mamba2_chunk_scan": lambda *args, **options: _chunk_scan(segments, *args, **options),
         "mamba_selective_scan": lambda *args, **options: _selective_scan(segments, *args, **options),
         # Kernels of a whole layer, which know no states to start from: without them the layer goes step by step.
         "mamba2_split_conv1d_scan_combined": lambda *_, **__: None,
         "mamba_inner_fn": lambda *_, **__: None,
     }
+
+
+def _delta(
+    own: Operator,
+    segments: Segments,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    use_qk_l2norm_in_kernel: bool = False,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Gated delta rules: queries and keys [1, T, Hk, K], values [1, T, H, V], beta [1, T, H] and the log of decays
+    [1, T, H], or [1, T, H, K] for each channel, to [1, T, H, V]."""
+    _refuse_states(others)
+    if delta.has_kernels(query.device):
+        norm = {"use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel}
+        return delta.delta_rule_by(own, (query, key, value, g, beta), segments, **norm), None
+    repeat = value.shape[2] // key.shape[2]
+    q, k = (wide(x[0]).repeat_interleave(repeat, 1) if repeat > 1 else wide(x[0]) for x in (query, key))
+    if use_qk_l2norm_in_kernel:
+        q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    v, decay, strength = (wide(x[0]) for x in (value, g, beta))
+    found = delta.delta_rule(q * q.shape[-1] ** -0.5, k, v, decay, strength, segments)
+    return found.to(query.dtype)[None], None
 
 
 def _chunk_scan(

@@ -132,6 +132,37 @@ def _levels(depth: Any, parent: Any, place: Any, device: torch.device) -> Iterat
         yield Level(int(start), int(stop), index.to(device), sums)
 
 
+class PieceLevel(NamedTuple):
+    """Whole pieces of one depth, for kernels that know lengths: ``tokens`` are the row's indices, piece after piece,
+    and ``ends`` the cumulative lengths (int32, from 0). ``parent`` and ``sums`` as of :class:`Level`."""
+
+    tokens: Tensor
+    ends: Tensor
+    parent: Tensor | None
+    sums: Sums
+
+
+@lru_cache(maxsize=32)
+def piece_levels(segments: Segments, device: torch.device) -> tuple[PieceLevel, ...]:
+    """The pieces of a row by depth: prompts and whole sequences first, then what follows them."""
+    pieces = pieces_of(segments)
+    depth: list[int] = []
+    for piece in pieces:
+        depth.append(0 if piece.parent < 0 else depth[piece.parent] + 1)
+    levels: list[PieceLevel] = []
+    before: list[int] = []
+    for d in range(max(depth) + 1):
+        here = [n for n, at in enumerate(depth) if at == d]
+        tokens = torch.cat([torch.arange(pieces[n].start, pieces[n].stop) for n in here])
+        ends = torch.tensor([0, *itertools.accumulate(pieces[n].stop - pieces[n].start for n in here)])
+        parent = torch.tensor([before.index(pieces[n].parent) for n in here]) if d else None
+        sums = () if parent is None else tuple((r.to(device), p.to(device)) for r, p in occurrences(parent))
+        index = None if parent is None else parent.to(device)
+        levels.append(PieceLevel(tokens.to(device), ends.int().to(device), index, sums))
+        before = here
+    return tuple(levels)
+
+
 class Tails(NamedTuple):
     """A row with the tokens before each piece repeated in front of it. ``source``: the token at each place, T for zero.
     ``keep_T``: the place of each token itself. ``copied``: the tokens that are repeated, with ``sums`` of the places
