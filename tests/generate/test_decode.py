@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from model.architectures import SEPARATE, SHARED, VOCABULARY, WINDOW, Float64Throughout, build
+from model.architectures import HYBRIDS, SEPARATE, SHARED, VOCABULARY, WINDOW, Float64Throughout, build
 from prefopt.generate.decode import CacheDecoder, Decoder, SlotDecoder, WholeDecoder, decoder_of
 from prefopt.model.scorer import Scorer
 
 LENGTHS = (1, 5, WINDOW, WINDOW + 1, 2, 20)
 STEPS = 2 * WINDOW + 1
-EXPECTED = {**dict.fromkeys(SHARED, SlotDecoder), **dict.fromkeys(SEPARATE, CacheDecoder)}
+EXPECTED: dict[str, type[Decoder]] = {
+    **dict.fromkeys(SHARED, SlotDecoder),
+    **dict.fromkeys([*HYBRIDS, *SEPARATE], CacheDecoder),
+    # No cache, a state inside the layers, and a cache of which a part cannot be reordered.
+    **dict.fromkeys(["xlstm", "recurrent gemma", "minimax"], WholeDecoder),
+}
 
 
 def draw(*lengths: int, seed: int = 0) -> list[list[int]]:
@@ -57,7 +62,7 @@ def check_decoder(scorer: Scorer, decoder: Decoder, prompts: list[list[int]]) ->
                 compare(rows)
 
 
-@pytest.mark.parametrize("name", [*SHARED, *SEPARATE])
+@pytest.mark.parametrize("name", [*SHARED, *HYBRIDS, *SEPARATE])
 def test_logits_are_those_of_the_models_own_forward(name: str) -> None:
     scorer = Scorer(build(name))
     kind, note = decoder_of(scorer)

@@ -89,10 +89,44 @@ _LINEAR = {
     "layer_types": ["linear_attention", "full_attention"],
     "head_dim": 8,
 }
+_MAMBA = {"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2}
+_MAMBA2 = {**_MAMBA, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_chunk_size": 8}
+_PURE = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, **_IDS}
+_MIXTURE = {**_EXPERTS, "num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 16}
+# Recurrent layers, alone or beside attention, that share prefixes. name: (type, fields)
+HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lfm2": ("lfm2", {**_BASE, "layer_types": ["conv", "full_attention"], "block_multiple_of": 16}),
+    "granite hybrid": (
+        "granitemoehybrid",
+        {**_BASE, **_MIXTURE, **_MAMBA2, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 16},
+    ),
+    "qwen3.5": ("qwen3_5_text", {**_BASE, **_LINEAR, "linear_num_value_heads": 4}),
+    "mamba": ("mamba", {**_PURE, "state_size": 4}),
+    "jamba": (
+        "jamba",
+        {**_BASE, **_MIXTURE, **_MAMBA, "attn_layer_period": 2, "attn_layer_offset": 1},
+    ),
+    "recurrent gemma": (
+        "recurrent_gemma",
+        {
+            **_BASE,
+            "block_types": ["recurrent", "attention"],
+            "attention_window_size": WINDOW,
+            "logits_soft_cap": 2.0,
+            "lru_width": 32,
+            "head_dim": 8,
+        },
+    ),
+    "minimax": (
+        "minimax",
+        {**_BASE, **_MIXTURE, "layer_types": ["linear_attention", "full_attention"], "block_size": WINDOW},
+    ),
+}
+
 # name: (type, fields, a word of the reason)
 SEPARATE: dict[str, tuple[str, dict[str, Any], str]] = {
-    "qwen3.5": ("qwen3_5_text", {**_BASE, **_LINEAR}, "linear_attention"),
-    "lfm2": ("lfm2", {**_BASE, "layer_types": ["conv", "full_attention"], "block_multiple_of": 16}, "conv"),
+    "xlstm": ("xlstm", {**_PURE, "num_heads": 4, "embedding_dim": 32}, "fork"),
+    "zaya": ("zaya", {**_BASE, **_MIXTURE, "num_experts_per_tok": 1}, "hybrid"),
     "llama4": (
         "llama4_text",
         {**_BASE, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": WINDOW},
@@ -100,18 +134,17 @@ SEPARATE: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "bloom": ("bloom", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4, **_IDS}, "ALiBi"),
     "falcon": ("falcon", {**_UNGROUPED, "alibi": True, "ffn_hidden_size": 48}, "ALiBi"),
-    "mamba": ("mamba", {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, **_IDS}, "fork"),
 }
 
 
 def build(
     name: str, dtype: torch.dtype = torch.float64, *, seed: int = 0, silent: bool = True, **changes: Any
 ) -> PreTrainedModel:
-    """A random model of SHARED or SEPARATE, its norms and biases random too, with eager attention.
+    """A random model of SHARED, HYBRIDS or SEPARATE, its norms and biases random too, with eager attention.
 
     ``silent``: dropout off. ``changes``: other fields of its configuration.
     """
-    kind, fields = SHARED[name] if name in SHARED else SEPARATE[name][:2]
+    kind, fields = (SHARED | HYBRIDS)[name] if name in SHARED | HYBRIDS else SEPARATE[name][:2]
     config = AutoConfig.for_model(kind, **{**fields, **changes})
     if silent:
         disable_dropout(config)
@@ -162,6 +195,9 @@ def _from_table(compute: Any) -> Any:
             more = {} if layer_type is None else {"layer_type": layer_type}
             tables[layer_type] = compute(x, torch.arange(POSITIONS)[None], **more)
         table = tables[layer_type]
+        if position_ids.dim() == 3:  # of time, height and width, which are one for text
+            assert (position_ids == position_ids[:1]).all()
+            position_ids = position_ids[0]
         if isinstance(table, torch.Tensor):  # complex numbers (Llama 4)
             return table[0][position_ids]
         return tuple(part[0][position_ids] for part in table)

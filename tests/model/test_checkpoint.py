@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from model.architectures import SEPARATE, SHARED
+from model.architectures import HYBRIDS, SEPARATE, SHARED
 from prefopt.errors import ModelError
 from prefopt.model import save
 from prefopt.model.adapter import nesting_of
@@ -44,7 +44,7 @@ _MIXED = """afmoe deepseek_v2 ernie4_5_moe exaone_moe glm4_moe glm4_moe_lite hun
     flex_olmo longcat_flash minimax_m2 olmoe mimo_v2_flash nemotron_h qwen2_moe qwen3_5_moe_text qwen3_next
     solar_open youtu""".split()
 _VISION = {"hidden_size": 16, "depth": 2, "num_heads": 4, "intermediate_size": 32, "out_hidden_size": 32}
-_TEXT = {**_BASE, **{k: v for k, v in SEPARATE["qwen3.5"][1].items() if k not in _BASE}}
+_TEXT = {**_BASE, **{k: v for k, v in HYBRIDS["qwen3.5"][1].items() if k not in _BASE}}
 _SIGLIP = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -72,7 +72,7 @@ MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: given[:2] for name, given in (SHARED | SEPARATE).items()},
+    **{name: given[:2] for name, given in (SHARED | HYBRIDS | SEPARATE).items()},
     **{name: (name, _BASE) for name in _PLAIN if name not in SHARED},
     **{name: (name, _WIDE) for name in _MIXED},
     **MULTIMODAL,

@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.architectures import SEPARATE, build
+from model.architectures import HYBRIDS, SEPARATE, build
 from model.dense import who_sees_whom
 from model.oracle import groups_of_every_kind
 from model.test_families import built
@@ -152,7 +152,7 @@ def test_windows_are_counted_by_layer() -> None:
     assert flops(batch) == linear + pairs * 3 * 2 * 2 * 4 * 8
 
 
-@pytest.mark.parametrize("name", SEPARATE)
+@pytest.mark.parametrize("name", [*HYBRIDS, *SEPARATE])
 def test_every_architecture_can_be_counted(name: str) -> None:
     model = build(name)
     body = sum(p.numel() for p in model.parameters())

@@ -177,13 +177,14 @@ class CacheDecoder(_OwnForward):
     def fits(scorer: Scorer) -> bool:
         """Whether the model returns a cache that it continues from and whose rows can be selected, by trying it."""
         decoder = CacheDecoder(scorer)
-        two = torch.zeros(1, 2, dtype=torch.long, device=decoder.device)
+        ids = torch.zeros(2, 3, dtype=torch.long, device=decoder.device)
         with torch.no_grad(), scorer.attention_by(None):
             try:
-                decoder._take(decoder._forward(two, use_cache=True))
-                decoder.keep(torch.zeros(2, dtype=torch.long, device=decoder.device))
+                decoder._take(decoder._forward(ids, use_cache=True))
+                # Three rows of two: a part of the cache that is left as it was fits neither, nor is it broadcast.
+                decoder.keep(torch.tensor([0, 1, 1], device=decoder.device))
                 with uncounted():
-                    decoder.step(two[0])
+                    decoder.step(ids[0])
             except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
                 if isinstance(error, RuntimeError) and out_of_memory(error):
                     raise
@@ -228,9 +229,10 @@ class WholeDecoder(_OwnForward):
 
 def decoder_of(scorer: Scorer) -> tuple[type[Decoder], str | None]:
     """The fastest decoder that the model supports, and a line on what is slow where that is not the first."""
-    if scorer.layout.share:
+    if scorer.layout.share and not scorer.recurrent:
         return SlotDecoder, None
     if CacheDecoder.fits(scorer):
-        return CacheDecoder, f"{scorer.reason}: its own cache is used, and only prompts of one length share a batch"
+        why = scorer.reason or f"{scorer.recurrent[0]} keeps a state"
+        return CacheDecoder, f"{why}: its own cache is used, and only prompts of one length share a batch"
     name = type(causal_model(scorer.model)).__name__
     return WholeDecoder, f"{name} returns no cache to continue from: every token encodes its whole sequence, slowly"

@@ -14,8 +14,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging as transformers_logging
 
 from prefopt.errors import ModelError
+from prefopt.model.recurrence.mixers import changed_classes, mixers_of
 
 _SHAREABLE = {"full_attention", "sliding_attention", "sparse", "dense"}
+_RECURRENT = {"linear_attention", "conv", "mamba", "recurrent", "hybrid"}
+"""Types of layers that share where their class is in :data:`prefopt.model.recurrence.mixers.MIXERS`."""
 _NO_ATTENTION = ("linear_attention", "conv", "mamba", "recurrent")
 MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules")
 """Fields with the number of layers for multi-token prediction."""
@@ -101,8 +104,11 @@ def context_length(config: Any) -> int | None:
 def sharing_obstacle(model: PreTrainedModel, config: Any) -> str | None:
     """Why responses to one prompt cannot share its encoding, in one line; None where they can."""
     types = getattr(config, "layer_types", None)
-    unshareable = sorted(set(types or ()) - _SHAREABLE)
-    name = type(model).__name__
+    name, mixers = type(model).__name__, mixers_of(model)
+    forking = _RECURRENT if len(mixers) >= sum(t in _RECURRENT for t in types or ()) else set()
+    unshareable = sorted(set(types or ()) - _SHAREABLE - forking)
+    if changed := changed_classes(model):
+        return f"{', '.join(changed)} of this transformers mixes tokens in a way that prefopt does not know"
     if unshareable:
         return f"{name} has layers of type {', '.join(unshareable)}, whose state cannot fork at the end of a prompt"
     if getattr(model, "_is_stateful", False) and not types:  # a hybrid family may have attention in every layer
@@ -111,7 +117,7 @@ def sharing_obstacle(model: PreTrainedModel, config: Any) -> str | None:
         return f"{name} attends in chunks that only its own mask knows"
     if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
         return f"{name} adds ALiBi distances to its attention scores"
-    if not getattr(model, "_supports_attention_backend", False):
+    if not mixers and not getattr(model, "_supports_attention_backend", False):  # hybrids have it and do not say so
         return f"{name} does not offer the attention hook of transformers"
     return None
 

@@ -26,6 +26,7 @@ from torch.fx.experimental import _config as symbolic_shapes
 from prefopt.errors import first_line
 from prefopt.model.architectures import layers_of
 from prefopt.model.costs import out_of_memory
+from prefopt.model.recurrence.mixers import mixers_of
 
 VARIANTS = 64
 """Graphs at most for a class of layers: with and without gradients, in training and evaluation, for each type of
@@ -56,7 +57,8 @@ class CompiledLayers:
         self.backend = backend
         self.failure: str | None = None
         """Why layers run uncompiled, in one line."""
-        self.layers = layers_of(model)
+        # What a recurrent layer computes depends on the numbers of the row's segments: they stay as they are.
+        self.layers = [layer for layer in layers_of(model) if not mixers_of(layer)]
         self._functions: dict[type, Callable[..., Any]] = {}
         self._failed: set[int] = set()
         for layer in self.layers:

@@ -24,6 +24,7 @@ from prefopt.model.architectures import (
     causal_model,
     class_logits,
     head_weights,
+    layers_of,
     rope_limit,
     sharing_obstacle,
 )
@@ -48,6 +49,7 @@ from prefopt.model.kernels.head_class import Head, head_of
 from prefopt.model.kernels.shared import segments_tensor
 from prefopt.model.offload import HostActivations
 from prefopt.model.packing import ForwardPass, PackedBatch, PackLayout
+from prefopt.model.recurrence.mixers import mask_for, mixers_of, share_prefixes
 
 if TYPE_CHECKING:
     from prefopt.model.compiled import CompiledLayers
@@ -100,6 +102,8 @@ class PackedModel(torch.nn.Module):
         configs = [causal.config, config, *(m.config for m in causal.modules() if isinstance(m, PreTrainedModel))]
         self._configs = list({id(c): c for c in configs}.values())
         self._attention_before = [getattr(c, "_attn_implementation", None) for c in self._configs]
+        self.recurrent = sorted(type(m).__name__ for m in mixers_of(causal))
+        """Classes of the recurrent layers that share prefixes."""
         self.attach_hook()
         if self.layout.share and (reason := self._try_hook()):
             self.separate(reason)
@@ -147,8 +151,12 @@ class PackedModel(torch.nn.Module):
         if self.compiled is None:
             from prefopt.model.compiled import CompiledLayers  # the compiler takes a second to import
 
-            self.compiled = CompiledLayers(self.model, backend=backend)
-        return f"layers: compiled (torch.compile, {backend}) when they are first used, which takes a minute or two"
+            compiled = CompiledLayers(self.model, backend=backend)
+            if not compiled.layers:
+                return f"layers are not compiled: all are recurrent ({self.recurrent[0]})"
+            self.compiled = compiled
+        which = "layers" if not self.recurrent else f"layers without {self.recurrent[0]}"
+        return f"{which}: compiled (torch.compile, {backend}) when they are first used, which takes a minute or two"
 
     def release(self) -> None:
         """Restore the model's own attention and layers, for its owner."""
@@ -164,10 +172,13 @@ class PackedModel(torch.nn.Module):
         device = next(model.parameters()).device
         ids = torch.zeros(1, 2, dtype=torch.long, device=device)
         extra: dict[str, Any] = {"prefix_segments": ((0, 2, 0, 0),), "prefix_kernel": TRIAL}
+        extra |= mask_for(body_of(model), extra["prefix_segments"])
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of checkpointing without gradients
-                body_of(model)(input_ids=ids, position_ids=torch.arange(2, device=device)[None], **extra)
+                body_of(model)(
+                    input_ids=ids, position_ids=torch.arange(2, device=device)[None], use_cache=False, **extra
+                )
         except HookReached:
             return None
         except UnshareableError as refusal:
@@ -180,6 +191,8 @@ class PackedModel(torch.nn.Module):
             raise ModelError(
                 f"{type(model).__name__} cannot compute two tokens ({first_line(error)}); is its config.json as saved?"
             ) from error
+        if len(self.recurrent) == len(layers_of(model)):
+            return None  # it has no attention, and every layer was computed
         return f"{type(model).__name__} never calls the attention hook of transformers"
 
     @property
@@ -229,6 +242,8 @@ class PackedModel(torch.nn.Module):
     def _set_attention(self, names: Sequence[str | None]) -> None:
         for config, name in zip(self._configs, names, strict=True):
             config._attn_implementation = name
+        if self.recurrent:
+            share_prefixes(self.model, names[0] == HOOK)
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """Last hidden states [T, H] of all passes, end to end, as ``batch.read`` and ``batch.last`` index them."""
@@ -261,6 +276,7 @@ class PackedModel(torch.nn.Module):
                 extra["prefix_segments"] = segments_tensor(row.segments)
             elif kernel == "varlen":
                 extra["prefix_gather"] = gather_plan(row.segments, row.ids.device)
+            extra |= mask_for(body, row.segments)
         saving = self.offload.saving() if self.offload is not None and torch.is_grad_enabled() else nullcontext()
         with compiled.settings() if compiled is not None else nullcontext(), saving:
             out = body(input_ids=row.ids[None], use_cache=False, return_dict=True, **extra)

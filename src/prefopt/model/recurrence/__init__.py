@@ -1,0 +1,1 @@
+"""Recurrent layers over packed rows: convolutions and states fork where responses leave their prompt."""
