@@ -34,7 +34,7 @@ def scorer_on(device: str, kernel: str, name: str = "llama") -> PackedModel:
         (("cuda", "varlen"), {"router_aux_loss_coef": 0.1}, False),
         (("cuda", "varlen"), {"router_z_loss_coef": 0.1}, False),
         (("cuda", "varlen", "gemma2"), {}, False),  # soft-capped
-        (("cuda", "varlen", "latent attention"), {}, False),  # keys wider than values
+        (("cuda", "varlen", "latent attention"), {}, True),  # keys wider than values are padded
         (("cuda", "loop"), {"attention": "loop"}, False),
         (("cuda", "varlen"), {"compile": "off"}, False),
         (("cpu", "flash-cpu"), {}, False),

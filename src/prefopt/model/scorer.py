@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from prefopt.errors import ModelError, UserError, first_line
 from prefopt.model.architectures import (
-    AttentionShape,
     attention_shapes,
     body_of,
     causal_model,
@@ -68,10 +67,6 @@ class HeldElsewhere(Protocol):
     def gathered(self) -> AbstractContextManager[None]:
         """In this block the parameters have their values."""
         ...
-
-
-def _fits_flash(shape: AttentionShape) -> bool:
-    return max(shape.key_width, shape.value_width) <= varlen.WIDEST
 
 
 class PackedModel(torch.nn.Module):
@@ -131,7 +126,7 @@ class PackedModel(torch.nn.Module):
             shapes = attention_shapes(causal_model(self.model).config)
         except Exception:  # of any kind, from the model's configuration
             return
-        fitting = list(filter(_fits_flash, shapes))
+        fitting = [s for s in shapes if varlen.takes(s.key_width, s.value_width)]
         windows = [s.window for s in fitting if s.window is not None]
         heads = sorted({(s.heads, s.key_heads, varlen.padded_width(s.key_width, s.value_width)) for s in fitting})
         flash.activate(device, self.dtype, heads, min(windows, default=None))
@@ -142,7 +137,7 @@ class PackedModel(torch.nn.Module):
         config = causal_model(self.model).config.get_text_config()
         if self.kernel != "varlen" or getattr(config, "attn_logit_softcapping", None):
             return False
-        return all(map(_fits_flash, attention_shapes(config)))
+        return all(varlen.takes(s.key_width, s.value_width) for s in attention_shapes(config))
 
     def compile_layers(self, *, backend: str = "inductor") -> str:
         """Compile the layers from now on. Returns a line that says so, or why not."""

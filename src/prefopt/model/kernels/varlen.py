@@ -21,6 +21,11 @@ WIDEST, WIDTH_STEP = 256, 8
 """Largest head width, and what widths are multiples of: the hook pads others."""
 
 
+def takes(*widths: int) -> bool:
+    """Whether flash attention takes heads of these widths, padded to one."""
+    return max(widths) <= WIDEST
+
+
 def padded_width(*widths: int) -> int:
     """The head width that these are padded to: one for keys and values, a multiple of :data:`WIDTH_STEP`."""
     return -(-max(widths) // WIDTH_STEP) * WIDTH_STEP

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefopt.model.recurrence.row import ChunkTree, Segments, chunk_tree, fork, piece_levels
+from prefopt.model.kernels.gather import gathered
+from prefopt.model.recurrence.row import ChunkTree, Segments, chunk_tree, piece_levels
 
 CHUNK, CHANNEL_CHUNK = 64, 16
 """Tokens of a chunk; fewer where each channel decays by itself, since that takes memory for each pair of tokens."""
@@ -78,7 +79,7 @@ def delta_rule_by(kernel: Callable[..., Any], inputs: Sequence[Tensor], segments
         query, key, value, decay, beta = (x.index_select(1, level.tokens) for x in inputs)
         if level.parent is not None:
             assert state is not None
-            state = fork(state, level.parent, level.sums)
+            state = gathered(state, level.parent, level.sums)
         forks = n < len(levels) - 1
         y, state = kernel(
             query,
@@ -108,7 +109,7 @@ def _carry(new: Tensor, read: Tensor, key: Tensor, decay: Tensor, tree: ChunkTre
             end = k.transpose(2, 3) @ v
         else:
             assert end is not None
-            start = fork(end, level.parent, level.sums)
+            start = gathered(end, level.parent, level.sums)
             v = v - w @ start
             end = d * start + k.transpose(2, 3) @ v
             states.append(start)

@@ -23,8 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefopt.model.kernels.varlen import Sums, occurrences
+from prefopt.data.table import IndexArray
+from prefopt.model.kernels.gather import Sums, occurrences
 from prefopt.model.packing import Segment
+from prefopt.transfer import on_device
 
 Segments = tuple[Segment, ...]
 
@@ -127,9 +129,14 @@ def _levels(depth: Any, parent: Any, place: Any, device: torch.device) -> Iterat
         if d == 0:
             yield Level(int(start), int(stop), None, ())
             continue
-        index = torch.from_numpy(place[parent[start:stop]] - bounds[d - 1])
-        sums = tuple((rows.to(device), places.to(device)) for rows, places in occurrences(index))
-        yield Level(int(start), int(stop), index.to(device), sums)
+        index = place[parent[start:stop]] - bounds[d - 1]
+        yield Level(int(start), int(stop), *_with_sums(index, device))
+
+
+def _with_sums(index: IndexArray, device: torch.device) -> tuple[Tensor, Sums]:
+    """``index`` and its occurrences on ``device``."""
+    there = iter(on_device([index, *itertools.chain(*occurrences(index))], device))
+    return next(there), tuple(zip(there, there, strict=True))
 
 
 class PieceLevel(NamedTuple):
@@ -155,9 +162,7 @@ def piece_levels(segments: Segments, device: torch.device) -> tuple[PieceLevel, 
         here = [n for n, at in enumerate(depth) if at == d]
         tokens = torch.cat([torch.arange(pieces[n].start, pieces[n].stop) for n in here])
         ends = torch.tensor([0, *itertools.accumulate(pieces[n].stop - pieces[n].start for n in here)])
-        parent = torch.tensor([before.index(pieces[n].parent) for n in here]) if d else None
-        sums = () if parent is None else tuple((r.to(device), p.to(device)) for r, p in occurrences(parent))
-        index = None if parent is None else parent.to(device)
+        index, sums = _with_sums(np.array([before.index(pieces[n].parent) for n in here]), device) if d else (None, ())
         levels.append(PieceLevel(tokens.to(device), ends.int().to(device), index, sums))
         before = here
     return tuple(levels)
@@ -192,10 +197,9 @@ def tails_of(segments: Segments, width: int, device: torch.device) -> Tails | No
     repeats = np.setdiff1d(np.arange(len(where)), keep)
     repeats = repeats[where[repeats] < tokens]
     copied, local = np.unique(where[repeats], return_inverse=True)
-    sums = occurrences(torch.from_numpy(local))
-    placed = tuple((r.to(device), torch.from_numpy(repeats)[p].to(device)) for r, p in sums)
-    source, keep_T, copied_ = (torch.from_numpy(x).to(device) for x in (where, keep, copied))
-    return Tails(source, keep_T, copied_, placed)
+    placed = [(rows, repeats[places]) for rows, places in occurrences(local)]
+    there = iter(on_device([where, keep, copied, *itertools.chain(*placed)], device))
+    return Tails(next(there), next(there), next(there), tuple(zip(there, there, strict=True)))
 
 
 def _before(pieces: tuple[Piece, ...], parent: int, count: int, zero: int) -> list[int]:
@@ -208,25 +212,9 @@ def _before(pieces: tuple[Piece, ...], parent: int, count: int, zero: int) -> li
     return [zero] * (count - len(found)) + found
 
 
-def fork(x: Tensor, index: Tensor, sums: Sums) -> Tensor:
-    """``x[index]`` for x [rows, ...]: the gradients of a row that is taken several times are added in their order."""
-    return cast(Tensor, _Fork.apply(x, index, sums))  # type: ignore[no-untyped-call]
-
-
 def repeat_tails(x: Tensor, tails: Tails) -> Tensor:
     """[T, ...] to the longer row that a convolution sees, [len(tails.source), ...]."""
     return cast(Tensor, _RepeatTails.apply(x, tails))  # type: ignore[no-untyped-call]
-
-
-class _Fork(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, sums: Sums) -> Tensor:
-        ctx.rows, ctx.sums = len(x), sums
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return added(grads[0], ctx.rows, ctx.sums), None, None
 
 
 class _RepeatTails(torch.autograd.Function):
@@ -246,11 +234,3 @@ class _RepeatTails(torch.autograd.Function):
                 total[rows] = total[rows] + grad.index_select(0, places).to(wide)
             own[tails.copied] = total.to(own.dtype)
         return own, None
-
-
-def added(grad: Tensor, rows: int, sums: Sums) -> Tensor:
-    """[places, ...] to [rows, ...]: what stands at the places of each row, added in their order."""
-    total = grad.new_zeros(rows, *grad.shape[1:])
-    for where, places in sums:
-        total[where] = total[where] + grad.index_select(0, places)
-    return total

@@ -12,7 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from prefopt.model.recurrence.row import ChunkTree, added
+from prefopt.model.kernels.gather import summed
+from prefopt.model.recurrence.row import ChunkTree
 
 
 def carry(decay: Tensor, update: Tensor, tree: ChunkTree) -> Tensor:
@@ -48,7 +49,7 @@ class _Carry(torch.autograd.Function):
         levels = ctx.tree.levels
         for (lo, hi, _, sums), before in zip(levels[:0:-1], levels[-2::-1], strict=True):
             of_start = grad[lo:hi] + decay[lo:hi] * of_end[lo:hi]
-            of_end[before.start : before.stop] = added(of_start, before.stop - before.start, sums)
+            of_end[before.start : before.stop] = summed(of_start, before.stop - before.start, sums, of_start.dtype)
         return (of_end * start).sum_to_size(decay.shape), of_end, None
 
 
@@ -84,6 +85,7 @@ class _TreeScan(torch.autograd.Function):
             assert level.parent is not None
             children, rows = slice(level.start, level.stop), slice(before.start, before.stop)
             of_a[children, 0] = h[rows, -1].index_select(0, level.parent)
-            of_end = added(a[children, 0] * of_h[children, 0], before.stop - before.start, level.sums)
+            grown = a[children, 0] * of_h[children, 0]
+            of_end = summed(grown, before.stop - before.start, level.sums, grown.dtype)
             of_h[rows].addcmul_(to_end[rows], of_end[:, None])
         return of_a.mul_(of_h), of_h, None
