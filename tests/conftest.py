@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports torch or transformers. One thread also keeps sums in one order.
@@ -18,6 +19,8 @@ if not Path("/dev/nvidia0").exists():  # Triton's kernels are interpreted where 
 import hypothesis
 import pytest
 
+from shortcuts import quick_runs
+
 # A suite that a script starts in the background inherits that Ctrl-C is ignored, and so would the programs under test.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -27,6 +30,8 @@ hypothesis.settings.register_profile("prefopt", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("prefopt")
 
 ROOT = Path(__file__).resolve().parents[1]
+TRAINING = {"evaluate", "methods", "pipeline", "train", "test_api", "test_readme_commands"}
+"""Folders and modules whose tests train small models by the hundred."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,6 +57,17 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the shared data: {folder} is not there; set PREFOPT_SHARED")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_runs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Shortcuts for the tests that train; what a module makes for all of its tests is already made with them."""
+    if request.path.parent.name in TRAINING or request.path.stem in TRAINING:
+        with pytest.MonkeyPatch.context() as patch:
+            quick_runs(patch)
+            yield
+    else:
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -26,14 +26,6 @@ def quick_runs_in(folder: Path) -> Iterator[pytest.MonkeyPatch]:
         yield patch
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_runs() -> Iterator[None]:
-    """For a ``conftest.py`` or a module whose tests train; fixtures of a module are already made with it."""
-    with pytest.MonkeyPatch.context() as patch:
-        quick_runs(patch)
-        yield
-
-
 _FOUND: dict[tuple[Any, ...], float] = {}
 
 

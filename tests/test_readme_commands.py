@@ -10,7 +10,6 @@ import pytest
 
 from prefopt.cli import main
 from runs_of_all import LABELLED, RANKED
-from shortcuts import quick_runs
 from test_docs import ROOT, SHELL, blocks, commands
 from train.small import pairs, write_model, write_rows
 
@@ -36,7 +35,6 @@ def test_every_command_of_readme_and_tour(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    quick_runs(monkeypatch)
     model = write_model(tmp_path / "MODEL")
     for name, rows in (("PAIRS", pairs(24)), ("RANKINGS", RANKED), ("LABELS", LABELLED)):
         write_rows(Path(f"{name}.jsonl"), rows)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from data.small import small_tokenizer
 from parallel.ranks import Failure, on_ranks
-from parallel.test_runs import CASES, PPO, prepared, recorded, same, train, weights
+from parallel.test_runs import CASES, PPO, prepared, recorded, same, train, train_twice, weights
 from parallel.test_shard import groups, model
 from prefopt.config.ppo import PpoConfig
 from prefopt.core.ranks import ranks_in
@@ -73,11 +73,13 @@ def same_rollouts(one: Path, other: Path, tolerance: float) -> None:
 def check(case: str, world: int, how: str, folder: Path, node: int | None = None, **more: Any) -> None:
     base, data = prepared(folder, "pairs")
     options = {**options_of(case, folder), **more}
-    on_ranks(1, train, "ppo", data, options, base, str(folder / "one"))
-    on_ranks(world, train, "ppo", data, {**options, "shard": how}, base, str(folder / "many"), node=node)
-    exact = options.get("dtype") == "float64"
-    same_rollouts(folder / "one", folder / "many", 1e-9 if exact else 2e-5)
-    same(folder / "one", folder / "many", 1e-9 if exact else 1e-6)
+    run = train if "dtype" in more else train_twice
+    on_ranks(1, run, "ppo", data, options, base, str(folder / "one"))
+    on_ranks(world, run, "ppo", data, {**options, "shard": how}, base, str(folder / "many"), node=node)
+    same_rollouts(folder / "one", folder / "many", 1e-9)
+    if "dtype" not in more:
+        same_rollouts(folder / "one-float32", folder / "many-float32", 2e-5)
+    same(folder / "one", folder / "many")
 
 
 def test_ppo_in_shards_is_that_of_one_process(tmp_path: Path) -> None:

@@ -21,6 +21,9 @@ from train.small import pairs, write_model, write_rows
 # Ten rows in batches of four: the last batch of an epoch is of two, less than three or four ranks.
 OPTIONS = {"batch_size": 4, "learning_rate": 1e-3, "max_length": 64, "token_budget": 40, "max_steps": 4, "epochs": 2}
 MACHINE = {"device": "cpu", "dtype": "float32", "progress": "none"}
+# Runs are compared in float64, where all is the same to 1e-9. In float32, Adam makes steps of any size of what rounding
+# leaves of a gradient near zero: after four, a weight matrix differs by up to 1e-6 (relative), and the losses by 1e-7.
+EXACT = {**MACHINE, "dtype": "float64"}
 RANKED = [
     {
         "prompt": f"k{i}: ",
@@ -63,13 +66,20 @@ def train(method: str, data: str, options: dict[str, Any], model: str, output: s
     """One run, in the process of this rank."""
     import prefopt
 
-    given = {**MACHINE, **OPTIONS, **options}
+    given = {**EXACT, **OPTIONS, **options}
     if method == "ppo":
         given = {n: v for n, v in given.items() if n != "max_length"} | {"prompts": [data]}
     else:
         given["data"] = [data]
     result = getattr(prefopt, method)(model=model, output=output, **given)
     return None if result is None else dict(result.metrics)
+
+
+def train_twice(method: str, data: str, options: dict[str, Any], model: str, output: str) -> dict[str, float] | None:
+    """The same run in float64 and, unless it says in which dtype it is, in float32."""
+    if "dtype" not in options:
+        train(method, data, {**options, "dtype": "float32"}, model, f"{output}-float32")
+    return train(method, data, options, model, output)
 
 
 def prepared(folder: Path, data: str) -> tuple[str, str]:
@@ -85,8 +95,21 @@ def weights(folder: Path) -> dict[str, Any]:
     return load_file(file)
 
 
-def same(one: Path, other: Path, tolerance: float = 1e-6) -> None:
-    """The same losses, weights, files and shapes."""
+def same(one: Path, other: Path, tolerance: float = 1e-9) -> None:
+    """The same losses, weights, files and shapes, of runs in float64; of their twins in float32 the same losses."""
+    same_losses(one, other, tolerance)
+    a, b = weights(one), weights(other)
+    assert {n: x.shape for n, x in a.items()} == {n: x.shape for n, x in b.items()}
+    for name, wanted in a.items():
+        gap = np.linalg.norm(b[name] - wanted) / max(np.linalg.norm(wanted), 1e-30)
+        assert gap <= tolerance, (name, gap)
+    twins = [folder.with_name(f"{folder.name}-float32") for folder in (one, other)]
+    if twins[1].exists():
+        same_losses(*twins, 1e-6)
+
+
+def same_losses(one: Path, other: Path, tolerance: float) -> None:
+    """The same files and losses, and metrics to a few digits less."""
     names = [sorted(p.name for p in folder.iterdir()) for folder in (one, other)]
     assert names[0] == names[1]
     lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, other)]
@@ -95,24 +118,27 @@ def same(one: Path, other: Path, tolerance: float = 1e-6) -> None:
         for name in a:
             if "second" in name or "memory" in name or "utilisation" in name or name == "eps":
                 continue
-            assert b[name] == pytest.approx(a[name], rel=2e-5, abs=tolerance), (a["step"], name)
+            assert b[name] == pytest.approx(a[name], rel=20 * tolerance, abs=tolerance), (a["step"], name)
         loss = "eval_loss" if "eval_loss" in a else "loss"
         assert b[loss] == pytest.approx(a[loss], rel=tolerance, abs=tolerance)
-    a, b = weights(one), weights(other)
-    assert {n: x.shape for n, x in a.items()} == {n: x.shape for n, x in b.items()}
-    for name, wanted in a.items():
-        gap = np.linalg.norm(b[name] - wanted) / max(np.linalg.norm(wanted), 1e-30)
-        assert gap <= tolerance, (name, gap)
 
 
 def check(case: str, worlds: list[int], shards: list[str], folder: Path) -> None:
     method, data, options = CASES[case]
     model, file = prepared(folder, data)
-    on_ranks(1, train, method, file, options, model, str(folder / "one"))
+    on_ranks(1, train_twice, method, file, options, model, str(folder / "one"))
     for world in worlds:
         for shard in shards:
             output = folder / f"{world}-{shard}"
-            on_ranks(world, train, method, file, {**options, "shard": shard}, model, str(output))
+            on_ranks(
+                world,
+                train_twice if world == 3 else train,
+                method,
+                file,
+                {**options, "shard": shard},
+                model,
+                str(output),
+            )
             same(folder / "one", output)
 
 
@@ -132,12 +158,13 @@ def test_replicas_of_shards_on_two_nodes_train_as_one_process_does(case: str, tm
     method, data, options = CASES[case]
     model, file = prepared(tmp_path, data)
     options = {**options, "batch_size": 8}
-    on_ranks(1, train, method, file, options, model, str(tmp_path / "one"))
+    on_ranks(1, train_twice, method, file, options, model, str(tmp_path / "one"))
     hybrid = {**options, "shard": "hybrid", "save_every": 2}
-    on_ranks(4, train, method, file, hybrid, model, str(tmp_path / "hybrid"), node=2)
+    on_ranks(4, train_twice, method, file, hybrid, model, str(tmp_path / "hybrid"), node=2)
     kept = max((tmp_path / "hybrid" / "checkpoints").glob("step-*"))
     assert sorted(p.name for p in kept.glob("weights*")) == [f"weights-0000{n}-of-00002.safetensors" for n in (1, 2)]
-    shutil.rmtree(tmp_path / "hybrid" / "checkpoints")
+    for name in ("hybrid", "hybrid-float32"):
+        shutil.rmtree(tmp_path / name / "checkpoints")
     same(tmp_path / "one", tmp_path / "hybrid")
 
 
@@ -223,8 +250,8 @@ def _every_loss(folder: str, output: str, cases: list[tuple[str, str]], options:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", ["none", "full"])
-def test_every_loss_on_3_ranks(shard: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("shard", "dtype"), [("none", "float64"), ("full", "float64"), ("full", "float32")])
+def test_every_loss_on_3_ranks(shard: str, dtype: str, tmp_path: Path) -> None:
     for data in FILES:
         prepared(tmp_path, data)
     cases = []
@@ -232,8 +259,9 @@ def test_every_loss_on_3_ranks(shard: str, tmp_path: Path) -> None:
         by_kind = {"labels": "labels", "ranking": "ranked", "pairs": "ranked" if loss.needs_scores else "pairs"}
         cases.append((name, by_kind[loss.kind]))
     # A rate at which losses of large slopes do not amplify what rounding leaves.
-    options = {"max_steps": 3, "learning_rate": 1e-4}
+    options = {"max_steps": 3, "learning_rate": 1e-4, "dtype": dtype}
     on_ranks(1, _every_loss, str(tmp_path), str(tmp_path / "one"), cases, options)
     on_ranks(3, _every_loss, str(tmp_path), str(tmp_path / "three"), cases, {**options, "shard": shard})
     for name, _ in cases:
-        same(tmp_path / "one" / name, tmp_path / "three" / name)
+        folders = (tmp_path / "one" / name, tmp_path / "three" / name)
+        same(*folders) if dtype == "float64" else same_losses(*folders, 1e-6)
