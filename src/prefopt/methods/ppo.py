@@ -13,7 +13,7 @@ import numpy as np
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.tools import is_model_reward
 from prefopt.core.terminal import size
-from prefopt.data.group import Group
+from prefopt.data.group import Group, shortened
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import Diverged
 from prefopt.generate.model_io import PromptSet, SampledModel
@@ -35,7 +35,7 @@ from prefopt.runs.history import averages_of, read_history
 from prefopt.train import budget
 from prefopt.train.optim import Network
 from prefopt.train.policy import Policy
-from prefopt.train.run import Run, open_run, steps_of
+from prefopt.train.run import EXAMPLE_TEXT, Run, open_run, steps_of
 from prefopt.train.trainer import TrainerState
 
 TRIED = 4
@@ -187,9 +187,9 @@ def _same(
 
 def _preview(run: Run, start: SampledModel, prompts: PromptSet, models: PpoModels, tokens: int) -> None:
     """The output of a dry run: prompts, options, plan and memory."""
-    for row, ids in list(zip(prompts.rows, prompts.ids, strict=True))[:2]:
-        run.reporter.show(f"\nrow {row.row}: {start.tokenizer.decode(ids.tolist())}")
-    run.reporter.show("\n" + run.options())
+    for row, ids in list(zip(prompts.rows, prompts.ids, strict=True))[:1]:
+        run.say_example(f"row {row.row}:", shortened(start.tokenizer.decode(ids.tolist()), EXAMPLE_TEXT, flat=True))
+    run.say_options()
     _say_plan(run, prompts, tokens)
     memory = models.memory()
     state = 3 * sum(size for name, size in memory.items() if name in ("actor", "critic"))

@@ -27,20 +27,19 @@ from prefopt.train.objectives import balanced
 from prefopt.train.optim import Network
 from prefopt.train.policy import Trained
 from prefopt.train.reference import ReferencePlan, check_vocabulary
-from prefopt.train.run import ModelStart, Run, TrainingResult, steps_of
+from prefopt.train.run import EXAMPLE_TEXT, ModelStart, Run, TrainingResult, steps_of
 from prefopt.train.step import Differentiator, InMemoryColumns
 from prefopt.train.trainer import Inspect, Trainer
 
 
 @dataclass(kw_only=True)
 class OfflineRun:
-    """A run on ``data``. ``unit`` is the name of groups in the metric of speed."""
+    """A run on ``data``."""
 
     run: Run
     start: ModelStart
     data: TrainingData
     policy: Trained[Any]
-    unit: str = "pairs"
 
     def __post_init__(self) -> None:
         config, data = self.run.config, self.data
@@ -102,7 +101,7 @@ class OfflineRun:
             reference=reference,
             inspect=inspect,
             movement=plan.movement if plan is not None else None,
-            speed=budget.Speed(policy.scorer.model, run.device, run.dtype, self.unit, run.world.size),
+            speed=budget.Speed(policy.scorer.model, run.device, run.dtype, self.data.unit, run.world.size),
         )
         state = trainer.fit()
         if state.best_step is not None and state.best_step != state.step:
@@ -111,11 +110,14 @@ class OfflineRun:
         return trainer
 
     def preview(self, objective: Objective, source: DataBatches, *, plan: ReferencePlan | None = None) -> None:
-        """The output of a dry run: rendered examples, options, time and memory."""
+        """The output of a dry run: a rendered example, the options that are set, time and memory."""
         run, policy = self.run, self.policy
-        for group in self.data.source.groups[:2]:
-            run.reporter.show(f"\nrow {group.row}, trained tokens in ⟦ ⟧:\n{show(group, self.start.tokenizer)}")
-        run.reporter.show("\n" + run.options())
+        for group in self.data.source.groups[:1]:
+            run.say_example(
+                f"row {group.row}, trained tokens in ⟦ ⟧:",
+                show(group, self.start.tokenizer, most=EXAMPLE_TEXT, flat=True),
+            )
+        run.say_options()
         if plan is not None:
             plan.say_missing()
         run.say(policy.make_trainable(run.world))
