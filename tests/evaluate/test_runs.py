@@ -16,6 +16,7 @@ from evaluate.small import write_run
 from prefopt.cli import main
 from prefopt.config.dpo import DpoConfig
 from prefopt.errors import RunError
+from prefopt.runs.diagnose import diagnose
 from prefopt.runs.history import read_history
 from prefopt.runs.listing import show_runs
 from prefopt.runs.settings import differing, set_options, shown
@@ -241,3 +242,14 @@ def test_names_tell_runs_apart(tmp_path: Path) -> None:
     assert [shown(v) for v in (1e-6, 1e20, 0.25, True, None, ["a", "b"], "x")] == [
         "1e-6", "1e20", "0.25", "true", "none", "a,b", "x",
     ]  # fmt: skip
+
+
+def test_gradients_that_are_always_clipped_are_told_with_a_limit(tmp_path: Path) -> None:
+    def found(name: str, limit: float) -> list[str]:
+        run = read_history(write_run(tmp_path / name, options={"max_grad_norm": limit}))
+        return [finding.text for finding in diagnose(run) if finding.name == "always clipped"]
+
+    (text,) = found("always", 1.0)  # the norms are 2
+    assert "clipped in each of 30 steps (norms 2 to 2, --max-grad-norm 1)" in text
+    assert "--max-grad-norm 4 clips only outliers" in text
+    assert not found("never", 2.0)

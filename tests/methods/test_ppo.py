@@ -397,6 +397,7 @@ def test_a_dry_run_shows_prompts_plan_and_memory_and_writes_nothing(
     options = {"reward": world.reward, **QUICK, "progress": "plain", "dry_run": True}
     assert prefopt.ppo(small, ROWS, output=tmp_path / "out", **options) is None
     shown = capsys.readouterr().out
-    for fact in ("row 1:", "max_new_tokens:", "memory:", "dry run: nothing was trained"):
+    for fact in ("row 1:", "options set: ", "max_new_tokens=", "memory:", "dry run: nothing was trained"):
         assert fact in shown, fact
+    assert len(shown.splitlines()) <= 25
     assert not (tmp_path / "out").exists()

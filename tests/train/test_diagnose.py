@@ -128,6 +128,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"training": {"grad_norm": [0.8] * 29 + [9.6] + [0.8] * 30}},
         "was 9.6 at step 30, and its median 0.8",
     ),
+    "always clipped": (
+        {"training": {"grad_norm": [1.5] * 30 + [3.0] * 30}},
+        r"in each of 60 steps \(norms 1.5 to 3, --max-grad-norm 1\).* --max-grad-norm 4.5 clips only outliers",
+    ),
     "truncated": (
         {"record": {"rows": {"read": 1000, "kept": 1000, "truncated": 120}}},
         r"120 of 1000 rows \(12%\) .* 512 tokens",
@@ -175,6 +179,7 @@ NEARLY: dict[str, dict[str, Any]] = {
     "no better than chance": {"record": {"data": "0123abcd 900+1000"}, "held_out": {"rewards/accuracies": [0.55] * 3}},
     "chosen fell far": {"training": {"log_ratios_per_token/chosen": noisy(lambda t: -0.2 * t, 0.002)}},
     "spike": {"training": {"grad_norm": [0.8] * 29 + [7.2] + [0.8] * 30}},
+    "always clipped": {"training": {"grad_norm": [0.9] + [3.0] * 59}},
     "truncated": {"record": {"rows": {"kept": 1000, "truncated": 40}}},
     "left out": {"record": {"rows": {"read": 1000, "kept": 960}}},
     "another reference": {"training": {"log_ratios_per_token/chosen": noisy(lambda t: 0.01 + 0.05 * t, 0.002)}},
@@ -205,7 +210,7 @@ def test_every_sentence_is_tested_both_ways() -> None:
     good = {"loss fell", "held out", "accuracy"}
     assert said == set(CASES) | good
     assert said - set(NEARLY) == {"loss flat", "held out", "worse than chance"}  # said above
-    assert len(CHECKS) == 10
+    assert len(CHECKS) == 11
 
 
 def test_losses_of_other_kinds_are_told_too(tmp_path: Path) -> None:

@@ -233,6 +233,13 @@ def resume(place: Place) -> None:
     assert dpo(**options, resume=True).steps == 3
 
 
+def overwrite(place: Place) -> None:
+    folder = Path(place.run(seed=6))
+    options = {**QUICK, "output": folder, "seed": 6, "data": place.data, "model": place.m}
+    assert dpo(**options, max_steps=2, overwrite=True).steps == 2
+    assert len(steps(folder)) == 2 and "overwrite: false" in (folder / "config.yaml").read_text()
+
+
 def dry_run(place: Place) -> None:
     folder = place.folder / "dry"
     assert prefopt.dpo(place.m, place.data, output=folder, dry_run=True, progress="none") is None
@@ -245,7 +252,8 @@ def progress(place: Place) -> None:
             place.run(progress=mode)
         text = out.getvalue()
         assert ("step 1: loss 0.693147" in text) == (mode != "none")
-        assert ("train: 1/3 steps" in text) == (mode in ("auto", "plain"))  # here is no terminal
+        assert ("train: 3/3 steps" in text) == (mode in ("auto", "plain"))  # here is no terminal
+        assert "train: 1/3 steps" not in text, "the first step has its line already"
         assert ("━" in text) == (mode == "rich")
         assert bool(text) == (mode != "none")
 
@@ -443,6 +451,7 @@ SHOWN: dict[str, Callable[[Place], None]] = {
     "save_every": save_every,
     "keep_last": keep_last,
     "resume": resume,
+    "overwrite": overwrite,
     "dry_run": dry_run,
     "progress": progress,
     "track": track,

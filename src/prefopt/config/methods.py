@@ -79,7 +79,18 @@ def read_options(method: str, values: Mapping[str, Any]) -> MethodConfig:
 STAGES = ("sft", "reward", "ppo")
 """Methods of the chain, in order."""
 # Options that the chain sets itself.
-OF_THE_CHAIN = ("model", "data", "prompts", "output", "adapter", "resume", "dry_run", "from_scratch", "train_tokenizer")
+OF_THE_CHAIN = (
+    "model",
+    "data",
+    "prompts",
+    "output",
+    "adapter",
+    "resume",
+    "overwrite",
+    "dry_run",
+    "from_scratch",
+    "train_tokenizer",
+)
 
 
 def stage_options(command: str, example: str = "") -> Any:

@@ -23,7 +23,7 @@ GIVEN = {"dpo": "dpo", "sft": "sft", "reward": "reward_model", "ppo": "ppo", "rl
 """The option that holds what differs from the defaults of a command; RLOO is the command ppo with its algorithm."""
 # Options that the sweep sets itself.
 DECIDED = (
-    *("model", "data", "prompts", "output", "adapter", "resume", "dry_run", "seed", "epochs", "max_steps"),
+    *("model", "data", "prompts", "output", "adapter", "resume", "overwrite", "dry_run", "seed", "epochs", "max_steps"),
     *("save_every", "keep_last", "eval_data", "eval_fraction", "lines", "on_bad_row", "pairs", "loss"),
     *("reference", "reference_adapter", "from_scratch", "train_tokenizer", "device", "dtype", "threads", "progress"),
 )

@@ -6,13 +6,15 @@ what the run does.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from prefopt.config.data import DataOptions
 from prefopt.core.model_folder import QUANTISED, is_adapter
-from prefopt.core.options import Config, flag, nearest, option
+from prefopt.core.options import Config, flag, nearest, option, options
 from prefopt.errors import ConfigError
 
 LORA_RANK, LORA_ALPHA_PER_RANK, LORA_DROPOUT = 16, 2, 0.0
@@ -222,6 +224,7 @@ class RunOptions(MachineOptions, ProgressOptions):
     output: str = option(help="folder for the model, its card and the metrics", group="output")
     save_every: int | None = option(None, "steps between checkpoints", default_text="only on interruption", at_least=1)
     keep_last: int = option(2, "newest checkpoints to keep", at_least=1)
+    overwrite: bool = option(False, "replace the run in the output folder, once the new one is about to train")
     resume: bool = option(False, "continue from the newest complete checkpoint in the output folder")
     dry_run: bool = option(False, "show options, rows, rendered examples and estimates; train and write nothing")
 
@@ -272,6 +275,10 @@ class RunOptions(MachineOptions, ProgressOptions):
         return what in (self.offload or ())
 
     def check(self) -> None:
+        if self.resume and self.overwrite:
+            raise ConfigError("--resume continues the run that --overwrite would replace: leave one of them out")
+        if self.overwrite:
+            self._check_sources()
         if self.resume and self.dry_run:
             raise ConfigError("--dry-run trains nothing that --resume could continue: leave one of them out")
         for name in self.track or ():
@@ -291,6 +298,17 @@ class RunOptions(MachineOptions, ProgressOptions):
                 raise ConfigError(f"--optimizer {self.optimizer} does not work with {clash[0]}: leave one of them out")
         if self.is_given("track_project") and not set(self.track or ()) - {"tensorboard"}:
             raise ConfigError("--track-project does nothing without --track wandb, trackio or mlflow: leave it out")
+
+    def _check_sources(self) -> None:
+        """Refuse to replace a folder from which the run reads."""
+        folder = Path(os.path.realpath(self.output))
+        for o in options(type(self)):
+            value = getattr(self, o.name)
+            names = [] if o.name == "output" else value if isinstance(value, list) else [value]
+            for name in (n for n in names if isinstance(n, str)):
+                found = Path(os.path.realpath(name))
+                if folder in (found, *found.parents) and os.access(found, os.F_OK):
+                    raise ConfigError(f"--overwrite would remove {name}, which {o.flag} reads: name another --output")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,19 +111,20 @@ def common_length(sequences: Sequence[IntArray], most: int) -> int:
     return most
 
 
-def show(group: Group, tokenizer: Tokenizer, *, most: int | None = None) -> str:
+def show(group: Group, tokenizer: Tokenizer, *, most: int | None = None, flat: bool = False) -> str:
     """A group as text with special tokens: the shared prefix, then each response with its trained tokens marked.
 
     Responses are labelled chosen or rejected, or with rank, score or label. ``most`` cuts longer texts in the middle.
+    ``flat`` writes each on one line, with ↵ for its line ends.
     """
-    prefix = shortened(_decode(tokenizer, group.prefix), most)
+    prefix = shortened(_decode(tokenizer, group.prefix), most, flat=flat)
     if not group.continuations:
         return f"prompt ({_count(len(group.prefix))})\n{prefix}"
     lines = [f"shared prefix ({_count(len(group.prefix))})", *([prefix] if prefix else [])]
     for k, c in enumerate(group.continuations):
         name = _name(group, len(group.continuations), k)
         lines.append(f"{name} ({_count(len(c.ids))}, {int(c.trained.sum())} trained)")
-        lines.append(shortened(_marked(tokenizer, group.prefix, c.ids, c.trained), most))
+        lines.append(shortened(_marked(tokenizer, group.prefix, c.ids, c.trained), most, flat=flat))
     return "\n".join(lines)
 
 
@@ -137,8 +138,9 @@ def show_words(c: Comparison, *, most: int | None = None) -> str:
     return "\n".join(lines)
 
 
-def shortened(text: str, most: int | None) -> str:
-    """The text, or its beginning and end: ``01 [... 6 characters ...] 89``."""
+def shortened(text: str, most: int | None, *, flat: bool = False) -> str:
+    """The text, or its beginning and end: ``01 [... 6 characters ...] 89``; ``flat`` on one line."""
+    text = text.replace("\n", "↵") if flat else text
     if most is None or len(text) <= most:
         return text
     half = most // 2

@@ -51,7 +51,7 @@ def run(
         if config.on_policy:
             check_prompts(data.groups)
         policy = run.loading(Policy(config, start.source, run.dtype, run.device, model, run.world))
-        offline = OfflineRun(run=run, start=start, data=data, policy=policy, unit="rows")
+        offline = OfflineRun(run=run, start=start, data=data, policy=policy)
         offline.check(check_scoring)
         divergence = Divergence(config.divergence, config.jsd_weight or 0.5)
         mean = "token" if config.average == "tokens" else "response"

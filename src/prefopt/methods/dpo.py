@@ -74,10 +74,12 @@ def run(
         precision = _held_out_precision(run, policy, plan, batches)
         say(policy.make_trainable(run.world))
 
-        def inspect(step: int, update: int, record: Record, batch: Batch, values: Values) -> None:
-            if step == 0:
-                same = check if choice and choice.is_start else None
-                say(inspect_first(objective, same, record, batch, values))
+        def inspect(step: int, update: int, record: Record, batch: Batch, values: Values) -> bool:
+            if step:
+                return False
+            same = check if choice and choice.is_start else None
+            say(line := inspect_first(objective, same, record, batch, values))
+            return line is not None
 
         trainer = offline.fit(objective, source, plan=plan, inspect=inspect, precision=precision)
         return offline.finish(

@@ -34,7 +34,8 @@ def check_before_torch(config: Any) -> None:
         return
     _check_device(config.device)
     if method_of(config) and not config.dry_run and ranks_in().alone:  # several look at it together, later
-        check_output(Path(config.output), resume=config.resume or restarted())
+        again = restarted()
+        check_output(Path(config.output), resume=config.resume or again, overwrite=config.overwrite and not again)
     if isinstance(config, SampleConfig | ScoreConfig) and config.output and not Path(config.output).is_dir():
         if isinstance(config, ScoreConfig):
             refuse_existing(Path(config.output), OVERWRITE, unless=config.overwrite)

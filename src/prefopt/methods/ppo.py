@@ -13,7 +13,7 @@ import numpy as np
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.tools import is_model_reward
 from prefopt.core.terminal import size
-from prefopt.data.group import Group
+from prefopt.data.group import Group, shortened
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import Diverged
 from prefopt.generate.model_io import PromptSet, SampledModel
@@ -37,7 +37,7 @@ from prefopt.train.memory import Trainee, TrainingMemory
 from prefopt.train.optim import Network
 from prefopt.train.policy import Policy
 from prefopt.train.routing import describe_routing, routed
-from prefopt.train.run import Run, open_run, steps_of
+from prefopt.train.run import EXAMPLE_TEXT, Run, open_run, steps_of
 from prefopt.train.trainer import TrainerState
 
 TRIED = 4
@@ -195,9 +195,9 @@ def _preview(
     run: Run, start: SampledModel, prompts: PromptSet, ptx: PtxTerm | None, memory: TrainingMemory, tokens: int
 ) -> None:
     """The output of a dry run: prompts, options, plan and memory."""
-    for row, ids in list(zip(prompts.rows, prompts.ids, strict=True))[:2]:
-        run.reporter.show(f"\nrow {row.row}: {start.tokenizer.decode(ids.tolist())}")
-    run.reporter.show("\n" + run.options())
+    for row, ids in list(zip(prompts.rows, prompts.ids, strict=True))[:1]:
+        run.say_example(f"row {row.row}:", shortened(start.tokenizer.decode(ids.tolist()), EXAMPLE_TEXT, flat=True))
+    run.say_options()
     _say_plan(run, prompts, tokens)
     run.reporter.show(memory.table(_largest(run, prompts, ptx), tokens))
     run.say(f"memory: {size(peak_memory(run.device))} at most so far")

@@ -50,7 +50,7 @@ def run(
             fitted = config.train_tokenizer is not None
             given = new_model(start.source, start.tokenizer, seed=config.seed, fitted=fitted).to(run.device)
         policy = run.loading(Policy(config, start.source, run.dtype, run.device, given, run.world))
-        offline = OfflineRun(run=run, start=start, data=data, policy=policy, unit="rows")
+        offline = OfflineRun(run=run, start=start, data=data, policy=policy)
         offline.check(check_scoring)
         tokens = int(data.groups.trained_N[: int(data.source.groups.responses_G.sum())].sum())
         mean = "token" if config.average == "tokens" else "response"

@@ -240,6 +240,18 @@ def _gradients(run: History) -> Iterator[Finding]:
         yield Finding("spike", f"{text}: look at the loss and the rows of that batch", look=True)
 
 
+def _clipped(run: History) -> Iterator[Finding]:
+    norms, limit = run.curve("grad_norm").values, run.options.get("max_grad_norm")
+    if len(norms) < 2 * LEAST or not isinstance(limit, int | float) or min(norms) <= limit:
+        return
+    text = (
+        f"gradients were clipped in each of {len(norms)} steps (norms {min(norms):.3g} to {max(norms):.3g},"
+        f" --max-grad-norm {limit:g}): AdamW makes up for a constant factor, but batches with large gradients count no"
+        f" more than others; --max-grad-norm {2 * statistics.median(norms):.2g} clips only outliers"
+    )
+    yield Finding("always clipped", text)  # usual for sums over many tokens: nothing to worry about
+
+
 def _reference(run: History) -> Iterator[Finding]:
     """The log-ratios of the first step are those of the model before training: zero if that is the reference."""
     first = run.training[0]
@@ -291,7 +303,7 @@ def _reward(run: History) -> Iterator[Finding]:
         yield Finding("samples grew", text, look=True)
 
 
-CHECKS = (_length, _loss, _moved, _held_out, _accuracy, _chosen, _gradients, _rows, _reference, _reward)
+CHECKS = (_length, _loss, _moved, _held_out, _accuracy, _chosen, _gradients, _clipped, _rows, _reference, _reward)
 
 
 def _rate(run: History) -> str:

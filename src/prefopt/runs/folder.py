@@ -15,11 +15,12 @@ from prefopt.core.options import flag
 from prefopt.data.group import Group, IntArray
 from prefopt.data.table import GroupTable
 from prefopt.errors import RunError
-from prefopt.runs.history import RECORD, read_metrics, read_record
+from prefopt.runs.history import RECORD, in_use, read_metrics, read_record
 
 # Options that may change at a resume: they never affect the weights.
 FREE = frozenset(
-    "resume shard progress save_every keep_last output dry_run track track_project gradient_checkpointing".split()
+    "resume overwrite shard progress save_every keep_last output dry_run track track_project"
+    " gradient_checkpointing".split()
 )
 
 _LOCK, CHECKPOINTS, LAST_GOOD = ".lock", "checkpoints", "last-good"
@@ -32,16 +33,18 @@ class RunFolder:
     writes = True
     """Whether this process writes it: of several, the first alone does, and the others only know the record."""
 
-    def __init__(self, path: Path, options: Mapping[str, Any], *, resume: bool, dry: bool = False) -> None:
+    def __init__(
+        self, path: Path, options: Mapping[str, Any], *, resume: bool, dry: bool = False, overwrite: bool = False
+    ) -> None:
         """Raises :class:`RunError` if the folder holds something else, or the run with other options. ``dry``: nothing
-        is written."""
-        self.path, self._dry = path, dry
+        is written. ``overwrite``: :meth:`take` removes a run that is there."""
+        self.path, self._dry, self._overwrite = path, dry, overwrite
         self._lock = FileLock(path / _LOCK)
         self.checkpoints, self.last_good = path / CHECKPOINTS, path / LAST_GOOD
         self.record: dict[str, Any] = {"status": "started", "options": dict(options)}
         if dry:
             return
-        before = check_output(path, resume=resume)
+        before = check_output(path, resume=resume, overwrite=overwrite)
         if before is not None:
             read_metrics(path)  # a damaged file is reported before anything slow
             old = before.get("options", {})
@@ -61,14 +64,25 @@ class RunFolder:
         """Create and lock the folder. Raises :class:`RunError` if another process holds it."""
         with output_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            there = (self.path / RECORD).exists()
             try:
                 self._lock.acquire(timeout=0)
             except Timeout:
-                there = True
+                pass
+            else:
+                if self._overwrite and (self.path / RECORD).exists():
+                    self._clear()
+            there = (self.path / RECORD).exists()
         if (there and self.record["status"] == "started") or not self.taken:
             raise RunError(f"--output {self.path} is in use by another process; wait for it, or name another folder")
         remove_leftovers(self.path)
+
+    def _clear(self) -> None:
+        """Remove the run that is there; its record last, so that what a kill leaves is still a run."""
+        for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == RECORD):
+            if entry.is_dir() and not entry.is_symlink():
+                remove_folder(entry)
+            elif entry.name != _LOCK:
+                entry.unlink()
 
     @property
     def taken(self) -> bool:
@@ -107,17 +121,22 @@ class RunFolder:
         self.record[name] = value
 
 
-def check_output(path: Path, *, resume: bool) -> dict[str, Any] | None:
+def check_output(path: Path, *, resume: bool, overwrite: bool = False) -> dict[str, Any] | None:
     """The ``run.json`` of the unfinished run in ``path`` that ``resume`` continues; None for a new run. Raises
-    :class:`RunError` where the folder holds a finished run, an unfinished one without ``resume``, or other files."""
+    :class:`RunError` where the folder holds a finished run, an unfinished one without ``resume``, or other files.
+    ``overwrite`` allows a run that no process holds."""
     if path.exists() and not path.is_dir():
         raise RunError(f"--output {path} is a file; name a folder")
+    if overwrite and (path / RECORD).exists():
+        if in_use(path):
+            raise RunError(f"--output {path} is in use by another process; wait for it, or name another folder")
+        return None
     if (path / RECORD).exists():
         before = read_record(path, "name another --output")
         finished = before.get("status") == "finished"
         if not resume:
             what = "a finished run;" if finished else "an unfinished run; go on with it by --resume, or"
-            raise RunError(f"--output {path} holds {what} name another folder")
+            raise RunError(f"--output {path} holds {what} name another folder, or replace it by --overwrite")
         if finished:
             _tidy(path, before)
             raise RunError(f"--resume: the run in {path} is finished; to train further, name its folder as --model")

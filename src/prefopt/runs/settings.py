@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,18 @@ def differing(runs: Sequence[History]) -> list[str]:
 def set_options(run: History) -> dict[str, Any]:
     """The options of a run with another value than their default, which may depend on other options. Those that its
     loss fills in are among them."""
-    if run.method not in METHODS:
+    return set_values(run.method, run.options)
+
+
+def set_values(method: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for the options of a method that is in no run yet."""
+    if method not in METHODS:
         return {}
-    known = {o.name: o for o in options(METHODS[run.method].config)}
+    known = {o.name: o for o in options(METHODS[method].config)}
     config: Any = None
     with suppress(UserError):  # of a version with other options
-        config = read_options(run.method, run.options)
-    kept = {name: value for name, value in run.options.items() if value is not None and name not in FREE}
+        config = read_options(method, values)
+    kept = {name: value for name, value in values.items() if value is not None and name not in FREE}
     return {n: value for n, value in kept.items() if n not in known or value != _default(known[n], config)}
 
 

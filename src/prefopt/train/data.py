@@ -49,6 +49,11 @@ class TrainingData:
             return "pairs"
         return "rankings" if self.kind == "ranking" else "rows"
 
+    @property
+    def unit(self) -> str:
+        """What groups are called in the metric of speed: pairs also where a prompt has several, else rows."""
+        return "pairs" if self.kind in ("pairs", "scored") else "rows"
+
     def in_words(self, files: Sequence[str]) -> str:
         """Size and files, for a model card."""
         noun = f"preference {self.noun}" if self.noun == "pairs" else self.noun
@@ -149,11 +154,19 @@ def load_data(
     if shares:
         parts = (f"{s.size} of {len(s.groups)} from {name}" for s, name in zip(shares, config.data, strict=True))
         reporter.say(f"data: an epoch takes {sum(s.size for s in shares)} rows: {', '.join(parts)}")
+    reporter.say(_length_words(config.max_length, start, groups))
     if source.template:
         start.tokenizer.chat_template = source.template
     if longer := longer_limit(source.truncated, source.kept, start.limit, start.positions):
         reporter.say(longer)
     return data
+
+
+def _length_words(given: int | None, start: ModelStart, groups: GroupTable) -> str:
+    """The limit of a sequence, where it comes from, and the longest one."""
+    context = f"the model's context is {start.positions:,}" if start.positions else "the model states no context"
+    why = f"by --max-length; {context}" if given is not None else f"the default; {context}"
+    return f"max length: {start.limit:,} tokens ({why}); the longest row has {int(groups.longest_G.max(initial=0)):,}"
 
 
 def _paired(source: GroupSet, which: str, name: str, reporter: Reporter) -> GroupSet:

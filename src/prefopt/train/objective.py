@@ -251,11 +251,12 @@ def inspect_first(
             )
         return None
     expected, allowed = _loss_at_reference(objective, check, batch, values)
-    number = f"{'ln 2 = ' if abs(expected - math.log(2)) < 1e-6 else ''}{expected:.6f}"
+    number = f"{'ln 2 =' if abs(expected - math.log(2)) < 1e-6 else 'a loss of'} {expected:.6f}"
     if not abs(record["loss"] - expected) <= allowed:
         raise RunError(
             f"step 1: the loss is {record['loss']:.6f} where an untrained policy has {number}"
             f" (rounding explains {allowed:.1g}): the reference's values are not this model's. Check them with"
             " prefopt cache verify, or remove them with prefopt cache clear"
         )
-    return f"step 1: loss {record['loss']:.6f}, {number}, as it must be before any weight moves"
+    same = "" if number.startswith("a loss") else f" {number},"
+    return f"step 1: loss {record['loss']:.6f},{same} as it must be before any weight moves"

@@ -31,7 +31,7 @@ from prefopt.train.optim import Network
 from prefopt.train.policy import Trained
 from prefopt.train.reference import check_vocabulary
 from prefopt.train.routing import describe_routing, routed
-from prefopt.train.run import ModelStart, Run, TrainingResult, steps_of
+from prefopt.train.run import EXAMPLE_TEXT, ModelStart, Run, TrainingResult, steps_of
 from prefopt.train.step import Differentiator, InMemoryColumns
 from prefopt.train.trainer import Inspect, Trainer
 
@@ -56,13 +56,12 @@ class Plan(Protocol):
 
 @dataclass(kw_only=True)
 class OfflineRun:
-    """A run on ``data``. ``unit`` is the name of groups in the metric of speed."""
+    """A run on ``data``."""
 
     run: Run
     start: ModelStart
     data: TrainingData
     policy: Trained[Any]
-    unit: str = "pairs"
     _counted: TrainingMemory | None = None
 
     def __post_init__(self) -> None:
@@ -130,7 +129,7 @@ class OfflineRun:
             inspect=inspect,
             precision=precision,
             movement=plan.movement if plan is not None else None,
-            speed=budget.Speed(policy.scorer.model, run.device, run.dtype, self.unit, run.world.size),
+            speed=budget.Speed(policy.scorer.model, run.device, run.dtype, self.data.unit, run.world.size),
         )
         state = trainer.fit()
         if state.best_step is not None and state.best_step != state.step:
@@ -139,11 +138,14 @@ class OfflineRun:
         return trainer
 
     def preview(self, objective: Objective, source: DataBatches, *, plan: Plan | None = None) -> None:
-        """The output of a dry run: rendered examples, options, time and memory."""
+        """The output of a dry run: a rendered example, the options that are set, time and memory."""
         run, policy = self.run, self.policy
-        for group in self.data.source.groups[:2]:
-            run.reporter.show(f"\nrow {group.row}, trained tokens in ⟦ ⟧:\n{show(group, self.start.tokenizer)}")
-        run.reporter.show("\n" + run.options())
+        for group in self.data.source.groups[:1]:
+            run.say_example(
+                f"row {group.row}, trained tokens in ⟦ ⟧:",
+                show(group, self.start.tokenizer, most=EXAMPLE_TEXT, flat=True),
+            )
+        run.say_options()
         if plan is not None:
             plan.say_missing()
         run.say(policy.make_trainable(run.world))

@@ -46,6 +46,7 @@ from prefopt.reference.identity import tokenizer_of_name
 from prefopt.runs.callbacks import Callbacks, default_callbacks
 from prefopt.runs.folder import FREE, RunFolder
 from prefopt.runs.metrics import Metrics, Spending, spending
+from prefopt.runs.settings import set_values, shown
 from prefopt.train import budget
 from prefopt.train.objective import Objective
 from prefopt.train.optim import Network
@@ -56,6 +57,8 @@ from prefopt.train.source import BatchSource
 from prefopt.train.trainer import Trainer
 
 Options = MethodOptions | PpoConfig
+EXAMPLE_LINES, EXAMPLE_TEXT = 10, 400
+"""Most lines of the example of a dry run, and characters of each text: the whole output should fit a screen."""
 RANK_SEED = 1_000_003
 """Ranks draw dropout from seeds that lie so far apart."""
 AnyTrained = TypeVar("AnyTrained", bound="Trained[Any]")
@@ -111,8 +114,26 @@ class Run:
         return policy
 
     def options(self) -> str:
-        """The options as a file for ``--config``, without ``--dry-run`` and ``--resume``."""
-        return write_document(type(self.config), {**self.config.to_dict(), "dry_run": False, "resume": False})
+        """The options as a file for ``--config``, without those on this start alone: ``--dry-run``, ``--resume``,
+        ``--overwrite``."""
+        return write_document(
+            type(self.config), {**self.config.to_dict(), "dry_run": False, "resume": False, "overwrite": False}
+        )
+
+    def say_options(self) -> None:
+        """Print the options that are set, in a line."""
+        found = set_values(method_of(self.config) or "", self.config.to_dict())
+        said = " ".join(f"{name}={shown(value)}" for name, value in found.items())
+        self.say(f"options set: {said or 'none'} (--print-config prints all)")
+
+    def say_example(self, title: str, text: str) -> None:
+        """Print an example of the data, cut to :data:`EXAMPLE_LINES` lines."""
+        lines = [line for line in text.splitlines() if line.strip()]
+        if len(lines) > EXAMPLE_LINES:
+            cut = len(lines) - EXAMPLE_LINES + 1
+            half = EXAMPLE_LINES // 2
+            lines = [*lines[:half], f"[... {cut} more lines ...]", *lines[half + cut :]]
+        self.reporter.show("\n".join([title, *lines]))
 
     def say_scoring(self, policy: Trained[Any], check: CheckReport, twin: str = "") -> None:
         """Report how the model is scored, and how exactly."""
@@ -238,7 +259,7 @@ def open_run(config: Options, *, model: Any = None, callbacks: Sequence[Any] = (
         world = open_world()
         # Of several machines, torchrun counts the restart only on the one where a process failed.
         if any(world.gather(restarted())) and not (config.resume or config.dry_run):
-            config = replace(config, resume=True)
+            config = replace(config, resume=True, overwrite=False)
         reporter = Reporter(config.progress if world.first else "none")
         name = config.device
         if not world.alone and name in (None, "cuda") and torch.cuda.is_available():
@@ -252,7 +273,13 @@ def open_run(config: Options, *, model: Any = None, callbacks: Sequence[Any] = (
         world.agree("options", config.to_dict())
         world.agree("versions of prefopt and torch, device or dtype", (VERSION, torch.__version__, device.type, dtype))
         folder = world.on_first(
-            lambda: RunFolder(Path(config.output), config.to_dict(), resume=config.resume, dry=config.dry_run)
+            lambda: RunFolder(
+                Path(config.output),
+                config.to_dict(),
+                resume=config.resume,
+                dry=config.dry_run,
+                overwrite=config.overwrite,
+            )
         )
         folder.writes = world.first
         own = default_callbacks(config, folder) if world.first else []

@@ -56,7 +56,8 @@ class TrainerState:
     stopped_early: bool = False
 
 
-Inspect = Callable[[int, int, Record, Batch, Values], None]
+Inspect = Callable[[int, int, Record, Batch, Values], bool]
+"""Looks at an update; whether it printed a line on it."""
 """Called with step, update, metrics, batch and values of an update before the weights move; may raise."""
 
 
@@ -104,6 +105,7 @@ class Trainer:
     _stop_signal: int | None = None
     _saved: tuple[int, int] | None = None
     _held_out: Batch | None = None
+    _said: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -137,7 +139,7 @@ class Trainer:
             while state.step < self.steps and not state.stopped_early:
                 record = self._step()
                 self.metrics.write({"step": state.step, **record})
-                bar.update(state.step, note(record), first=state.step == 1)
+                bar.update(state.step, note(record), first=state.step == 1 and not self._said)
                 evaluation = self.evaluate() if self._evaluation_due() else None
                 self.callbacks.done(state.step, record, evaluation)
                 if self.saver.due:
@@ -212,7 +214,7 @@ class Trainer:
             values = found.values
             if step == update == 0 and not self.objective.whole_batch:
                 values = self._differentiator(self.objective).values_of_all(batch, values)
-            self.inspect(step, update, record, batch, values)
+            self._said = self.inspect(step, update, record, batch, values)
         for name, network in norms.items():
             network.update(step, record[name], self.max_grad_norm)
         self.objective.state = found.state
