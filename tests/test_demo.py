@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shlex
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,9 @@ def test_the_demonstration_runs_and_every_command_it_prints_is_real(
     folder = Path("runs/demo")
     assert all((folder / name).exists() for name in demo.MADE.values())
     assert str(result.change) in first and f"{result.kl.mean:.1f} nats" in first
+    assert f"{result.kl.mean / result.tokens[1]:.3f} per token" in first and "1.8 of 16" in first
+    assert f"{result.perplexity[0]:.1f} of its own continuations, {result.perplexity[1]:.1f} of the new" in first
+    assert all(str(word) in first for word in result.risen) and "easy to please" in first
     assert all(e.opening in first for e in result.examples)
 
     commands = [line[line.index(program()) :] for line in first.splitlines() if f"{program()} " in line]
@@ -102,7 +107,7 @@ def test_kl_is_that_of_the_two_models_as_transformers_runs_them(short: None) -> 
     result = demo.run_demo("runs/demo")
     tokenizer = AutoTokenizer.from_pretrained("runs/demo/model")
     models = [AutoModelForCausalLM.from_pretrained(f"runs/demo/{n}", dtype=torch.float32) for n in ("aligned", "model")]
-    ratios = []
+    ratios, of_reference, tokens = [], 0.0, 0
     for row in lines_of(Path("runs/demo/after.jsonl")):
         prompt, each = tokenizer(row["prompt"])["input_ids"], []
         for answer in row["token_ids"]:
@@ -111,8 +116,10 @@ def test_kl_is_that_of_the_two_models_as_transformers_runs_them(short: None) -> 
                 logps = [m(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for m in models]
             picked = [x.gather(1, torch.tensor(answer)[:, None]).sum().item() for x in logps]
             each.append(picked[0] - picked[1])
+            of_reference, tokens = of_reference + picked[1], tokens + len(answer)
         ratios.append(sum(each) / len(each))
     assert result.kl.mean == pytest.approx(sum(ratios) / len(ratios), abs=1e-3)
+    assert result.perplexity[1] == pytest.approx(math.exp(-of_reference / tokens), rel=1e-4)
 
 
 @pytest.mark.slow
@@ -121,11 +128,16 @@ def test_what_the_demonstration_shows_is_no_accident(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    started = time.process_time()
     result = demo.run_demo("runs/demo", seed=seed)
+    assert time.process_time() - started < 2 * 90, "90 seconds on two cores"
     assert result.change.low > 0.25 and result.after.mean > 0.5
     # And it still writes: as long, and not always the same.
     assert 0 < result.kl.mean < 60 and result.variety[1] > 0.9
     assert 0.75 < result.tokens[1] / result.tokens[0] < 1.25
+    # The gain is not bought with the language: the model before finds the new continuations as likely as its own.
+    assert 1 < result.kl.mean < 5 and 0.8 < result.perplexity[1] / result.perplexity[0] < 1.25
+    assert {"great", "best", "well", "beautiful"} & {r.word for r in result.risen}, "what this judge counts"
 
 
 @pytest.mark.parametrize("kind", ["folder of something else", "file"])

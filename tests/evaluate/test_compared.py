@@ -112,7 +112,7 @@ def test_sweeps_of_earlier_versions_have_no_such_tables(tmp_path: Path) -> None:
     for name in ("kl_at", "tune", "tuning"):
         del old[name]
     for p in old["points"]:
-        for name in ("factor", "rewards", "kls", "perplexity", "costs"):
+        for name in ("factor", "rewards", "kls", "perplexity", "costs", "earlier", "earlier_step"):
             del p[name]
     file.write_text(json.dumps(old))
     assert tables(read_frontier(file)) == []

@@ -37,8 +37,8 @@ def config(place: Path, output: Path, **changes: Any) -> FrontierConfig:
 
 
 def told(points: Sequence[Point]) -> list[Point]:
-    """What a clock does not decide."""
-    return [replace(p, seconds=0.0) for p in points]
+    """What a clock and the machine do not decide."""
+    return [replace(p, seconds=0.0, costs={}) for p in points]
 
 
 @pytest.fixture(scope="session")
@@ -183,7 +183,12 @@ def test_a_finished_sweep_is_told_anew_and_not_trained_again(
     monkeypatch.setattr(frontier, "train_once", lambda c, *_: pytest.fail(f"{c.output} is trained again"))
     again = frontier.run(config(place, output, **options)).points[1]
     first = found.points[1]
-    assert replace(again, seconds=first.seconds) == first and first.plateau is not None and first.plateau.share == 0.2
+    assert (
+        again.costs == {}
+        and replace(again, seconds=first.seconds, costs=first.costs) == first
+        and first.plateau is not None
+        and first.plateau.share == 0.2
+    )
     steps = sum(json.loads(line)["step_seconds"] for line in (folder / "metrics.jsonl").read_text().splitlines())
     assert again.seconds == pytest.approx(steps)
     wide = frontier.run(config(place, output, plateau_share=0.3, **options)).points[1]

@@ -54,7 +54,7 @@ def test_prompts_are_dealt_into_three(sweep: tuple[Frontier, Path, Counter[str]]
     parts = [prompts(output / f"data/{name}.jsonl") for name in ("train", "tune", "held_out")]
     assert [len(part) for part in parts] == [9, 3, 6] and set.union(*parts) == set(PROMPTS)
     assert prompts(output / "data/scored.jsonl") == parts[0]
-    assert prompts(output / "dpo/beta=1-seed0-rate4/tune-samples.jsonl") == parts[1]
+    assert prompts(output / "tune/dpo/beta=1-seed0-rate4/samples.jsonl") == parts[1]
     folder = next(p.folder for p in found.points if (p.method, p.seed) == ("dpo", 1))
     assert prompts(output / folder / "samples-2.jsonl") == parts[2]
 

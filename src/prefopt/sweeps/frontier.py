@@ -39,8 +39,8 @@ from prefopt.train.loss_options import losses_of
 from prefopt.train.policy import Policy, with_base
 
 POINTS = "points.json"
-TUNE = "tune.json"
-"""A policy on the prompts for choosing rates."""
+TUNE = "tune"
+"""Folder of the policies on the prompts for choosing rates, in folders of their trainings' names."""
 SAMPLES = "samples"
 """``samples.jsonl`` is drawn from the final policy, ``samples-84.jsonl`` from that of step 84."""
 MAY_GROW = {"methods", "seeds", "plateau_share", "kl_at", "progress", "output", "threads"}
@@ -101,7 +101,7 @@ class _FrontierSweep:
             return []
         assert self.data.tune is not None
         measure = Measure(config, self.data.tune, self.reference)
-        start = self._tuned(self.folder / "reference", lambda file: measure(config.model, file), Point("", "", 0, 0))
+        start = self._tuned("reference", lambda file: measure(config.model, file), Point("reference", "", 0, 0))
         points = []
         for n, one in enumerate(trials, 1):
             self.reporter.say(f"rate {n} of {len(trials)}: {one.method} {one.setting}, {one.factor:g} times its rate")
@@ -117,19 +117,18 @@ class _FrontierSweep:
     def _trial(self, one: Training, measure: Measure) -> Point:
         """The end of a training on the prompts for choosing rates. Its checkpoints stay, since it may be chosen."""
         point = Point(one.method, one.setting, one.seed, 0, factor=one.factor)
-        return self._tuned(
-            self.folder / one.folder, lambda file: measure(file=file, **model_of(self._train(one))), point
-        )
+        return self._tuned(one.folder, lambda file: measure(file=file, **model_of(self._train(one))), point)
 
-    def _tuned(self, folder: Path, make: Callable[[Path], Measurement], point: Point) -> Point:
-        file = folder / TUNE
+    def _tuned(self, name: str, make: Callable[[Path], Measurement], point: Point) -> Point:
+        folder = self.folder / TUNE / name
+        file = folder / POINTS
         if not file.exists():
             try:
-                point = replace(point, **asdict(make(folder / "tune-samples.jsonl")))
+                point = replace(point, **asdict(make(folder / f"{SAMPLES}.jsonl")))
             except Diverged as error:
                 point = replace(point, counted=False, why_not=error.reason)
-            write_json(file, asdict(point))
-        return read_json(file, Point.from_dict, f"remove {folder} to redo it")
+            write_json(file, [asdict(point)])
+        return _read(folder)[0]
 
     def _other_steps(self, one: Training, folder: Path) -> str:
         """A note where another version, which divided the steps otherwise, trained for another number of them."""
@@ -211,8 +210,8 @@ class _FrontierSweep:
         # (An interrupted run has left other checkpoints too.)
         if not isinstance(config, PpoConfig):
             return [replace(point, step=step, **asdict(self._at(config, step))) for step in marks]
-        for step in marks[:-1]:  # their samples say whether the end is on a plateau
-            self._at(config, step)
+        for step in marks[:-1]:  # says whether the end is on a plateau
+            point = replace(point, earlier=self._at(config, step).rewards, earlier_step=step)
         found = self.measure(file=folder / f"{SAMPLES}.jsonl", **model_of(config))
         return [replace(point, step=marks[-1], **asdict(found))]
 
@@ -271,9 +270,12 @@ def update_point(point: Point, folder: Path, *, start: float, share: float, befo
     ``start`` (the reward of the reference) and ``share`` are those of :func:`prefopt.sweeps.points.plateau`, ``before``
     the run folders whose time counts too. Raises :class:`prefopt.errors.RunError` for a damaged folder.
     """
-    point = replace(point, seconds=_seconds(point, folder, before), costs=_costs(folder, before))
+    if not point.costs or (folder / RECORD).exists():  # else it was made elsewhere, and says so itself
+        point = replace(point, seconds=_seconds(point, folder, before), costs=_costs(folder, before))
     if TRAINED_BY.get(point.method) not in ONLINE or point.reward is None:
         return point
+    if point.earlier:
+        return _tested(point, point.earlier, point.rewards, point.earlier_step, start=start, share=share)
     steps = sorted(int(p.stem.removeprefix(f"{SAMPLES}-")) for p in folder.glob(f"{SAMPLES}-*.jsonl"))
     if not steps:
         why_not = f"{point.step} steps, and no samples of an earlier one: a plateau cannot be tested"
@@ -281,7 +283,14 @@ def update_point(point: Point, folder: Path, *, start: float, share: float, befo
     earlier, end = (_rewards(folder / name) for name in (f"{SAMPLES}-{steps[-1]}.jsonl", f"{SAMPLES}.jsonl"))
     if len(earlier) != len(end):
         raise RunError(f"{folder}: its samples answer other prompts at step {steps[-1]} than at the end; remove it")
-    flat = plateau(earlier, end, start=start, steps=point.step - steps[-1], share=share)
+    return _tested(point, earlier, end, steps[-1], start=start, share=share)
+
+
+def _tested(
+    point: Point, earlier: Sequence[float], end: Sequence[float], at: int, *, start: float, share: float
+) -> Point:
+    """``point`` counts where its reward was on a plateau since the step ``at``."""
+    flat = plateau(earlier, end, start=start, steps=point.step - at, share=share)
     return replace(point, plateau=flat, counted=flat.reached, why_not=flat.why_not)
 
 

@@ -87,6 +87,7 @@ class Point:
 
     ``factor``: on the learning rate. ``rewards`` and ``kls`` are those of each prompt, ``kls`` empty for a bound.
     ``perplexity``: of the text of ``--perplexity``. ``costs``: :class:`prefopt.model.costs.Costs` of its trainings.
+    ``earlier``: of PPO and RLOO, the rewards of each prompt at ``earlier_step``, which show a plateau.
     """
 
     method: str
@@ -109,6 +110,8 @@ class Point:
     kls: tuple[float, ...] = ()
     perplexity: float | None = None
     costs: dict[str, float] = field(default_factory=dict)
+    earlier: tuple[float, ...] = ()
+    earlier_step: int = 0
 
     @property
     def included(self) -> bool:
@@ -119,7 +122,7 @@ class Point:
     def from_dict(cls, values: Mapping[str, Any]) -> Point:
         """What ``asdict`` wrote. Raises ``TypeError`` and ``ValueError`` for other names, types or ranges."""
         plateau = values.get("plateau")
-        lists = {name: tuple(values.get(name, ())) for name in ("rewards", "kls")}
+        lists = {name: tuple(values.get(name, ())) for name in ("rewards", "kls", "earlier")}
         point = parse_result(cls, {**values, **lists, "plateau": None if plateau is None else typed(Plateau, plateau)})
         if point.kl_se is not None and point.kl_se < 0:
             raise ValueError(f"kl_se is {point.kl_se!r:.80}")
