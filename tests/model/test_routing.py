@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
 from model.architectures import build
-from model.families import FAMILIES
-from model.oracle import groups_of_every_kind
+from model.families import FAMILIES, config_of
+from model.oracle import groups_of_every_kind, oracle_logprobs
 from model.test_families import built
 from prefopt.errors import ConfigError
+from prefopt.model.load import load_model
 from prefopt.model.packing import PackedBatch, pack
+from prefopt.model.precision import disable_dropout, steady_routers
 from prefopt.model.routing import Routers, Routing, balancing_routers, logit_routers, routers_of
 from prefopt.model.scorer import Scorer
 
@@ -193,3 +197,46 @@ def test_tokens_that_skip_their_experts_count_for_the_class_that_stands_for_it()
     counts = routers(model).counts(calls, batch)
     assert counts[:, -1].tolist() == [sum(group.tokens for group in GROUPS)] * 2
     assert not counts[:, :-1].any()
+
+
+@pytest.mark.parametrize("way", ["configuration", "model"])
+@pytest.mark.parametrize("family", ["mixtral", "phimoe", "dbrx"])
+def test_routers_draw_no_noise_in_training_and_choose_as_in_evaluation(family: str, way: str) -> None:
+    noise: dict[str, Any] = {"router_jitter_noise": 0.5, "input_jitter_noise": 0.5}
+    if family == "dbrx":
+        noise = {"ffn_config": {**FAMILIES["dbrx"][1]["ffn_config"], "moe_jitter_eps": 0.5}}
+
+    def made(quiet: bool) -> Scorer:
+        config = config_of(family, **noise)
+        if quiet:
+            disable_dropout(config)
+        torch.manual_seed(0)
+        return Scorer(AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32))
+
+    scorer = made(False)
+    batch = pack(GROUPS, scorer.layout)
+    with torch.no_grad():
+        calm = scorer.eval()(batch)
+        assert not torch.equal(scorer.train()(batch), calm), "noise, which is taken out"
+        scorer.detach_hook()
+        if way == "model":
+            disable_dropout(scorer.model)
+            scorer.attach_hook()
+        else:
+            scorer = made(True)
+            steady_routers(scorer.model)
+        assert torch.equal(scorer.train()(batch), calm)
+        assert torch.equal(scorer.eval()(batch), calm)
+
+
+def test_a_loaded_phimoe_weighs_its_experts_as_its_class_does(tmp_path: Path) -> None:
+    """By a threshold that is called noise in its configuration."""
+    built("phimoe", torch.float32, router_jitter_noise=0.3).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), dtype=torch.float32, device=torch.device("cpu"))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32).eval()
+    other = AutoModelForCausalLM.from_pretrained(tmp_path, router_jitter_noise=0.0, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = oracle_logprobs(plain, GROUPS)
+        assert (oracle_logprobs(other, GROUPS) - expected).abs().max() > 1e-3, "the threshold counts"
+        scorer = Scorer(model).train()
+        torch.testing.assert_close(scorer(pack(GROUPS, scorer.layout)), expected, rtol=1e-4, atol=1e-4)

@@ -28,7 +28,7 @@ from prefopt.model.architectures import architectures_of, context_length
 from prefopt.model.checkpoint import ModelOrigin, WeightFiles, check_layers, scalar_head, set_origin, trace_origin
 from prefopt.model.costs import free_memory
 from prefopt.model.placeholders import FromFirst, load_placeholders, must_be_whole, on_meta
-from prefopt.model.precision import disable_dropout, kept_in_float32
+from prefopt.model.precision import disable_dropout, kept_in_float32, steady_routers
 from prefopt.model.quantised import chosen, quantised_loading, set_compute_dtype
 from prefopt.model.supported import (
     backend_errors,
@@ -180,6 +180,7 @@ def load_weights(
             options.setdefault("device_map", {"": device})  # tensor by tensor, not a whole model on the host first
         read = kind.from_pretrained if from_first is None else partial(load_placeholders, kind)
         model, info = read(source, config=config, dtype=dtype, **_STRICTLY, **options)
+    steady_routers(model)
     origin = trace_origin(model, WeightFiles.read(source), own_config)
     keep_unpacked_names(model, own_config)
     if kind is AutoModelForCausalLM:

@@ -27,7 +27,7 @@ from prefopt.model.quantised import is_packed
 DTYPES: dict[str, torch.dtype] = {n: getattr(torch, n) for n in ("float32", "bfloat16", "float16", "float64")}
 AUTO_DTYPE = "PREFOPT_DTYPE"
 """The variable that sets ``--dtype auto``, for different machines that should compute alike."""
-_DROPOUT = re.compile(r"drop(out|_rate)?$|_pdrop$|dropout|layerdrop|jitter_noise")
+_DROPOUT = re.compile(r"drop(out|_rate)?$|_pdrop$|dropout|layerdrop|jitter_(noise|eps)")
 
 
 def resolve_device(name: str | None) -> torch.device:
@@ -257,14 +257,35 @@ def _cast_buffers(model: PreTrainedModel, compute: torch.dtype) -> None:
 
 def disable_dropout(target: PreTrainedConfig | torch.nn.Module) -> None:
     """Set every dropout and jitter of a configuration to zero, since log-probabilities must not be random; of a model
-    also its dropout modules and the rates that its layers hold."""
+    also its dropout modules and the rates that its layers hold, and see :func:`steady_routers`."""
     config: Any = target
     holders: list[Any] = []
     if isinstance(target, torch.nn.Module):
         config, holders = causal_model(target).config, list(target.modules())
-    for holder in (*holders, config, config.get_text_config()):
+        steady_routers(target)
+    text = config.get_text_config()
+    parts = [getattr(text, name) for name in ("ffn_config", "attn_config") if hasattr(text, name)]  # DBRX
+    parts = [part for part in parts if hasattr(part, "__dict__")]
+    for holder in (*holders, config, text, *parts):
         if isinstance(holder, torch.nn.Dropout):
             holder.p = 0.0
         for field, value in list(vars(holder).items()):
+            if field == "router_jitter_noise" and text.model_type == "phimoe":
+                continue  # a threshold, by which it weighs experts in evaluation, too
             if _DROPOUT.search(field) and isinstance(value, float):
                 setattr(holder, field, 0.0)
+
+
+def steady_routers(model: torch.nn.Module) -> None:
+    """Have the routers of ``model`` that draw experts at random in training (PhiMoE's) choose as in evaluation."""
+    for module in model.modules():
+        if _samples(module) and _evaluate not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_evaluate)
+
+
+def _samples(module: Any) -> bool:
+    return type(module).__name__ == "PhimoeTopKRouter"
+
+
+def _evaluate(module: torch.nn.Module, args: Any) -> None:
+    module.training = False
