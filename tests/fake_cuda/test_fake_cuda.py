@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+MODULES = ("traces", "steps", "loads", "counted")
+FIRST = [f"{HERE}/{name}" for name in ("traces.py::test_shared[llama-checkpointed]", "steps.py::test_losses[dpo]")]
 
 
 def built_for_cuda() -> bool:
@@ -41,12 +43,18 @@ def run(*arguments: str, timeout: int) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_the_quick_ones() -> None:
-    run("-m", "not slow", *(str(HERE / f"{name}.py") for name in ("traces", "steps", "loads", "counted")), timeout=600)
+def test_one_architecture_and_one_loss() -> None:
+    run(*FIRST, timeout=600)
+
+
+@pytest.mark.timeout(600)
+def test_other_quick_ones() -> None:
+    left_out = [word for name in FIRST for word in ("--deselect", str(Path(name).relative_to(HERE.parents[1])))]
+    run("-m", "not slow", *left_out, *(str(HERE / f"{name}.py") for name in MODULES), timeout=600)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize("which", ["traces", "steps", "counted"])
+@pytest.mark.parametrize("which", MODULES)
 def test_all_others(which: str) -> None:
     run("-m", "slow", str(HERE / f"{which}.py"), timeout=3000)

@@ -16,7 +16,7 @@ from model.oracle import Draw, groups_of_every_kind
 from prefopt.model.packing import pack
 
 KINDS = ("full", "checkpointed", "lora")
-QUICK = {("llama", "checkpointed"), ("mistral", "lora")}
+QUICK = {("llama", "checkpointed")}
 SOFT_CAPPED = {"gemma2"}
 """These do not take flash attention."""
 

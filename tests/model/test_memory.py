@@ -185,6 +185,12 @@ def test_live_bytes_are_those_of_new_memory() -> None:
         del more
         live.mark("dropped")
     assert live.marks == {"made": (32 + 12, 32 + 12), "dropped": (32, 32 + 400)}
+    with LiveBytes("cpu") as live:
+        held = torch.zeros(8)
+        live.mark_next("then")
+        del held  # as a caller lets go of a layer's input
+        torch.zeros(2)
+    assert live.marks == {"then": (0, 32)}
 
 
 @pytest.mark.gpu

@@ -105,6 +105,7 @@ def test_models_that_cannot_be_counted_are_estimated(caplog: pytest.LogCaptureFi
     assert "estimated and not counted" in caplog.text
 
 
+@pytest.mark.slow
 def test_activations_are_checkpointed_where_few_tokens_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = of()
     tight = plain._largest(GROUPS, 140).peak

@@ -176,7 +176,7 @@ def load_weights(
             options = quantised_loading(quantise, kind, name, config, device, dtype)
         if dtype == torch.float64:
             options["experts_implementation"] = "eager"
-        if from_first is None and device.type != "cpu":
+        if from_first is None and device.type == "cuda":
             options.setdefault("device_map", {"": device})  # tensor by tensor, not a whole model on the host first
         read = kind.from_pretrained if from_first is None else partial(load_placeholders, kind)
         model, info = read(source, config=config, dtype=dtype, **_STRICTLY, **options)
