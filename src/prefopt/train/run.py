@@ -102,6 +102,9 @@ class Run:
         if self.config.compile == "on":
             if policy.scorer.path == "separate":
                 raise ConfigError(f"--compile on does nothing here: {policy.scorer.reason}; leave it out")
+            if policy.scorer.all_recurrent:
+                kinds = policy.scorer.recurrent[0]
+                raise ConfigError(f"--compile on does nothing here: all layers are recurrent ({kinds}); leave it out")
             if getattr(self.config, "router_aux_loss_coef", None) is not None:
                 raise ConfigError("--compile on cannot read routers for --router-aux-loss-coef; leave one of them out")
         return policy
