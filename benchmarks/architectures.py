@@ -49,7 +49,7 @@ def hybrids(width: int, layers: int) -> dict[str, tuple[str, dict[str, Any]]]:
         "Mamba 2 beside attention (Falcon-H1)": ("falcon_h1", {**mamba2, "mamba_d_ssm": 2 * width}),
         "gated delta (Qwen3.5)": ("qwen3_5_text", delta),
         "Mamba (Jamba)": ("jamba", {**_MAMBA, "attn_layer_period": 4, "attn_layer_offset": 3, "num_experts": 1}),
-        "Mamba": ("mamba", {"state_size": 16}),
+        "Mamba alone": ("mamba", {"state_size": 16}),
         "RG-LRU (RecurrentGemma)": (
             "recurrent_gemma",
             {

@@ -101,6 +101,7 @@ MIXERS: dict[str, Mixer] = {
     "Qwen3_5GatedDeltaNet": _DELTA,
     "Qwen3_5MoeGatedDeltaNet": _DELTA,
     "BailingHybridDeltaAttention": _KIMI,
+    "KimiLinearDeltaAttention": _KIMI,
     "MiniMaxLightningAttention": Mixer(_lightning, ("slope_rate", "output_gate", "qkv_proj", "act_fn")),
     "RecurrentGemmaRecurrentBlock": Mixer(_griffin, ("conv_1d", "rg_lru", "conv1d_state")),
 }
