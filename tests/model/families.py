@@ -240,6 +240,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "hrm_text": ("hrm_text", {}),
     "hy_v3": ("hy_v3", _GROUPED),
     "iquestcoder": ("iquestcoder", {}),
+    "kimi_linear": (
+        "kimi_linear",
+        {
+            **_LATENT,
+            "num_experts_per_token": 2,
+            "layer_types": ["linear_attention", "full_attention"],
+            "mlp_layer_types": ["dense", "sparse"],
+            "linear_head_dim": 8,
+            "linear_num_heads": 4,
+        },
+    ),
     "kolibri1": ("kolibri1", _GROUPED),
     "laguna": ("laguna", EXPERTS),
     "lfm3": ("lfm3", {}),

@@ -40,6 +40,7 @@ CLASSES = {
     "qwen3_5": "Qwen3_5GatedDeltaNet",
     "qwen3_5_moe": "Qwen3_5MoeGatedDeltaNet",
     "bailing_hybrid": "BailingHybridDeltaAttention",
+    "kimi_linear": "KimiLinearDeltaAttention",
     "minimax": "MiniMaxLightningAttention",
     "recurrent_gemma": "RecurrentGemmaRecurrentBlock",
 }

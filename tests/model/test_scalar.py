@@ -26,6 +26,7 @@ from train.small import tiny_llama, write_model
 HERE: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
 # Llama and Qwen, absolute positions, windows, experts, layers behind other names, and one that cannot share.
 NAMES = ["llama", "qwen2", "qwen3", "gpt2", "gemma2", "mistral", "mixtral", "phi3", "opt", "gpt_neox", "bloom"]
+NAMES += ["qwen3.5", "jamba"]  # recurrent ones
 
 
 def padding_tokenizer() -> Any:

@@ -25,6 +25,7 @@ from prefopt.config.reward import RewardConfig
 from prefopt.model.adapter import new_lora
 from prefopt.model.checkpoint import StoredTensor
 from prefopt.model.packing import pack
+from prefopt.model.scorer import Scorer
 from prefopt.parallel import shard
 from prefopt.parallel.tensors import is_sharded, local_of, whole_of
 from prefopt.parallel.world import ALONE, World, open_world
@@ -292,7 +293,8 @@ def train_on(size: int, options: dict[str, Any], model: str, data: str, folder: 
 @pytest.mark.slow
 def test_a_class_that_scores_each_response_apart_trains_in_shards(tmp_path: Path) -> None:
     """Ranks then have different numbers of passes, and each communicates."""
-    model = write_other(tmp_path / "base", "mamba", state_size=4)
+    model = write_other(tmp_path / "base", "stablelm")
+    assert Scorer(AutoModelForCausalLM.from_pretrained(model)).path == "separate"
     write_rows(tmp_path / "ranked.jsonl", FILES["ranked"]())
     options = {"loss": "plackett_luce", "max_steps": 2, "token_budget": 60}
     data = str(tmp_path / "ranked.jsonl")

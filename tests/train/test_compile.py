@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from data.small import small_tokenizer
 from model.architectures import build
 from prefopt.config.dpo import DpoConfig
 from prefopt.errors import ConfigError
 from prefopt.model.scorer import PackedModel
 from prefopt.train.policy import compiles
-from train.small import dpo, pairs, write_model, write_rows
+from train.small import dpo, metrics, pairs, write_model, write_rows
 
 
 def scorer_on(device: str, kernel: str, name: str = "llama") -> PackedModel:
@@ -57,3 +58,25 @@ def test_routers_are_not_read_inside_of_compiled_layers(which: str, tmp_path: Pa
     model, data = write_model(tmp_path / "m"), write_rows(tmp_path / "data.jsonl", pairs(4))
     with pytest.raises(ConfigError, match=f"--compile on cannot read routers for --router-{which}-loss-coef"):
         dpo(model=model, data=data, output=tmp_path / "out", compile="on", **{f"router_{which}_loss_coef": 0.1})
+
+
+def hybrid(folder: Path, name: str) -> str:
+    """A folder with a hybrid of :data:`model.architectures.HYBRIDS`."""
+    build(name, torch.float32, vocab_size=len(small_tokenizer())).save_pretrained(folder)
+    small_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_nothing_is_compiled_where_all_layers_are_recurrent(tmp_path: Path) -> None:
+    model, data = hybrid(tmp_path / "m", "mamba"), write_rows(tmp_path / "data.jsonl", pairs(4))
+    with pytest.raises(ConfigError, match=r"--compile on does nothing here: all layers are recurrent \(MambaMixer\)"):
+        dpo(model=model, data=data, output=tmp_path / "out", compile="on")
+
+
+def test_a_hybrid_trains_with_shared_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, data = hybrid(tmp_path / "m", "qwen3.5"), write_rows(tmp_path / "data.jsonl", pairs(8))
+    dpo(model=model, data=data, output=tmp_path / "out", max_steps=3, gradient_checkpointing=True, progress="plain")
+    assert "scoring: shared (flash-cpu, float32, cpu)" in capsys.readouterr().out
+    losses = [line["loss"] for line in metrics(tmp_path / "out") if "loss" in line]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3)
+    assert losses[-1] < losses[0]

@@ -143,13 +143,12 @@ class PackedModel(torch.nn.Module):
         """Compile the layers from now on. Returns a line that says so, or why not."""
         if not self.layout.share:
             return f"layers are not compiled: each response is scored separately, since {self.reason}"
+        if self.all_recurrent:
+            return f"layers are not compiled: all are recurrent ({self.recurrent[0]})"
         if self.compiled is None:
             from prefopt.model.compiled import CompiledLayers  # the compiler takes a second to import
 
-            compiled = CompiledLayers(self.model, backend=backend)
-            if not compiled.layers:
-                return f"layers are not compiled: all are recurrent ({self.recurrent[0]})"
-            self.compiled = compiled
+            self.compiled = CompiledLayers(self.model, backend=backend)
         which = "layers" if not self.recurrent else f"layers without {self.recurrent[0]}"
         return f"{which}: compiled (torch.compile, {backend}) when they are first used, which takes a minute or two"
 
@@ -189,6 +188,11 @@ class PackedModel(torch.nn.Module):
         if len(self.recurrent) == len(layers_of(model)):
             return None  # it has no attention, and every layer was computed
         return f"{type(model).__name__} never calls the attention hook of transformers"
+
+    @property
+    def all_recurrent(self) -> bool:
+        """Whether there is a recurrent layer that shares prefixes in every block."""
+        return bool(self.recurrent) and all(mixers_of(layer) for layer in layers_of(self.model))
 
     @property
     def path(self) -> str:

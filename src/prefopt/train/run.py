@@ -106,6 +106,9 @@ class Run:
         if self.config.compile == "on":
             if policy.scorer.path == "separate":
                 raise ConfigError(f"--compile on does nothing here: {policy.scorer.reason}; leave it out")
+            if policy.scorer.all_recurrent:
+                kinds = policy.scorer.recurrent[0]
+                raise ConfigError(f"--compile on does nothing here: all layers are recurrent ({kinds}); leave it out")
             if self.config.reads_routers:
                 asked = "aux" if self.config.router_aux_loss_coef is not None else "z"
                 raise ConfigError(

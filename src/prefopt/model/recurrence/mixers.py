@@ -101,6 +101,7 @@ MIXERS: dict[str, Mixer] = {
     "Qwen3_5GatedDeltaNet": _DELTA,
     "Qwen3_5MoeGatedDeltaNet": _DELTA,
     "BailingHybridDeltaAttention": _KIMI,
+    "KimiLinearDeltaAttention": _KIMI,
     "MiniMaxLightningAttention": Mixer(_lightning, ("slope_rate", "output_gate", "qkv_proj", "act_fn")),
     "RecurrentGemmaRecurrentBlock": Mixer(_griffin, ("conv_1d", "rg_lru", "conv1d_state")),
 }
@@ -113,7 +114,7 @@ _MASK_ALONE = {"MambaModel", "FalconMambaModel"}
 
 def mixer_class(module: torch.nn.Module) -> type | None:
     """The class under which a module is in :data:`MIXERS`, where its code is what the list says; else None."""
-    for kind in type(module).__mro__:  # shards give modules a class of their own
+    for kind in type(module).__mro__:
         if kind.__name__ in MIXERS and kind.__module__.startswith("transformers."):
             code: Any = inspect.unwrap(kind.forward).__code__  # type: ignore[attr-defined]
             return kind if set(MIXERS[kind.__name__].calls) <= set(code.co_names) else None
@@ -122,7 +123,7 @@ def mixer_class(module: torch.nn.Module) -> type | None:
 
 def changed_classes(model: torch.nn.Module) -> list[str]:
     """Classes in a model that are in :data:`MIXERS`, and whose code in this transformers is not what the list says."""
-    return sorted({type(m).__name__ for m in model.modules() if type(m).__name__ in MIXERS and mixer_class(m) is None})
+    return sorted({name for m in model.modules() if mixer_class(m) is None for name in _names(m) & set(MIXERS)})
 
 
 def mixers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -135,13 +136,18 @@ def share_prefixes(model: torch.nn.Module, on: bool) -> None:
     for module in model.modules():
         if mixer_class(module):
             _set_forward(module, _run if on else None)
-        elif type(module).__name__ in _KEEP_ARGUMENTS:
+        elif _KEEP_ARGUMENTS & _names(module):
             _set_forward(module, _hand_over if on else None)
 
 
 def mask_for(body: torch.nn.Module, segments: Segments) -> dict[str, RowMask]:
     """The mask that tells ``body`` the segments of a row, where it would not hand them on otherwise."""
-    return {"attention_mask": RowMask(segments)} if type(body).__name__ in _MASK_ALONE else {}
+    return {"attention_mask": RowMask(segments)} if _MASK_ALONE & _names(body) else {}
+
+
+def _names(module: torch.nn.Module) -> set[str]:
+    """Names of a module's classes: shards give it one of their own."""
+    return {kind.__name__ for kind in type(module).__mro__}
 
 
 def _set_forward(module: torch.nn.Module, function: Callable[..., Any] | None) -> None:
