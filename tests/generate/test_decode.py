@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from model.architectures import HYBRIDS, SEPARATE, SHARED, VOCABULARY, WINDOW, Float64Throughout, build
+from prefopt.generate import slots
 from prefopt.generate.decode import CacheDecoder, Decoder, SlotDecoder, WholeDecoder, decoder_of
+from prefopt.generate.slots import GROWTH
 from prefopt.model.scorer import Scorer
 
 LENGTHS = (1, 5, WINDOW, WINDOW + 1, 2, 20)
@@ -69,6 +71,57 @@ def test_logits_are_those_of_the_models_own_forward(name: str) -> None:
     assert kind is EXPECTED[name] and (note is None) == (kind is SlotDecoder)
     lengths = LENGTHS if not kind.same_length else (9, 9)
     check_decoder(scorer, kind(scorer), draw(*lengths))
+
+
+@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("part_rows", [1, 8])
+def test_prompts_that_take_the_place_of_ended_rows_get_the_models_own_logits(
+    name: str, part_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some are longer than anything in the batch, two rows share one prompt, and slots are used up between. Rows attend
+    in blocks, or all together."""
+    monkeypatch.setattr(slots, "PART_ROWS", part_rows)
+    most = 0
+    scorer = Scorer(build(name))
+    decoder = SlotDecoder(scorer)
+    rng = np.random.default_rng(3)
+    first = draw(3, 7, 2, 5, 1)
+    sequences = [list(p) for p in first]
+
+    def compare(rows: torch.Tensor) -> None:
+        for row, ids in zip(decoder.logits(rows), sequences, strict=True):
+            expected = own_logits(scorer, ids).double()
+            torch.testing.assert_close(row.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+    with torch.no_grad(), scorer.attention_by(decoder.hook), Float64Throughout():
+        compare(decoder.start(first))
+        # Step, rows that end, lengths of prompts that take their place: the second one is for two rows.
+        for step in range(GROWTH + 12):
+            token = rng.integers(3, VOCABULARY, len(sequences))
+            rows = decoder.step(torch.from_numpy(token))
+            for ids, t in zip(sequences, token, strict=True):
+                ids.append(int(t))
+            most = max(most, len(decoder.slots.parts()))
+            if step in (1, 9, GROWTH - 3, GROWTH + 6):
+                ended = rng.permutation(len(sequences))[:3]
+                decoder.retire(np.array(ended))
+                fresh = draw(len(max(sequences, key=len)) + 2 if step == 1 else 2, 4, seed=step)
+                taken = [[int(ended[0])], [int(n) for n in ended[1:]]]
+                joined = decoder.join(fresh, taken)
+                for prompt, new, many in zip(fresh, joined, taken, strict=True):
+                    for row in many:
+                        sequences[row] = list(prompt)
+                        rows[row] = new
+                compare(rows)
+            elif step % 6 == 0 or step > GROWTH + 8:
+                compare(rows)
+        before = decoder.slots.length
+        decoder.keep(torch.arange(len(sequences)))
+        assert decoder.slots.length < before and not decoder.slots.start.min(), "slots that no row uses are dropped"
+        token = rng.integers(3, VOCABULARY, len(sequences))
+        sequences = [[*ids, int(t)] for ids, t in zip(sequences, token, strict=True)]
+        compare(decoder.step(torch.from_numpy(token)))
+    assert (most > 1) == (part_rows == 1)
 
 
 @pytest.mark.parametrize("name", ["llama", "mamba"])

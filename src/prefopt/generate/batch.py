@@ -220,8 +220,14 @@ class SampleBatch:
         if not jobs:
             return hidden
         assert isinstance(self.decoder, SlotDecoder)
+        # Rows stand in the order in which they began, so that short sequences attend apart from long ones.
+        order = np.argsort(~self.rows.living, kind="stable")
+        self.rows = self.rows.select(order)
+        kept = torch.from_numpy(order)
+        self.decoder.keep(kept)
+        hidden = hidden[kept.to(hidden.device)]
         ends = np.cumsum([job.count for job in jobs])
-        free = free[: ends[-1]]
+        free = np.arange(size - len(free), size)[: ends[-1]]
         taken = [part.tolist() for part in np.split(free, ends[:-1])]
         fresh = self.decoder.join([self._prompts[job.prompt] for job in jobs], taken)
         self.rows.replace(free, self._new_rows(jobs))
