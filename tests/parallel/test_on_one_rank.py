@@ -155,6 +155,11 @@ CASES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "pre-training term": ("ppo", ["none", "full"], {**PPO, "kl_target": 3.0, "critic": "head", "ptx_coefficient": 0.5}),
     "another reference": ("dpo", ["none", "full"], {"loss": "tdpo"}),
     "experts": ("dpo", ["none", "full"], {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1}),
+    "experts of ppo": (
+        "ppo",
+        ["none", "full"],
+        {**PPO, "router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1, "dtype": "float64"},
+    ),
     "experts, one pass": (
         "sft",
         ["none", "full"],
