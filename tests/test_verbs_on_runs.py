@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,7 +79,8 @@ def test_runs_tells_of_it(name: str, place: Path, capsys: pytest.CaptureFixture[
     if name == "chain":
         assert [line.split()[0] for line in text.splitlines()[1:]] == ["sft", "reward", "ppo"]
     else:
-        assert f"method:    {name if name == 'rloo' else METHODS[name][0]}\n" in text
+        told = {"kto": "dpo (kto)", "ranking": "dpo (plackett_luce)", "rloo": "ppo (rloo)"}
+        assert re.search(rf"^method: +{re.escape(told.get(name, METHODS[name][0]))}$", text, re.M)
         assert ("reward of the policy's samples" in text) == (name in ("ppo", "rloo"))
         assert ("no rows were held out" in text) == (name in ("lora", "kto", "ranking"))
     found = json.loads(said(["runs", name, "--json"], capsys)[1])
@@ -247,11 +249,13 @@ def test_odd_values_are_told_or_read_and_never_a_traceback(
     name: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from prefopt.reports import page
-    from prefopt.runs.table import describe, run_as_json
+    from prefopt.runs.listing import SORTS, as_table, in_order, list_of, run_as_json
+    from prefopt.runs.table import comparison, describe
 
     run = place / "odd"
     shutil.copytree(place / name, run)
     record = json.loads((run / "run.json").read_text())
+    whole = read_history(place / name)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     template = page.template("prefopt.reports", "report.html.j2")
     monkeypatch.setattr(page, "curves", lambda runs: [])  # drawing takes longer than the rest together
@@ -264,6 +268,8 @@ def test_odd_values_are_told_or_read_and_never_a_traceback(
             assert "\n" not in str(error) and str(run) in str(error)
             return False
         describe(found), json.dumps(run_as_json(found)), page.page([found])
+        list_of([found, whole], None), as_table([found, whole]), comparison([found, whole])
+        assert all(len(in_order([found, whole], sort)) == 2 for sort in SORTS)
         return True
 
     told = [readable() for record in changed(record) if (run / "run.json").write_text(json.dumps(record))]
