@@ -167,12 +167,12 @@ class PackedModel(torch.nn.Module):
         ids = torch.zeros(1, 2, dtype=torch.long, device=device)
         extra: dict[str, Any] = {"prefix_segments": ((0, 2, 0, 0),), "prefix_kernel": TRIAL}
         extra |= mask_for(body_of(model), extra["prefix_segments"])
+        if self.recurrent:  # others make a cache, as for sampling: what they cannot make one of is told here
+            extra["use_cache"] = False
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of checkpointing without gradients
-                body_of(model)(
-                    input_ids=ids, position_ids=torch.arange(2, device=device)[None], use_cache=False, **extra
-                )
+                body_of(model)(input_ids=ids, position_ids=torch.arange(2, device=device)[None], **extra)
         except HookReached:
             return None
         except UnshareableError as refusal:
