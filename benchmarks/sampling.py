@@ -6,7 +6,8 @@ count. generate encodes a prompt once for each of its samples and pads to the le
 with another generator. Its log-probabilities are not asked for. Sides run in turn, each in the same process, the first
 round to warm up; they are compared round by round, so that a load that changes slowly hits both. What the matrix
 products alone take (2 operations per weight and token, the head's at drawn tokens, at the best rate of this machine) is
-printed beside.
+printed beside. With --against SRC, the ``src`` folder of another checkout samples in turn with this one, in processes
+of its own; --clock processor leaves out the time that other programs take of a busy machine.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import os
 import random
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,19 +50,24 @@ def main() -> None:
         "prefopt": lambda: by_prefopt(model, prompts, args),
     }
     args.eos = tokenizer.eos_token_id if args.stop else None
+    clock = time.process_time if args.clock == "processor" else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     drawn: dict[str, list[int]] = {name: [] for name in sides}
     for number in range(args.rounds + 1):
         for name, run in sides.items():
             if args.only not in (None, name):
                 continue
-            started = time.perf_counter()
+            started = clock()
             tokens = run()
-            taken = time.perf_counter() - started
+            taken = clock() - started
             assert args.stop or tokens == len(prompts) * args.num * args.tokens
             if number:  # the first round warms up
                 seconds[name].append(taken)
                 drawn[name].append(tokens)
+        if args.against and number:
+            taken, tokens = by_other_checkout(args)
+            seconds.setdefault("before", []).append(taken)
+            drawn.setdefault("before", []).append(tokens)
     report(args, model, prompts, seconds, drawn, products(model, prompts, args) / matmul_peak(device, dtype))
 
 
@@ -76,6 +86,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--against", metavar="SRC", help="the src folder of another checkout of prefopt")
+    parser.add_argument("--clock", choices=("wall", "processor"), default="wall")
     parser.add_argument("--json")
     return parser.parse_args()
 
@@ -100,6 +112,34 @@ def by_prefopt(model: Any, prompts: Prompts, args: argparse.Namespace) -> int:
     finally:
         scorer.detach_hook()
     return sum(sample.tokens for many in found for sample in many)
+
+
+def by_other_checkout(args: argparse.Namespace) -> tuple[float, int]:
+    """Seconds and tokens of prefopt's side by the code of another checkout, after a round to warm up."""
+    given = vars(args) | {"only": "prefopt", "rounds": 1, "against": None}
+    words = []
+    for name in (
+        "model",
+        "texts",
+        "prompts",
+        "num",
+        "tokens",
+        "batch_size",
+        "rounds",
+        "only",
+        "dtype",
+        "device",
+        "clock",
+    ):
+        words += [f"--{name.replace('_', '-')}", str(given[name])]
+    words += ["--lengths", *map(str, args.lengths), "--threads", str(torch.get_num_threads())]
+    words += ["--stop"] if args.stop else []
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "found.json"
+        command = [sys.executable, __file__, *words, "--json", str(found)]
+        subprocess.run(command, env=os.environ | {"PYTHONPATH": args.against}, check=True, stdout=subprocess.DEVNULL)
+        read = json.loads(found.read_text(encoding="utf-8"))
+    return read["seconds"]["prefopt"][0], read["tokens"]["prefopt"][0]
 
 
 @torch.no_grad()
@@ -160,11 +200,13 @@ def report(
             rate = statistics.median(n / t for n, t in zip(drawn[name], taken, strict=True))
             print(f"{name:9} {middle:7.2f} s ({min(taken):.2f} to {max(taken):.2f}), {rate:9,.0f} tokens/s")
     print(f"products  {ideal:7.2f} s" + (", were every sample as long as it may be" if args.stop else ""))
-    if all(seconds.values()):
-        rates = {name: [n / t for n, t in zip(drawn[name], seconds[name], strict=True)] for name in seconds}
-        ratios = [ours / theirs for ours, theirs in zip(rates["prefopt"], rates["generate"], strict=True)]
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        print(f"prefopt draws {statistics.median(ratios):.2f} times the tokens per second of generate ({spread})")
+    rates = {name: [n / t for n, t in zip(drawn[name], seconds[name], strict=True)] for name in seconds}
+    for other in ("generate", "before"):
+        if rates["prefopt"] and rates.get(other):
+            ratios = [ours / theirs for ours, theirs in zip(rates["prefopt"], rates[other], strict=True)]
+            spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+            what = "generate" if other == "generate" else args.against
+            print(f"prefopt draws {statistics.median(ratios):.2f} times the tokens per second of {what} ({spread})")
     if args.json:
         found = {"arguments": vars(args), "seconds": seconds, "products_seconds": ideal, "tokens": drawn}
         Path(args.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
