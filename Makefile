@@ -41,7 +41,7 @@ test-triton: setup
 docs: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation --editable ".[docs]"
 	$(BIN)/hadolint Dockerfile
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 lint: setup
 	$(BIN)/python -m ruff check .
