@@ -239,7 +239,7 @@ def test_every_option_of_the_command_line_reaches_the_config(ran: list[dict[str,
     }
     company = {
         "lora": ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "quantise", "reference_adapter"],
-        "eval-fraction=0.5": ["eval_every", "early_stopping"],
+        "eval-fraction=0.5": ["eval_every", "early_stopping", "eval_dtype"],
         "track=wandb": ["track_project"],
         "ref-model-sync-steps=5": ["ref_model_mixup_alpha"],
     }

@@ -17,9 +17,9 @@ from fake_cuda.traffic import Traffic
 from model.architectures import build
 from prefopt.config.ppo import PpoConfig
 from prefopt.losses.declare import LOSSES
-from prefopt.model.architectures import routers_of
 from prefopt.model.packing import PackLayout, split
 from prefopt.model.precision import MasterWeights
+from prefopt.model.routing import balancing_routers
 from prefopt.model.scalar import ScalarScorer, scalar_from
 from prefopt.reference.in_memory import InMemoryReference, SwappedWeights
 from prefopt.rl.models import Critic, HeadWeights
@@ -27,7 +27,8 @@ from prefopt.rl.objective import PpoObjective
 from prefopt.train.batch import Batch
 from prefopt.train.columns import mismatched
 from prefopt.train.objective import PreferenceObjective
-from prefopt.train.objectives import BalancedObjective, LikelihoodObjective, RewardObjective
+from prefopt.train.objectives import LikelihoodObjective, RewardObjective
+from prefopt.train.routing import RoutedObjective, RouterLosses
 from prefopt.train.step import InMemoryColumns
 from prefopt.transfer import on_device
 from train.ranked import columns_for, mixed, pairs_only, terms
@@ -157,7 +158,7 @@ def test_balanced_experts() -> None:
     with fake_cuda():
         scorer, weights = scorer_of("qwen3_moe")
         inner = PreferenceObjective(chosen, device=CUDA)
-        objective = BalancedObjective(inner, routers_of(scorer.model), 0.01)
+        objective = RoutedObjective(inner, balancing_routers(scorer.model), RouterLosses(balance=0.01, z=0.001))
         trainer = trainer_of(scorer, {"policy": weights}, objective, BUDGET)
         passes(trainer, Batch(list(data), columns), "balanced")
 

@@ -38,7 +38,7 @@ def test_the_command_for_this_machine(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     ("words", "facts"),
     [
-        (["--gpus", "2", "--", "compare", "--a", "x"], ["compare", "sft, dpo"]),
+        (["--gpus", "2", "--", "compare", "--a", "x"], ["compare", "sft, distil, dpo"]),
         (["--gpus", "2", "--", "dpo", "--model", "m", "--data", "d", "--output", "o", "--bta", "3"], ["--beta"]),
         (["--gpus", "2", "--", "dpo", "--model", "m", "--data", "d", "--output", "o", "--beta", "-3"], ["--beta"]),
         (["--slurm", *DPO], ["--slurm", "--gpus"]),

@@ -41,7 +41,7 @@ CHANGES: dict[str, Callable[[str], str]] = {
 }
 NO_FILES = set(
     "format columns label_means ignore_columns template_variables data_weights lora_targets output track track_project"
-    " adapter device".split()
+    " adapter device offload".split()
 )
 
 

@@ -28,6 +28,7 @@ CLOCKS = {
     "step_seconds",
     "tokens_per_second",
     "pairs_per_second",
+    "rows_per_second",
     "utilisation",
     "utilisation_unshared",
     "peak_memory_bytes",

@@ -199,7 +199,7 @@ def _preview(
         run.say_example(f"row {row.row}:", shortened(start.tokenizer.decode(ids.tolist()), EXAMPLE_TEXT, flat=True))
     run.say_options()
     _say_plan(run, prompts, tokens)
-    run.reporter.show(memory.table(_largest(run, prompts, ptx), tokens))
+    run.say(memory.whole_line(_largest(run, prompts, ptx), tokens))
     run.say(f"memory: {size(peak_memory(run.device))} at most so far")
     run.say("dry run: nothing was trained, and no output written")
 

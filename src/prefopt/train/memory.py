@@ -211,15 +211,14 @@ class TrainingMemory:
             parts[-1] += f": {size(total)} in all"
         return f"memory: {', '.join(parts)}{self._host_words()}"
 
-    def table(self, groups: Sequence[Group], tokens: int) -> str:
-        """The same as a table."""
+    def whole_line(self, groups: Sequence[Group], tokens: int) -> str:
+        """All parts in one line."""
         found = self._largest(groups, tokens)
         rows = {**self.parts(), "activations kept for backward": found.kept}
         rows["workspace, mostly of the head" if found.head >= found.workspace else "workspace"] = found.workspace
-        rows["in all"] = sum(rows.values())
-        width = max(map(len, rows))
-        lines = [f"  {name:{width}} {size(count):>10}" for name, count in rows.items()]
-        return "\n".join([f"memory on {self.device}, {tokens} tokens at once{self._host_words()}:", *lines])
+        parts = ", ".join(f"{name} {size(count)}" for name, count in rows.items())
+        total = f"{size(sum(rows.values()))} in all"
+        return f"memory on {self.device}, {tokens} tokens at once: {parts}: {total}{self._host_words()}"
 
     def _largest(self, groups: Sequence[Group], tokens: int) -> PassMemory:
         costs = self.trainees[0].scorer.layout.costs(GroupTable.of(groups))

@@ -156,7 +156,7 @@ class OfflineRun:
         before = plan.seconds_ahead(policy.scorer, speed) if plan is not None else None
         whole = "" if before is None else f", with the reference {duration(before + seconds)}"
         run.say(self._plan(tokens, seconds) + whole)
-        run.reporter.show(self._memory(reference).table(self.data.groups, tokens))
+        run.say(self._memory(reference).whole_line(self.data.groups, tokens))
         run.say(f"memory: {size(peak_memory(run.device))} at most so far")
         run.say("dry run: nothing was trained, and no output written")
 
