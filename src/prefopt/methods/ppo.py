@@ -226,7 +226,7 @@ def _memory(run: Run, models: PpoModels) -> TrainingMemory:
     if critic is not None and critic.scorer is not None:
         trainees.append(Trainee(critic.scorer, critic.weights, critic.blueprint))
     others = {name: count for name, count in models.memory().items() if name in ("reference", "reward")}
-    return TrainingMemory(trainees, run.config, run.device, others)
+    return TrainingMemory(trainees, run.config, run.device, others, run.world.ranks.local_size)
 
 
 def _token_budget(run: Run, memory: TrainingMemory, prompts: PromptSet, ptx: PtxTerm | None) -> int:

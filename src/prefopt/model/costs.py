@@ -123,7 +123,7 @@ def combine_costs(stages: list[dict[str, float]]) -> dict[str, float]:
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated."""
     if device.type != "cuda":
-        return int(psutil.virtual_memory().available)
+        return host_room()
     import torch
 
     free, _ = torch.cuda.mem_get_info(device)

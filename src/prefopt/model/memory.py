@@ -152,6 +152,8 @@ class Blueprint:
             for parameter in weights.masters.values():
                 parameter.grad = torch.zeros_like(parameter)
             batch = pack(groups, twin.layout).to(META)
+            if len(batch.passes) > 1:  # the marks are of one pass
+                raise ValueError("responses take several passes")
             twin.train()
             try:
                 with LiveBytes("meta") as live, _marked(twin, live):
@@ -302,7 +304,7 @@ def _without_contents(scorer: AnyScorer, taken: Sequence[int]) -> AnyScorer:
     twin = copy.deepcopy(scorer, memo)
     twin.compiled = None
     for number, place in enumerate(taken):
-        if scorer.compiled is not None:
+        if scorer.compiled is not None and any(layers[place] is layer for layer in scorer.compiled.layers):
             vars(memo[id(layers)][number]).pop("forward", None)
         for module in memo[id(layers)][number].modules():
             if getattr(module, "layer_idx", None) == place:

@@ -121,7 +121,7 @@ class MasterWeights:
             self._copies[name] = parameter
             add = _collect if self.host is None else self.host.add
             self._hooks.append(parameter.register_post_accumulate_grad_hook(partial(add, self.masters[name])))
-        if device is not None and next(model.parameters()).device != device:
+        if device is not None:
             model.to(device)  # buffers, and weights that do not train
 
     def release(self) -> None:

@@ -201,7 +201,10 @@ def _router_modules(causal: Any) -> Iterator[tuple[str, torch.nn.Module, int]]:
             index = getattr(recorder, "index", 0)
             place = getattr(recorder, "layer_name", None) or ""
             named = owner.named_modules()
-            yield from ((name, module, index) for name, module in named if isinstance(module, kind) and place in name)
+            for name, module in named:
+                # PEFT keeps the router that an adapter replaces, and never calls it.
+                if isinstance(module, kind) and place in name and "original_module" not in name.split("."):
+                    yield name.replace(".modules_to_save.default", ""), module, index
         return
 
 

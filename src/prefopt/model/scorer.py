@@ -253,10 +253,9 @@ class PackedModel(torch.nn.Module):
         idle = 0
         if self.most_passes is not None and (not self.layout.share or self.layout.rope_limit is not None):
             idle = self.most_passes(len(batch.passes)) - len(batch.passes)
-        found = torch.cat([compute(row) for row in batch.passes])
-        for _ in range(idle):
-            found = found + 0 * compute(batch.passes[0]).sum()
-        return found
+        # First, since routers are read from the last passes.
+        nothing = [0 * compute(batch.passes[0]).sum() for _ in range(idle)]
+        return sum(nothing, torch.cat([compute(row) for row in batch.passes]))
 
     def count(self, row: ForwardPass) -> None:
         """Count a forward pass in :mod:`prefopt.model.costs`."""

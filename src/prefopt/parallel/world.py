@@ -198,7 +198,7 @@ class World:
 
 ALONE = World(Ranks())
 
-SHARED = (PrefoptError, RuntimeError, OSError)
+SHARED = (PrefoptError, RuntimeError, OSError, MemoryError)
 """Errors that one rank tells the others: those for people, of the device's memory, and of the disk."""
 Outcome = tuple[Any, Exception | None]
 _NOTHING: Outcome = (None, None)

@@ -65,6 +65,11 @@ class SwappedWeights:
             if name in self._wide:
                 value.copy_(wide)
 
+    @property
+    def held(self) -> list[torch.Tensor]:
+        """All that is in memory: the values, and wide ones of those that move."""
+        return [*self._values.values(), *self._wide.values()]
+
     def saved(self) -> dict[str, torch.Tensor]:
         """The values by parameter name, for checkpoints."""
         return self._values | self._wide
@@ -100,7 +105,7 @@ class InMemoryReference:
     @property
     def bytes_held(self) -> int:
         """Bytes of weights on this process that are the reference's alone."""
-        held = self.weights.saved().values() if self.weights is not None else self.scorer.model.parameters()
+        held = self.weights.held if self.weights is not None else [*self.scorer.model.parameters()]
         return sum(local_of(x).numel() * x.element_size() for x in held)
 
     @torch.no_grad()

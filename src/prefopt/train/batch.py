@@ -193,19 +193,23 @@ class Sums:
         return _with_margin(kinds["share"] | {name: kinds["sum"][name] / w for name, w in weights.items()})
 
     def means(self, norms: Mapping[str, torch.Tensor] | None = None) -> Record:
-        """Sums of shares, means of metrics, and ``norms`` by name, in one transfer from the device (two with a table).
+        """Sums of shares, means of metrics, and ``norms`` by name, in one transfer from the device.
 
         A metric without any value is left out.
         """
         assert self._last is not None
-        if self._table is not None:
-            self.table = self._table.cpu().numpy()
         shares, metrics, divided_by = self._last.shares, self._last.metrics, self._last.weights
         norms = norms or {}
         total = torch.stack(self._rows).sum(0)
         if more := [*norms.values(), *divided_by.values()]:
             total = torch.cat([total, torch.stack([x.detach().to(total.dtype) for x in more])])
+        if self._table is not None:  # counts, which float64 holds exactly
+            total = torch.cat([total, self._table.flatten().to(total.dtype)])
         numbers = total.tolist()
+        if self._table is not None:
+            cells = self._table.numel()
+            numbers, table = numbers[:-cells], numbers[-cells:]
+            self.table = np.array(table).astype(np.int64).reshape(self._table.shape)
         record = dict(zip(shares, numbers, strict=False))
         first, many = len(shares), len(metrics)
         behind = numbers[first + 2 * many :]

@@ -85,12 +85,14 @@ class Trainee:
 
 @dataclass(slots=True)
 class TrainingMemory:
-    """What a training takes of its device. ``others``: bytes of models beside those that train, by name."""
+    """What a training takes of its device. ``others``: bytes of models beside those that train, by name. ``sharing``:
+    processes that share the memory of the host."""
 
     trainees: Sequence[Trainee]
     options: RunOptions
     device: torch.device
     others: Mapping[str, int] = field(default_factory=dict)
+    sharing: int = 1
 
     def parts(self) -> dict[str, int]:
         """Bytes by part, without activations. Parts of which this training has none are left out."""
@@ -138,7 +140,8 @@ class TrainingMemory:
     @property
     def room(self) -> int:
         """Bytes for activations: the share of what is free, less gradients and optimiser state."""
-        return int(SHARE[self.device.type] * free_memory(self.device)) - self.to_come
+        free = free_memory(self.device) // (1 if self.device.type == "cuda" else self.sharing)
+        return int(SHARE[self.device.type] * free) - self.to_come
 
     def is_small(self, tokens: int) -> bool:
         """Whether a pass of so many tokens takes so little that it need not be counted."""

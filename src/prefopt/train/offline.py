@@ -196,7 +196,8 @@ class OfflineRun:
             policy, live = self.policy, reference.live if reference is not None else None
             trainee = Trainee(policy.scorer, policy.masters, policy.blueprint)
             others = {} if live is None else {"reference": live.bytes_held}
-            self._counted = TrainingMemory([trainee], self.run.config, self.run.device, others)
+            sharing = self.run.world.ranks.local_size
+            self._counted = TrainingMemory([trainee], self.run.config, self.run.device, others, sharing)
         return self._counted
 
     def finish(

@@ -96,7 +96,7 @@ class RoutedObjective(Objective):
         """Tokens of all responses of ``batch``, each with its prompt, times the number of routers."""
         groups = GroupTable.of(batch.groups)
         tokens = int((groups.tokens_G + (groups.responses_G - 1) * groups.prefix_G).sum())
-        return torch.tensor(float(tokens * len(self.routers.modules)), dtype=self.dtype, device=self.device)
+        return torch.full((), float(tokens * len(self.routers.modules)), dtype=self.dtype, device=self.device)
 
 
 def routed(inner: Objective, scorer: PackedModel, config: Any) -> Objective:
@@ -107,6 +107,7 @@ def routed(inner: Objective, scorer: PackedModel, config: Any) -> Objective:
     """
     losses = router_losses(scorer.model, config)
     if scorer.compiled is not None:
+        assert losses == RouterLosses(), "routers inside of compiled layers cannot be read"
         return inner
     routers = routers_of(scorer.model)
     return inner if routers is None else RoutedObjective(inner, routers, losses)

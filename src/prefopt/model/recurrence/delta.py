@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from prefopt.model.kernels.gather import gathered
-from prefopt.model.recurrence.row import ChunkTree, Segments, chunk_tree, piece_levels
+from prefopt.model.recurrence.row import ChunkTree, Segments, chunk_tree, piece_levels, running_sum
 
 CHUNK, CHANNEL_CHUNK = 64, 16
 """Tokens of a chunk; fewer where each channel decays by itself, since that takes memory for each pair of tokens."""
@@ -32,7 +32,7 @@ def delta_rule(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: T
     tree = chunk_tree(segments, CHANNEL_CHUNK if by_channel else CHUNK, query.device)
     query, key, value, decay, beta = (tree.split(x).transpose(1, 2) for x in (query, key, value, decay, beta))
     beta = beta[..., None]
-    total = (decay if by_channel else decay[..., None]).cumsum(2)  # [n, H, C, K or 1]
+    total = running_sum(decay if by_channel else decay[..., None], 2)  # [n, H, C, K or 1]
     between = total[..., :, None, :] - total[..., None, :, :]
     later = torch.ones(tree.size, tree.size, dtype=torch.bool, device=query.device).triu(1)
     between = between.masked_fill(later[..., None], float("-inf")).exp()

@@ -120,7 +120,7 @@ def chunk_tree(segments: Segments, size: int, device: torch.device) -> ChunkTree
         within = np.arange(piece.stop - piece.start)
         slot[piece.start : piece.stop] = place[chunk + within // size] * size + within % size
     levels = tuple(_levels(np.asarray(depth)[order], np.asarray(parent)[order], place, device))
-    return ChunkTree(size, torch.from_numpy(slot).to(device), levels)
+    return ChunkTree(size, on_device([slot], device)[0], levels)
 
 
 def _levels(depth: Any, parent: Any, place: Any, device: torch.device) -> Iterator[Level]:
@@ -234,3 +234,10 @@ class _RepeatTails(torch.autograd.Function):
                 total[rows] = total[rows] + grad.index_select(0, places).to(wide)
             own[tails.copied] = total.to(own.dtype)
         return own, None
+
+
+def running_sum(x: Tensor, dim: int) -> Tensor:
+    """The cumulative sum. Torch's own has no fixed order on CUDA, where it fails if kernels must be deterministic."""
+    if x.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return torch.stack([*itertools.accumulate(x.unbind(dim))], dim)
+    return x.cumsum(dim)

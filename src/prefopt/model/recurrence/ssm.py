@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prefopt.model.recurrence.row import Segments, chunk_tree
+from prefopt.model.recurrence.row import Segments, chunk_tree, running_sum
 from prefopt.model.recurrence.scan import carry, tree_scan
 
 CHUNK = 64
@@ -27,7 +27,7 @@ def state_space_dual(x: Tensor, decay: Tensor, key: Tensor, query: Tensor, segme
     tree = chunk_tree(segments, CHUNK, x.device)
     x, decay = (tree.split(v).unflatten(2, (groups, -1)).transpose(1, 2) for v in (x, decay))  # [n, G, C, R, P], [.. R]
     key, query = (tree.split(v).transpose(1, 2) for v in (key, query))  # [n, G, C, N]
-    total = decay.cumsum(2)
+    total = running_sum(decay, 2)
     between = total.transpose(2, 3)[..., :, None] - total.transpose(2, 3)[..., None, :]  # [n, G, R, C, C]
     later = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=x.device).triu(1)
     weights = (query @ key.transpose(2, 3))[:, :, None] * between.masked_fill(later, float("-inf")).exp()
