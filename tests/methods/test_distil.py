@@ -149,6 +149,19 @@ def test_drawn_responses_are_the_students_own(folder: Path, tmp_path: Path) -> N
     assert len({round(x, 6) for many in told.values() for x in many}) == 4
 
 
+def test_what_may_be_drawn_is_planned_for_and_bounded(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Responses longer than any of the data: sequences end at --max-length, which the teacher must take."""
+    long: dict[str, Any] = {"on_policy": 1.0, "max_new_tokens": 100, "progress": "plain", "learning_rate": 1e-9}
+    distil(folder, tmp_path / "out", **long, max_length=50, epochs=1)
+    assert max(line["lengths"] for line in steps(tmp_path / "out")) > 20  # the longest of the data have 17
+    assert json.loads((tmp_path / "out/run.json").read_text())["sampled_at_once"] >= 1
+    write_model(tmp_path / "short", seed=1, max_position_embeddings=40)
+    with pytest.raises(ModelError, match=r"--teacher \S+: its context is 40 tokens, but a row may have 50"):
+        distil(folder, tmp_path / "no", teacher=str(tmp_path / "short"), **long, max_length=50)
+
+
 def test_lora_and_preferences(folder: Path, tmp_path: Path) -> None:
     """The best responses of preferences are learned, into an adapter."""
     data = write_rows(tmp_path / "pairs.jsonl", pairs(13))

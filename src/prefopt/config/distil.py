@@ -51,7 +51,7 @@ class DistilConfig(MethodOptions, ModelOptions):
         at_most=1,
     )
     max_new_tokens: int | None = option(
-        help="most tokens of a response that is drawn",
+        help="most tokens of a response that is drawn; prompt and response are cut at --max-length",
         computed=lambda c: MAX_NEW_TOKENS if c.on_policy else None,
         default_text=f"{MAX_NEW_TOKENS}",
         at_least=1,

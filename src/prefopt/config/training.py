@@ -107,7 +107,9 @@ class LoraOptions(Config):
         default_text="all linear layers and experts, without heads and routers",
     )
 
-    quantise: Quantise = quantise_option("QLoRA: hold the frozen weights under the adapter, and --reference, in")
+    quantise: Quantise = quantise_option(
+        "QLoRA: hold the frozen weights under the adapter, and a reference or teacher, in"
+    )
 
     @property
     def named_adapter(self) -> str | None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
+
+import torch
 
 from prefopt.config.distil import DistilConfig
 from prefopt.data.chat.spans import trained_ends
@@ -11,7 +14,9 @@ from prefopt.errors import ModelError
 from prefopt.generate.sampler import SamplingParams
 from prefopt.model.check import check_scoring
 from prefopt.model.kernels.divergence import Divergence
+from prefopt.parallel.world import ALONE
 from prefopt.reference.identity import identity_of_name, tokenizer_of_name
+from prefopt.rl.models import weights_in_files
 from prefopt.rl.student import StudentBatches, check_prompts
 from prefopt.train.data import DataBatches, load_data
 from prefopt.train.offline import OfflineRun
@@ -50,7 +55,10 @@ def run(
         )
         if config.on_policy:
             check_prompts(data.groups)
-        policy = run.loading(Policy(config, start.source, run.dtype, run.device, model, run.world))
+        others = partial(_bytes_of, choice, run.dtype)
+        # One that draws is cut when it trains, beside a copy of its modules that the other ranks need not call.
+        world = ALONE if config.on_policy else run.world
+        policy = run.loading(Policy(config, start.source, run.dtype, run.device, model, world, others))
         offline = OfflineRun(run=run, start=start, data=data, policy=policy)
         offline.check(check_scoring)
         divergence = Divergence(config.divergence, config.jsd_weight or 0.5)
@@ -59,15 +67,20 @@ def run(
         say(f"teacher: {choice.words}, {choice.identity.digest[:12]}, scored with every batch")
         say(f"loss: {words}, mean over every {mean}")
         reference = ReferenceRun(run, choice, policy.scorer, token_values=False, shards=policy.shards)
-        plan = TeacherPlan(reference, data.groups)
+        plan = TeacherPlan(reference, _source(offline, policy).groups)
         objective = DistillationObjective(divergence, config.average, device=policy.device)
         if config.dry_run:
-            offline.preview(objective, DataBatches(data, offline.sampler), plan=plan)
+            offline.preview(objective, _source(offline, policy), plan=plan)
             return None
         plan.say_missing()
         offline.take_folder({"teacher": (choice.identity.digest, "the teacher")})
-        say(policy.make_trainable(run.world, draws=config.on_policy > 0))
-        trainer = offline.fit(objective, _source(offline, policy), plan=plan)
+        say(policy.make_trainable(run.world, draws=config.on_policy > 0, others=others))
+        source = _source(offline, policy)
+        if isinstance(source, StudentBatches):
+            source.prepare(run.folder)
+            drawn = sum(map(source.is_drawn, range(offline.steps)))
+            say(f"sampling: {drawn} of {offline.steps} steps learn from the model's own responses")
+        trainer = offline.fit(objective, source, plan=plan)
         return offline.finish(trainer, title="Distillation", tag="distil")
 
 
@@ -76,13 +89,14 @@ def _source(offline: OfflineRun, policy: Policy) -> DataBatches:
     if not config.on_policy:
         return DataBatches(data, offline.sampler)
     ends = tuple(trained_ends(data.groups, offline.start.tokenizer))
-    if not ends:
-        run.say("responses that are drawn end at no token, for the data name none: all are cut off")
     settings = SamplingParams(config.max_new_tokens, ends, seed=config.seed)
-    source = StudentBatches(data, offline.sampler, policy.apart, settings, config.on_policy, run.world)
-    drawn = sum(map(source.is_drawn, range(offline.steps)))
-    run.say(f"sampling: {drawn} of {offline.steps} steps learn from the model's own responses")
-    return source
+    scorer, longest = policy.apart, offline.start.limit
+    return StudentBatches(data, offline.sampler, scorer, settings, config.on_policy, run.world, longest=longest)
+
+
+def _bytes_of(choice: ReferenceChoice, dtype: torch.dtype) -> int:
+    """Bytes of the teacher's weights."""
+    return weights_in_files(choice.model) * dtype.itemsize
 
 
 def _teacher(config: DistilConfig, start: ModelStart) -> ReferenceChoice:

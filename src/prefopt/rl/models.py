@@ -290,9 +290,9 @@ def bytes_of_others(config: PpoConfig, actor: Policy, source: str) -> int:
     needs. ``actor`` trains already."""
     each = actor.dtype.itemsize
     trained = sum(p.numel() for p in actor.masters.masters.values())
-    judge = _weights_in(config.reward) if is_model_reward(config.reward) else 0
+    judge = weights_in_files(config.reward) if is_model_reward(config.reward) else 0
     found = judge * each
-    found += each * (trained if config.reference is None else _weights_in(config.reference))
+    found += each * (trained if config.reference is None else weights_in_files(config.reference))
     kind = _kind_of_critic(config, source)
     if kind in ("reward", "actor"):
         layers = body_of(causal_model(actor.scorer.model)).parameters()
@@ -304,7 +304,7 @@ def bytes_of_others(config: PpoConfig, actor: Policy, source: str) -> int:
     return found
 
 
-def _weights_in(name: str) -> int:
+def weights_in_files(name: str) -> int:
     """The number of weights of a model, by the headers of its files."""
     base, _ = base_and_adapter(name)
     return sum(math.prod(tensor.shape) for tensor in WeightFiles.read(base).tensors.values())

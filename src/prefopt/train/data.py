@@ -82,6 +82,11 @@ class DataBatches(BatchSource):
         self.reference, self.mismatched = reference, mismatched
         self.steps_per_epoch = sampler.steps_per_epoch
 
+    @property
+    def groups(self) -> GroupTable:
+        """All groups that :meth:`of` makes batches of: what memory must hold."""
+        return self.data.groups
+
     def batch(self, step: int, update: int = 0) -> Batch:
         return self.of([self.data.train[i] for i in self.sampler.batch(step)])
 

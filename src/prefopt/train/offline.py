@@ -1,4 +1,4 @@
-"""Training on a fixed data set: the stages that SFT, DPO and reward models share."""
+"""Training on a fixed data set: the stages that SFT, distillation, DPO and reward models share."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class OfflineRun:
         objective = routed(objective, self.policy.scorer, self.run.config)
         reference = plan.in_memory(policy) if plan is not None else None
         tokens, speed = self._token_budget(objective, source, reference)
-        run.say(self._memory(reference).line(self.data.groups, tokens))
+        run.say(self._memory(reference).line(source.groups, tokens))
         run.say(self._plan(tokens, self._seconds(objective, tokens, speed)))
         trainer = run.trainer(
             {"policy": Network.of(policy.masters, config, self.steps, config.learning_rate)},
@@ -156,7 +156,7 @@ class OfflineRun:
         before = plan.seconds_ahead(policy.scorer, speed) if plan is not None else None
         whole = "" if before is None else f", with the reference {duration(before + seconds)}"
         run.say(self._plan(tokens, seconds) + whole)
-        run.say(self._memory(reference).whole_line(self.data.groups, tokens))
+        run.say(self._memory(reference).whole_line(source.groups, tokens))
         run.say(f"memory: {size(peak_memory(run.device))} at most so far")
         run.say("dry run: nothing was trained, and no output written")
 
@@ -178,7 +178,7 @@ class OfflineRun:
         self, objective: Objective, source: DataBatches, reference: InMemoryColumns | None
     ) -> tuple[int, float]:
         """The token budget (of the options, the first start, or estimated) after a trial, and tokens per second."""
-        run, policy, groups = self.run, self.policy, self.data.groups
+        run, policy, groups = self.run, self.policy, source.groups
         memory, before = self._memory(reference), run.folder.record
         tokens = run.config.token_budget or before.get("token_budget")
         tokens = memory.plan(groups, tokens=tokens, checkpointed=before.get("checkpointed"), world=run.world)

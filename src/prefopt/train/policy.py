@@ -57,9 +57,11 @@ class Trained(Generic[AnyScorer]):
         *,
         named: bool,
         world: World = ALONE,
+        others: Callable[[], int] = int,
     ) -> None:
         """``dtype`` is that of computation; ``load`` gives the model. ``named``: it was not given in Python. Of several
-        processes in ``world`` each reads its part of a named model alone, where it is cut."""
+        processes in ``world`` each reads its part of a named model alone, where it is cut. ``others``: as of
+        :func:`choose`."""
         self.shards: Shards = "none"
         """How several processes hold the weights: all of them (``none``), a part each, or a part of each machine's."""
         self.reading: str | None = None
@@ -74,7 +76,7 @@ class Trained(Generic[AnyScorer]):
         self._apart: AnyScorer | None = None
         self._trained_head: Head | None = None
         if named and not (world.alone or self._never_cut or config.shard == "none"):
-            self._read_in_shards(load, world, device)
+            self._read_in_shards(load, world, device, others)
         if not self.sharded:
             self._begin(load(None))
 
@@ -95,7 +97,11 @@ class Trained(Generic[AnyScorer]):
         self.scorer = self.score_with(model)
 
     def _read_in_shards(
-        self, load: Callable[[FromFirst | None], torch.nn.Module], world: World, device: torch.device
+        self,
+        load: Callable[[FromFirst | None], torch.nn.Module],
+        world: World,
+        device: torch.device,
+        others: Callable[[], int],
     ) -> None:
         """Read this process's part of the model and of a new adapter, unless every process is to have all of it."""
         from prefopt.parallel.loading import from_first, shard_unread
@@ -104,7 +110,8 @@ class Trained(Generic[AnyScorer]):
         sizes = world.together(lambda: load(skeleton))
         if self._new_lora:
             sizes = self._with_adapter(sizes.requires_grad_(False))
-        shards, self._why = choose(self.config.shard, world, sizes, MasterWeights(sizes, self.dtype).masters, device)
+        trained = MasterWeights(sizes, self.dtype).masters
+        shards, self._why = choose(self.config.shard, world, sizes, trained, device, others)
         if shards == "none":
             return
         self._begin(load(partial(from_first, world)))
@@ -247,8 +254,10 @@ class Policy(Trained[Scorer]):
         device: torch.device,
         given: Any,
         world: World = ALONE,
+        others: Callable[[], int] = int,
     ) -> None:
-        """Load the model in folder ``source``, unless one is ``given`` in Python. ``dtype`` is that of computation."""
+        """Load the model in folder ``source``, unless one is ``given`` in Python. ``dtype`` is that of computation;
+        ``others``: as of :func:`choose`."""
 
         def load(from_first: FromFirst | None) -> torch.nn.Module:
             if given is not None:
@@ -266,7 +275,9 @@ class Policy(Trained[Scorer]):
             return model
 
         whole = given is None and _packed(config, source)  # never cut
-        super().__init__(config, dtype, load, device, named=given is None, world=ALONE if whole else world)
+        super().__init__(
+            config, dtype, load, device, named=given is None, world=ALONE if whole else world, others=others
+        )
 
     def score_with(self, model: torch.nn.Module) -> Scorer:
         return Scorer(model, attention=self.config.attention)

@@ -171,16 +171,17 @@ class ReferenceRun:
                 token_budget = smaller_budget(error, token_budget, "scoring the reference", largest, self.device)
                 self.run.say(f"out of memory: the reference is scored with {token_budget} tokens at once")
 
-    def check_fits(self, groups: Sequence[Group]) -> None:
-        """Raises :class:`ModelError` where another model's vocabulary or context is too small for ``groups``."""
+    def check_fits(self, groups: Sequence[Group], longest: int = 0) -> None:
+        """Raises :class:`ModelError` where another model's vocabulary or context is too small for ``groups``, and for
+        sequences of ``longest`` tokens."""
         if self.choice.is_start:
             return
         model, name = causal_model(self._other().model), f"{self.choice.option} {self.choice.model}"
         check_vocabulary(groups, vocabulary_size(model), name)
-        context, longest = context_length(model.config), int(GroupTable.of(groups).longest_G.max())
+        context, longest = context_length(model.config), max(longest, int(GroupTable.of(groups).longest_G.max()))
         if context is not None and longest > context:
             raise ModelError(
-                f"{name}: its context is {context} tokens, but a row has {longest}; give --max-length {context}"
+                f"{name}: its context is {context} tokens, but a row may have {longest}; give --max-length {context}"
             )
 
     def in_memory(

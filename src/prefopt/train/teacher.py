@@ -57,7 +57,8 @@ class DistillationObjective(LikelihoodObjective):
 
 
 class TeacherPlan:
-    """The teacher of a run, which stays as it is. ``groups``: the data, which it must be able to take."""
+    """The teacher of a run, which stays as it is. ``groups``: what it must be able to take, the longest responses that
+    the model may draw among them."""
 
     movement: TrDpoUpdate | None = None
 
