@@ -118,6 +118,18 @@ def test_other_architectures_are_counted(name: str) -> None:
     assert counted.peak == pytest.approx(peak_of_allocator(scorer, groups), rel=0.1)
 
 
+def test_several_passes_of_many_layers_are_not_counted_as_one() -> None:
+    """What a copy of two layers keeps of the second pass is not multiplied by the depth: it is estimated instead."""
+    scorer = Scorer(tiny_llama(num_hidden_layers=6), share=False)
+    MasterWeights(scorer.model, torch.float32)
+    blueprint = Blueprint.of(scorer.train())
+    with pytest.raises(ValueError, match="several passes"):
+        blueprint.count(groups_of(2, 40, 30))
+    one = groups_of(1, 40, 30)[0]
+    alone = Group.from_sequences([one.sequence(0)], row=0, pairs=())
+    assert blueprint.count([alone]).peak == pytest.approx(peak_of_allocator(scorer, [alone]), rel=0.1)
+
+
 def test_adapters_on_experts_are_counted() -> None:
     """PEFT switches autocasting off around their weights, which torch refuses for tensors without contents."""
     model: Any = new_lora(

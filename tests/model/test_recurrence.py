@@ -272,7 +272,7 @@ def test_kernels_that_know_states_and_lengths_are_given_prompts_first(
     query, key, value, g, beta = inputs
     results = []
     for there_are in (True, False):
-        monkeypatch.setattr(delta, "has_kernels", lambda _, there_are=there_are: there_are)
+        monkeypatch.setattr(delta, "has_kernels", lambda *_, there_are=there_are: there_are)
         run = operators(segments, {name: kernel})[name]
         results.append(run(query, key, value, g=g, beta=beta, use_qk_l2norm_in_kernel=True)[0])
     assert lengths == [[20, 6, 3, 2, 17], [5, 9, 3, 2, 6]]

@@ -136,6 +136,32 @@ def test_packed_tokens_are_routed_as_apart(family: str) -> None:
     assert z_sum == pytest.approx(own_z, rel=1e-6)
 
 
+def test_passes_for_nothing_are_not_counted() -> None:
+    """In shards a rank with fewer passes than others makes some more, of any length."""
+    scorer = Scorer(build("qwen3_moe"), share=False)
+    calls, batch = recorded(scorer)
+    scorer.most_passes = lambda passes: passes + 2
+    more, _ = recorded(scorer)
+    found = routers(scorer.model)
+    assert len(more[0]) == len(calls[0]) + 2
+    for got, wanted in zip(found.sums(more, batch), found.sums(calls, batch), strict=True):
+        torch.testing.assert_close(got, wanted)
+    assert torch.equal(found.counts(more, batch), found.counts(calls, batch))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_a_router_that_an_adapter_replaces_is_read_once() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    plain = build("mixtral")
+    names = routers(plain).names
+    wrapped = get_peft_model(plain, LoraConfig(target_modules=["q_proj"], modules_to_save=["gate"]))  # type: ignore[arg-type]
+    found = routers(wrapped)
+    assert [n.rpartition("model.")[2] for n in found.names] == [n.rpartition("model.")[2] for n in names]
+    calls, batch = recorded(Scorer(wrapped))
+    assert found.counts(calls, batch).shape == (2, 4)
+
+
 def test_every_family_with_routers_is_tried() -> None:
     """But for those whose miniature has none that record: DeepSeek V4's first layers choose experts by token."""
     known = {"deepseek_v4", "nemotron_h", "doge", "gemma4", "gemma4_unified_text", "granitemoehybrid attention"}

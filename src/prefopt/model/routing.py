@@ -83,10 +83,12 @@ class Routers:
             for hook in hooks:
                 hook.remove()
 
-    def sums(self, calls: Sequence[Sequence[Routing]], batch: PackedBatch) -> RoutingSums:
+    def sums(
+        self, calls: Sequence[Sequence[Routing]], batch: PackedBatch, tokens: TokenCounts | None = None
+    ) -> RoutingSums:
         """Sums for the load-balancing loss. ``calls`` were recorded while ``batch`` was scored, as in all methods here.
         The last ones are the policy's: a reference that is the same model with other weights is scored before it."""
-        use_T = _per_token(batch, _responses_per_token).to(_wide(batch))
+        use_T = (tokens or token_counts(batch)).responses_T.to(_wide(batch))
         parts = []
         for one in _of(calls, batch):
             z_TE = one.logits_TE.to(use_T.dtype)
@@ -96,21 +98,25 @@ class Routers:
         prob_E, count_E = torch.stack(parts).sum(0)
         return RoutingSums(prob_E, count_E.detach(), use_T.sum() * len(parts))
 
-    def z_sum(self, calls: Sequence[Sequence[Routing]], batch: PackedBatch) -> torch.Tensor:
+    def z_sum(
+        self, calls: Sequence[Sequence[Routing]], batch: PackedBatch, tokens: TokenCounts | None = None
+    ) -> torch.Tensor:
         """Sum of (log sum_e exp z_e)^2 over tokens and layers, with gradients: the numerator of the router z loss (Zoph
         et al. 2022, ST-MoE, arXiv 2202.08906, equation 5)."""
-        use_T = _per_token(batch, _responses_per_token).to(_wide(batch))
+        use_T = (tokens or token_counts(batch)).responses_T.to(_wide(batch))
         logits = (one.logits_TE for one in _of(calls, batch))
         # As wide as the router's own softmax: what is kept for backward is T x E in every layer.
         z_LT = torch.stack([z.to(torch.promote_types(z.dtype, torch.float32)).logsumexp(-1) for z in logits])
         return (z_LT.to(use_T.dtype).square() @ use_T).sum()
 
     @torch.no_grad()
-    def counts(self, calls: Sequence[Sequence[Routing]], batch: PackedBatch) -> torch.Tensor:
+    def counts(
+        self, calls: Sequence[Sequence[Routing]], batch: PackedBatch, tokens: TokenCounts | None = None
+    ) -> torch.Tensor:
         """How many tokens each expert of each layer got, [L, E] int64."""
         found = list(_of(calls, batch))
         experts = found[0].logits_TE.shape[-1]
-        once_T = _per_token(batch, _counted_once)
+        once_T = (tokens or token_counts(batch)).once_T
         chosen_LTK = torch.stack([one.chosen_TK for one in found])
         first_L = torch.arange(len(found), device=chosen_LTK.device) * experts
         counts = chosen_LTK.new_zeros(len(found) * experts, dtype=torch.int64)
@@ -170,9 +176,18 @@ def _of(calls: Sequence[Sequence[Routing]], batch: PackedBatch) -> Iterator[Rout
         yield Routing(*(torch.cat(parts) for parts in zip(*last, strict=True)))
 
 
-def _per_token(batch: PackedBatch, number: Any) -> torch.Tensor:
-    """``number`` of each token of all passes, end to end, on the device of ``batch``; int64."""
-    return on_device([np.concatenate([number(row) for row in batch.passes])], batch.target.device)[0]
+class TokenCounts(NamedTuple):
+    """Of each token of all passes, end to end, int64: the responses that contain it, and 1, or 0 where a pass before
+    has encoded it already."""
+
+    responses_T: torch.Tensor
+    once_T: torch.Tensor
+
+
+def token_counts(batch: PackedBatch) -> TokenCounts:
+    """The counts, on the device of ``batch`` in one copy."""
+    arrays = [np.concatenate([f(row) for row in batch.passes]) for f in (_responses_per_token, _counted_once)]
+    return TokenCounts(*on_device(arrays, batch.target.device))
 
 
 def _responses_per_token(row: ForwardPass) -> IndexArray:

@@ -13,7 +13,7 @@ from prefopt.model.architectures import causal_model, expert_fraction
 from prefopt.model.flops import active_weights
 from prefopt.model.kernels.head import Distributions
 from prefopt.model.packing import PackedBatch
-from prefopt.model.routing import Routers, RoutingSums, balancing_routers, logit_routers, routers_of
+from prefopt.model.routing import Routers, RoutingSums, balancing_routers, logit_routers, routers_of, token_counts
 from prefopt.model.scorer import PackedModel
 from prefopt.runs.experts import ExpertUse
 from prefopt.runs.metrics import Record
@@ -66,12 +66,13 @@ class RoutedObjective(Objective):
         """The values of ``inner``, and sums over the tokens of ``packed`` as one row."""
         with self.routers.recording() as calls:
             values = self.inner.score(scorer, packed, batch, reference)
-        rows = {"router_counts_BLE": self.routers.counts(calls, packed)}
+        tokens = token_counts(packed)
+        rows = {"router_counts_BLE": self.routers.counts(calls, packed, tokens)}
         if self.losses.balance is not None:
-            sums = self.routers.sums(calls, packed)
+            sums = self.routers.sums(calls, packed, tokens)
             rows |= {"router_prob_BE": sums.prob_E, "router_count_BE": sums.count_E, "router_rows_B": sums.rows}
         if self.losses.z is not None:
-            rows["router_z_B"] = self.routers.z_sum(calls, packed)
+            rows["router_z_B"] = self.routers.z_sum(calls, packed, tokens)
         return values | {name: value[None] for name, value in rows.items()}
 
     def __call__(self, batch: Batch, values: Values, normaliser: Normaliser) -> LossResult:

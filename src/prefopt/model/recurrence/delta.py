@@ -55,9 +55,9 @@ def delta_rule(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: T
 
 
 @cache
-def has_kernels(device: torch.device) -> bool:
-    """Whether flash-linear-attention is there for ``device``."""
-    if device.type != "cuda":
+def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether flash-linear-attention is there for ``device``, and takes ``dtype``: others it refuses."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     try:
         import_module("fla")  # as transformers does, which uses torch where that fails

@@ -70,7 +70,7 @@ def _delta(
     """Gated delta rules: queries and keys [1, T, Hk, K], values [1, T, H, V], beta [1, T, H] and the log of decays
     [1, T, H], or [1, T, H, K] for each channel, to [1, T, H, V]."""
     _refuse_states(others)
-    if delta.has_kernels(query.device) and query.dtype in (torch.bfloat16, torch.float16):  # others they refuse
+    if delta.has_kernels(query.device, query.dtype):
         norm = {"use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel}
         return delta.delta_rule_by(own, (query, key, value, g, beta), segments, **norm), None
     repeat = value.shape[2] // key.shape[2]
