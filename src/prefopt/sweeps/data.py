@@ -132,7 +132,7 @@ class Measure:
                 best_of=best_of,
                 reward=None if best_of is None else config.reward,
                 progress="none",
-                **_machine(config),
+                **_comparing(config),
             ),
             model=model,
             tokenizer=tokenizer,
@@ -148,8 +148,14 @@ class Measure:
         length = float(np.mean([n for many in lengths for n in many]))
         found = Measurement(reward.mean, (reward.low, reward.high), None, None, length, tuple(rewards))
         if best_of is None:
-            machine: dict[str, Any] = {"device": config.device, "dtype": scoring_dtype(config.dtype)}
-            policy = SampledModel(name, adapter=adapter, **machine, given=model, tokenizer=tokenizer)
+            policy = SampledModel(
+                name,
+                adapter=adapter,
+                device=config.device,
+                dtype=scoring_dtype(config.dtype),
+                given=model,
+                tokenizer=tokenizer,
+            )
             kls = of_prompts(rows, log_ratios(rows, self._reference, policy))
             error = float(kls.std(ddof=1) / len(kls) ** 0.5)
             found = replace(found, kl=float(kls.mean()), kl_se=error, kls=tuple(kls.tolist()))
@@ -253,8 +259,14 @@ def _machine(config: SweepOptions) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("dtype", "device", "threads")}
 
 
+def _comparing(config: SweepOptions) -> dict[str, Any]:
+    """Policies are measured in one precision, and by one true reward, whether they come from a folder or from a step of
+    a training."""
+    return _machine(config) | {"dtype": scoring_dtype(config.dtype)}
+
+
 def _scoring(config: SweepOptions, file: Path, output: Path) -> ScoreConfig:
-    machine = _machine(config) if is_model_reward(config.reward) else {}
+    machine = _comparing(config) if is_model_reward(config.reward) else {}
     return ScoreConfig(files=[str(file)], reward=config.reward, output=str(output), **machine)
 
 
