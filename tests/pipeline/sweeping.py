@@ -5,12 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from transformers import PreTrainedTokenizerFast
 
 from methods import small_world as world
+from prefopt.config.tools import ScoreConfig
+from prefopt.evaluate.score import RowScorer
+from prefopt.sweeps import data
 
 PROMPTS = [a + b for a in "abcdef" for b in "abc"]
 REWARD = "methods.small_world:reward"
+
+
+def count_loads(patch: pytest.MonkeyPatch) -> list[str]:
+    """Every reward that policies are measured by is added when it is loaded."""
+    loaded, load = list[str](), data.load_row_scorer
+
+    def counted(given: ScoreConfig) -> RowScorer:
+        loaded.append(given.reward)
+        return load(given)
+
+    patch.setattr(data, "load_row_scorer", counted)
+    return loaded
 
 
 def write_place(folder: Path) -> Path:

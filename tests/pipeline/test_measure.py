@@ -15,7 +15,7 @@ from prefopt.config.tools import ScoreConfig
 from prefopt.generate.model_io import SampledModel
 from prefopt.model.precision import scoring_dtype
 from prefopt.sweeps import data
-from prefopt.sweeps.data import Measure
+from prefopt.sweeps.data import Measure, true_reward
 from train.small import write_rows
 
 
@@ -38,7 +38,7 @@ def test_a_policy_in_a_folder_and_one_in_memory_are_measured_in_one_precision(pl
     given = config(place, tmp_path / "out", num=8)
     reference = SampledModel(name, device="cpu", dtype=scoring_dtype(given.dtype))
     assert reference.dtype == torch.float32
-    measure = Measure(given, Path(prompts), reference)
+    measure = Measure(given, Path(prompts), reference, true_reward(given))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
     from_folder = measure(name, tmp_path / "a.jsonl")
     in_memory = measure(name, tmp_path / "b.jsonl", model=model, tokenizer=tokenizer)
@@ -54,6 +54,5 @@ def test_a_reward_model_scores_in_that_precision_too(
     asked: list[ScoreConfig] = []
     monkeypatch.setattr(data, "load_row_scorer", asked.append)
     for dtype in ("auto", "bfloat16"):
-        given = config(place, tmp_path / "out", reward=str(place / "m"), dtype=dtype)
-        Measure(given, tmp_path, SampledModel(given.model, device="cpu", dtype="float32"))
+        true_reward(config(place, tmp_path / "out", reward=str(place / "m"), dtype=dtype))
     assert [one.dtype for one in asked] == ["float32", "bfloat16"]

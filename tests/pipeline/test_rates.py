@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.sweeping import PROMPTS, values
+from pipeline.sweeping import PROMPTS, REWARD, count_loads, values
 from prefopt.config.frontier import FrontierConfig
 from prefopt.errors import ConfigError, DataError
 from prefopt.sweeps import frontier
@@ -41,7 +41,9 @@ def sweep(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Fronti
         patch.setenv("PREFOPT_CACHE", str(output.with_name("cache")))
         patch.setattr("prefopt.train.budget.matmul_peak", lambda *_: 1e10)
         patch.setattr(frontier, "train_once", counted)
+        loaded = count_loads(patch)
         found = frontier.run(config(place, output, seeds=2))
+    assert loaded == [REWARD], "one for both sets of prompts: it may be a large model"
     return found, output, trained
 
 

@@ -26,7 +26,7 @@ from prefopt.data.validate import Problem, refuse
 from prefopt.errors import DataError, RunError
 from prefopt.evaluate import score
 from prefopt.evaluate.samples import log_ratios, of_prompts, perplexity
-from prefopt.evaluate.score import load_row_scorer
+from prefopt.evaluate.score import RowScorer, load_row_scorer
 from prefopt.generate.model_io import SampledModel, read_prompt_set, renderer_for
 from prefopt.methods import sample
 from prefopt.model.precision import scoring_dtype
@@ -95,16 +95,26 @@ def prepare_data(config: SweepOptions, reference: SampledModel, reporter: Report
     return SweepData(*files, preferences, each, made, folder / "tune.jsonl" if tuned else None)
 
 
+def true_reward(config: SweepOptions) -> RowScorer:
+    """The scorer of ``--reward``. A reward model is loaded here: a sweep has one for all that it measures. Raises
+    :class:`prefopt.errors.ConfigError` for an unknown reward."""
+    return load_row_scorer(_scoring(config, Path(config.output), Path(config.output)))
+
+
 class Measure:
-    """Draws samples of a policy for some prompts, always with the same seed, and scores them. ``text``: data to measure
-    its perplexity on, too."""
+    """Draws samples of a policy for some prompts, always with the same seed, and scores them by ``reward``
+    (:func:`true_reward`). ``text``: data to measure its perplexity on, too."""
 
     def __init__(
-        self, config: SweepOptions, prompts: Path, reference: SampledModel, text: Sequence[str] | None = None
+        self,
+        config: SweepOptions,
+        prompts: Path,
+        reference: SampledModel,
+        reward: RowScorer,
+        text: Sequence[str] | None = None,
     ) -> None:
-        """Raises :class:`prefopt.errors.ConfigError` for an unknown reward."""
         self._config, self._prompts, self._reference, self._text = config, prompts, reference, text
-        self._scores = load_row_scorer(_scoring(config, prompts, prompts))
+        self._scores = reward
 
     def __call__(
         self,
