@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.sweeping import PROMPTS, values
+from pipeline.sweeping import PROMPTS, frontier_config
 from prefopt.config.frontier import FrontierConfig
 from prefopt.config.tools import ScoreConfig
 from prefopt.generate.model_io import SampledModel
@@ -27,7 +27,7 @@ def bfloat16_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(place: Path, output: Path, **changes: Any) -> FrontierConfig:
-    return FrontierConfig(**{**values(place, output), "methods": ["best-of:n=2"], "dtype": "auto", **changes})
+    return frontier_config(place, output, methods=["best-of:n=2"], **{"dtype": "auto", **changes})
 
 
 @pytest.mark.usefixtures("bfloat16_machine")
