@@ -87,5 +87,5 @@ def test_rules_are_known_before_torch_is_there(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "length").mkdir()
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)
-    names = ("length", "mine", "other", "owner/name", "./mine", "module:function")
-    assert [config.is_model_reward(name) for name in names] == [False, True, False, True, True, False]
+    names = ("length", "mine", "other", "owner/name", "./mine", "module:function", "prefopt:demo/tiny_imdb")
+    assert [config.is_model_reward(name) for name in names] == [False, True, False, True, True, False, True]

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 
 import hub
-from pipeline.sweeping import values, write_place
+from pipeline.sweeping import frontier_config, values, write_place
 from prefopt.cli import main
-from prefopt.config.frontier import FrontierConfig
 from prefopt.config.sweeps import MethodsConfig
 from prefopt.errors import RunError
 from prefopt.runs.history import read_history
@@ -180,11 +179,12 @@ def test_it_is_merged_and_pushed(
 def sweeps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ``prefopt frontier`` and ``prefopt methods`` leave behind."""
     folder = tmp_path_factory.mktemp("sweeps")
-    given = values(write_place(folder), folder / "frontier")
+    place = write_place(folder)
+    given = values(place, folder / "methods")
     rates: dict[str, Any] = {"seeds": 1, "rate_factors": ["1"], "isolate": False, "sft": ["batch_size=4"]}
     with quick_runs_in(folder):
-        frontier.run(FrontierConfig(**{**given, "methods": ["dpo:beta=0.1", "best-of:n=2"]}))
-        methods.run(MethodsConfig(**{**given, **rates, "output": str(folder / "methods")}))
+        frontier.run(frontier_config(place, folder / "frontier", methods=["dpo:beta=0.1", "best-of:n=2"]))
+        methods.run(MethodsConfig(**{**given, **rates}))
     return folder
 
 

@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM
 import prefopt
 from prefopt.cli import main
 from prefopt.config.compare import CompareConfig
+from prefopt.core.files import expanded
 from prefopt.errors import ConfigError, DataError, RunError
 from prefopt.evaluate.compare import run
 from prefopt.evaluate.result import CompareResult
-from prefopt.evaluate.samples import repetition
+from prefopt.evaluate.samples import repetition, sampling_model
 from train.small import write_model, write_rows
 
 PROMPTS: list[dict[str, Any]] = [{"prompt": f"{'klm'[i % 3]}{i}: ", "kind": "ab"[i % 2]} for i in range(16)]
@@ -172,6 +173,18 @@ def test_a_model_quantised_at_loading_is_found_by_the_record_of_its_samples(
     result = compared(model, file, prompts=[prompts], num=2, reference=model, **QUICK)
     distance = result.models[file].distance
     assert not result.notes and distance is not None and distance.k3 > 0
+
+
+@pytest.mark.parametrize("name", ["~/model", "prefopt:demo/tiny_imdb"])
+def test_a_model_is_found_by_a_short_name_in_the_record_of_its_samples(
+    name: str, model: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").symlink_to(model)
+    file = tmp_path / "drawn.jsonl"
+    prefopt.sample(name, prompts, output=str(file), num=2, **QUICK)
+    found = sampling_model(file, CompareConfig(a=str(file), b=str(file) + ".jsonl", judge="length"))
+    assert found is not None and Path(found.source) == expanded(name)
 
 
 def test_too_few_prompts_and_empty_answers_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from model.architectures import VOCABULARY, Float64Throughout, build
 from prefopt.generate import batch as sample_batch
-from prefopt.generate.batch import Job, Queue
+from prefopt.generate.batch import Job, Queue, SampleBatch
 from prefopt.generate.decode import SlotDecoder
 from prefopt.generate.sampler import Sample, SamplingParams, choose, key_of
 from prefopt.generate.transformers_sampler import TransformersSampler
@@ -122,6 +122,44 @@ def test_after_memory_ran_out_only_samples_under_way_start_again(monkeypatch: py
     assert plain(found) == expected and sampler.rows == 4
     assert all(ended >= 0 for ended, _ in told) and any(drawn < 0 for _, drawn in told)
     assert sum(drawn for _, drawn in told) == sum(s.tokens for many in found for s in many)
+
+
+@pytest.mark.parametrize("where", ["keep", "join", "index_copy", "_new_rows", "replace"])
+def test_no_sample_is_lost_where_memory_runs_out_as_rows_are_refilled(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refill takes jobs from the queue before it copies the cache and runs the model; any of its steps may fail."""
+    scorer = Scorer(build("llama"))
+    params = SamplingParams(24, STOP)
+    expected = plain(TransformersSampler(scorer, rows=8).sample(RAGGED, 4, params))
+    owner: Any = {"index_copy": torch.Tensor, "_new_rows": SampleBatch, "replace": sample_batch._Rows}.get(
+        where, SlotDecoder
+    )
+    step, failed, told = getattr(owner, where), list[int](), list[tuple[int, int]]()
+
+    def short(self: Any, *given: Any) -> Any:
+        if refilling and not failed:
+            failed.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, *given)
+
+    refill, refilling = SampleBatch._start_in, list[int]()
+
+    def watched(self: SampleBatch, *given: Any) -> torch.Tensor:
+        refilling.append(1)
+        try:
+            return refill(self, *given)
+        finally:
+            refilling.clear()
+
+    monkeypatch.setattr(SampleBatch, "_start_in", watched)
+    monkeypatch.setattr(owner, where, short)
+    sampler = TransformersSampler(scorer, rows=8)
+    found = sampler.sample(RAGGED, 4, params, progress=lambda *n: told.append(n))
+    assert failed and sampler.rows == 4
+    assert plain(found) == expected
+    ended, drawn = (sum(x) for x in zip(*told, strict=True))
+    assert ended == 4 * len(RAGGED) and drawn == sum(s.tokens for many in found for s in many)
 
 
 def test_a_queue_keeps_kinds_apart_and_samples_of_a_prompt_together() -> None:

@@ -26,6 +26,7 @@ from prefopt.config.sample import SampleConfig
 from prefopt.data.comparisons import read_comparisons
 from prefopt.data.tokenizer import load_tokenizer
 from prefopt.errors import ConfigError
+from prefopt.generate import model_io
 from prefopt.generate.sample_file import FREE
 from prefopt.generate.sampler import Sample, group_of
 from prefopt.generate.vllm import VllmSampler
@@ -410,6 +411,29 @@ def test_vllm_writes_the_same_kind_of_file(base: str, tmp_path: Path, monkeypatc
     rows = sample(base, write_rows(tmp_path / "p.jsonl", TEXTS), tmp_path / "s.jsonl", num=2, engine="vllm")
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in TEXTS] and left == [True]
     assert {"model": base, "dtype": "float64", "max_model_len": 128}.items() <= fake.engine.items()
+    record = json.loads((tmp_path / "s.jsonl.run.json").read_text())
+    assert record["results"]["sampler_scorer_difference"]["largest"] < 1e-5
+
+
+def test_vllm_does_not_quantise_what_an_adapter_was_trained_on(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM reads the base by itself: the run said that it was quantised, and its samples were of another model."""
+    from generate.test_vllm import FakeVllm, install
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    new_lora(model, rank=4, alpha=8, dropout=0.0, targets=None).save_pretrained(tmp_path / "lora")
+    (tmp_path / "lora/run.json").write_text(json.dumps({"options": {"quantise": "nf4"}}))
+    monkeypatch.setattr(model_io, "check_quantisable", lambda *given: None)  # which needs bitsandbytes
+    install(monkeypatch, FakeVllm(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)))
+    given: dict[str, Any] = {"adapter": str(tmp_path / "lora"), "engine": "vllm", "num": 2}
+    prompts = write_rows(tmp_path / "p.jsonl", TEXTS)
+    with pytest.raises(ConfigError, match=r"trained on one in nf4: add --quantise none, or leave --engine out"):
+        prefopt.sample(base, prompts, device="cpu", dtype="float64", progress="none", max_new_tokens=4, **given)
+    with pytest.raises(ConfigError, match="--quantise does nothing with --engine vllm"):
+        SampleConfig(model=base, quantise="nf4", engine="vllm", prompts=[prompts])
+    rows = sample(base, prompts, tmp_path / "s.jsonl", quantise="none", **given)
+    assert len(rows) == len(TEXTS)
     record = json.loads((tmp_path / "s.jsonl.run.json").read_text())
     assert record["results"]["sampler_scorer_difference"]["largest"] < 1e-5
 

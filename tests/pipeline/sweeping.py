@@ -5,12 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from transformers import PreTrainedTokenizerFast
 
 from methods import small_world as world
+from prefopt.config.frontier import READ_BY, FrontierConfig
+from prefopt.config.tools import ScoreConfig
+from prefopt.evaluate.score import RowScorer
+from prefopt.sweeps import data
 
 PROMPTS = [a + b for a in "abcdef" for b in "abc"]
 REWARD = "methods.small_world:reward"
+
+
+def count_loads(patch: pytest.MonkeyPatch) -> list[str]:
+    """Every reward that policies are measured by is added when it is loaded."""
+    loaded, load = list[str](), data.load_row_scorer
+
+    def counted(given: ScoreConfig) -> RowScorer:
+        loaded.append(given.reward)
+        return load(given)
+
+    patch.setattr(data, "load_row_scorer", counted)
+    return loaded
 
 
 def write_place(folder: Path) -> Path:
@@ -21,6 +38,14 @@ def write_place(folder: Path) -> Path:
     whole.save_pretrained(folder / "m")
     (folder / "p.txt").write_text("\n".join(PROMPTS) + "\n")
     return folder
+
+
+def frontier_config(place: Path, output: Path, **changes: Any) -> FrontierConfig:
+    """A quick sweep of DPO, or of other ``methods``, with the options of ``values`` that they read."""
+    given = values(place, output) | {"methods": ["dpo:beta=0.1"]} | changes
+    methods = {text.partition(":")[0] for text in given["methods"]}
+    unread = {name for name, readers in READ_BY.items() if methods.isdisjoint(readers)} - changes.keys()
+    return FrontierConfig(**{name: value for name, value in given.items() if name not in unread})
 
 
 def values(place: Path, output: Path) -> dict[str, Any]:

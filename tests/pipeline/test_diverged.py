@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.sweeping import values
-from prefopt.config.frontier import FrontierConfig
+from pipeline.sweeping import frontier_config
 from prefopt.config.sft import SftConfig
 from prefopt.errors import Diverged
 from prefopt.methods import sft
@@ -21,12 +20,14 @@ NO_NUMBER = r"step \d: (loss|grad_norm) is (nan|inf)"
 
 
 def test_the_reason_is_told_and_no_remedy(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = values(place, tmp_path / "out") | {
-        "progress": "plain",
-        "methods": ["ppo-true:beta=0", "sft:learning_rate=1e38"],
-    }
-    given["ppo"] = ["batch_size=4", "num=2", "learning_rate=1e-2", "max_kl=1e-3"]
-    found = frontier.run(FrontierConfig(**given))
+    given = frontier_config(
+        place,
+        tmp_path / "out",
+        progress="plain",
+        methods=["ppo-true:beta=0", "sft:learning_rate=1e38"],
+        ppo=["batch_size=4", "num=2", "learning_rate=1e-2", "max_kl=1e-3"],
+    )
+    found = frontier.run(given)
     said = re.findall(r"diverged: (.*)", capsys.readouterr().out)
     for point, line, reason in zip(found.points[1:], said, (AWAY, NO_NUMBER), strict=True):
         assert point.why_not == line and re.fullmatch(reason, line)

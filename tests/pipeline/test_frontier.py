@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from methods import small_world as world
-from pipeline.sweeping import PROMPTS, REWARD, values
+from pipeline.sweeping import PROMPTS, REWARD
+from pipeline.sweeping import frontier_config as config
 from prefopt.cli import main
-from prefopt.config.frontier import FrontierConfig
 from prefopt.config.sample import SampleConfig
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.errors import ConfigError, DataError, Interrupted, RunError
@@ -27,13 +27,10 @@ from prefopt.reference.cache import FillReport, ReferenceCache
 from prefopt.sweeps import frontier
 from prefopt.sweeps.data import bradley_terry
 from prefopt.sweeps.points import Frontier, Point, plateau, read_frontier
+from prefopt.sweeps.train import take_folder
 from shortcuts import quick_runs_in
 from train.small import write_rows
 from train.test_resume import stop_after
-
-
-def config(place: Path, output: Path, **changes: Any) -> FrontierConfig:
-    return FrontierConfig(**{**values(place, output), "methods": ["dpo:beta=0.1"], **changes})
 
 
 def told(points: Sequence[Point]) -> list[Point]:
@@ -345,7 +342,7 @@ def test_a_training_that_runs_away_is_a_point_that_does_not_count(place: Path, t
 def test_other_settings_are_refused_with_the_reason(place: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(place, copy)
-    given = config(copy, tmp_path / "out", methods=["best-of:n=2"])
+    given = config(copy, tmp_path / "out", methods=["dpo:beta=0.1", "best-of:n=2"])
     frontier.run(given)
     for changes, said in [
         ({"num": 4}, "--num was 3 and is 4"),
@@ -367,6 +364,19 @@ def test_other_settings_are_refused_with_the_reason(place: Path, tmp_path: Path)
         frontier.run(replace(given, output=str(tmp_path / "full")))
 
 
+def test_options_of_a_method_are_compared_from_when_it_has_joined_the_sweep(place: Path, tmp_path: Path) -> None:
+    def take(*methods: str, **changes: Any) -> None:
+        take_folder(config(place, tmp_path / "out", methods=list(methods), **changes), frontier.MAY_GROW)
+
+    take("ppo-true:beta=1", ppo=["batch_size=2"])
+    take("ppo-true:beta=1", "dpo:beta=1", ppo=["batch_size=2"], dpo=["batch_size=8"], checkpoints=2)
+    take("dpo:beta=1", dpo=["batch_size=8"], checkpoints=2)
+    with pytest.raises(RunError, match=r"--dpo was \['batch_size=8'\] and is \['batch_size=4'\]"):
+        take("dpo:beta=1", dpo=["batch_size=4"], checkpoints=2)
+    with pytest.raises(RunError, match="--checkpoints was 2 and is 1, --ppo was"):
+        take("ppo-true:beta=1", "dpo:beta=1", ppo=["batch_size=4"], dpo=["batch_size=8"])
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -381,6 +391,16 @@ def test_other_settings_are_refused_with_the_reason(place: Path, tmp_path: Path)
         ({"dpo": ["epochs=2"]}, "--dpo epochs: the sweep sets it"),
         ({"dpo": ["beta=2"]}, "--dpo beta: the sweep varies it"),
         ({"ppo": ["reward=length"], "methods": ["ppo-true:beta=1"]}, "--ppo reward: the sweep sets it"),
+        (
+            {"rloo": ["nonsense=4"]},
+            "--rloo is read by rloo-true or rloo-learned, and --methods has none of them: add one",
+        ),
+        ({"ppo": ["foo=1"]}, "--ppo is read by ppo-true or ppo-learned, and --methods has none"),
+        ({"sft": ["batch_size=4"]}, "--sft is read by sft, and --methods has none"),
+        ({"reward_model": ["batch_size=4"], "methods": ["ppo-true:beta=1"]}, "or leave --reward-model out"),
+        ({"dpo": ["batch_size=4"], "methods": ["ppo-true:beta=1"]}, "--dpo is read by dpo or unlikelihood"),
+        ({"plateau_share": 0.1}, "--plateau-share is read by ppo-true or ppo-learned or rloo-true or rloo-learned"),
+        ({"checkpoints": 2, "methods": ["ppo-true:beta=1"]}, "--checkpoints is read by dpo or sft or unlikelihood"),
         ({"prefix_min": 3}, "go together"),
         ({"prefix_min": 3, "prefix_max": 2}, "is more than"),
         ({"data": ["d"], "rounds": 2}, "--rounds is about generated data"),

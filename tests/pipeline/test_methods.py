@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.sweeping import values
+from pipeline.sweeping import REWARD, count_loads, values
 from prefopt.config.sweeps import MethodsConfig
 from prefopt.errors import ConfigError, Interrupted, RunError
 from prefopt.sweeps import methods
@@ -105,9 +105,11 @@ def test_what_is_done_is_not_done_again_and_a_stop_changes_nothing(
     assert one["trained_tokens"] >= other["trained_tokens"], "what was done before the stop is counted too"
 
 
-def test_a_road_that_diverges_is_counted_as_such(place: Path, tmp_path: Path) -> None:
+def test_a_road_that_diverges_is_counted_as_such(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = count_loads(monkeypatch)
     found = methods.run(config(place, tmp_path / "out", ppo=[*PPO, "max_kl=1e-6"]))
     assert [(o.method, o.diverged is None) for o in found.outcomes] == [("dpo", True), ("ppo", False)]
+    assert loaded == [REWARD], "one for all models that are measured"
     page = (tmp_path / "out/methods.md").read_text()
     assert "| policies | 1, 0 diverged | 1, 1 diverged |" in page and "run away from its reference\n" in page
 

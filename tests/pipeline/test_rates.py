@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.sweeping import PROMPTS, values
+from pipeline.sweeping import PROMPTS, REWARD, count_loads, frontier_config
 from prefopt.config.frontier import FrontierConfig
 from prefopt.errors import ConfigError, DataError
 from prefopt.sweeps import frontier
@@ -24,7 +24,7 @@ def config(place: Path, output: Path, **changes: Any) -> FrontierConfig:
     tuned = {"rate_factors": ["0.5", "4"], "tune": 3, "kl_at": ["1", "0.5"], "methods": METHODS}
     text = write_rows(output.parent / "text.jsonl", [{"text": "abc"}, {"text": "fed"}])
     rloo = ["batch_size=4", "num=2", "learning_rate=2e-3"]
-    return FrontierConfig(**{**values(place, output), **tuned, "rloo": rloo, "perplexity": [text], **changes})
+    return frontier_config(place, output, **{**tuned, "rloo": rloo, "perplexity": [text], **changes})
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,9 @@ def sweep(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Fronti
         patch.setenv("PREFOPT_CACHE", str(output.with_name("cache")))
         patch.setattr("prefopt.train.budget.matmul_peak", lambda *_: 1e10)
         patch.setattr(frontier, "train_once", counted)
+        loaded = count_loads(patch)
         found = frontier.run(config(place, output, seeds=2))
+    assert loaded == [REWARD], "one for both sets of prompts: it may be a large model"
     return found, output, trained
 
 

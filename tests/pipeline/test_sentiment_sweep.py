@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.sweeping import values
+from pipeline.sweeping import frontier_config
 from prefopt.config.frontier import FrontierConfig
 from prefopt.core.yaml_file import read_document
 from prefopt.sweeps import frontier
@@ -30,14 +30,14 @@ def test_points_that_were_kept_are_those_of_the_sweep_that_goes_on(
 ) -> None:
     methods = ["dpo:beta=0.1", "ppo-true:kl_target=3", "best-of:n=2"]
     given: dict[str, Any] = {"methods": methods, "rate_factors": ["1", "2"], "tune": 3}
-    first = frontier.run(FrontierConfig(**values(place, tmp_path / "first"), **given))
+    first = frontier.run(frontier_config(place, tmp_path / "first", **given))
     count = script().save(tmp_path / "first", tmp_path / "kept.json")
     assert count == len(first.points) + 5, "two rates of two methods, and the reference on the prompts for that"
     assert (tmp_path / "kept.json").stat().st_size < 30_000 and "token_ids" not in (tmp_path / "kept.json").read_text()
 
     assert script().restore(tmp_path / "kept.json", tmp_path / "second") == count
     monkeypatch.setattr(frontier, "train_once", lambda c, *_: pytest.fail(f"{c.output} is trained again"))
-    config = FrontierConfig(**values(place, tmp_path / "second"), **given)
+    config = frontier_config(place, tmp_path / "second", **given)
     second = frontier.run(config)
     for one, two in zip(first.points, second.points, strict=True):
         assert two.rewards == pytest.approx(one.rewards, abs=1e-6) and two.kls == pytest.approx(one.kls, abs=1e-6)

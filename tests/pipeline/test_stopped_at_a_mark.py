@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.sweeping import values
-from prefopt.config.frontier import FrontierConfig
+from pipeline.sweeping import frontier_config
 from prefopt.errors import Interrupted
 from prefopt.sweeps import frontier
 from prefopt.train.trainer import Trainer
@@ -18,7 +17,7 @@ from prefopt.train.trainer import Trainer
 @pytest.mark.slow
 def test_the_policy_of_the_mark_is_measured(place: Path, tmp_path: Path) -> None:
     def run(name: str) -> Path:
-        given = FrontierConfig(**{**values(place, tmp_path / name), "methods": ["ppo-true:beta=0.1"]})
+        given = frontier_config(place, tmp_path / name, methods=["ppo-true:beta=0.1"])
         return tmp_path / name / frontier.run(given).points[1].folder
 
     def stopping(self: Trainer, *arguments: Any) -> Any:

@@ -18,7 +18,7 @@ from prefopt.config.dpo import DpoConfig
 from prefopt.config.methods import MethodConfig, stage_options
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.sweeps import DECIDED, GIVEN, OF_PPO, SweepOptions, at_rate, evenly, factors_of
-from prefopt.core.options import nearest, option, parse_value
+from prefopt.core.options import flag, nearest, option, parse_value
 from prefopt.errors import ConfigError
 
 # Sweeps of the DPO paper (Rafailov et al. 2023, section 6.1) for DPO, PPO and unlikelihood. Of fine-tuning it varied
@@ -34,8 +34,17 @@ DEFAULT_SWEEPS = (
 TRAINED_BY = {"dpo": "dpo", "ppo-true": "ppo", "ppo-learned": "ppo", "rloo-true": "rloo", "rloo-learned": "rloo"}
 TRAINED_BY |= {"sft": "sft", "unlikelihood": "dpo"}
 """A method of the sweep, and what trains it: a command, or the algorithm RLOO of ``prefopt ppo``."""
+LEARNED = "-learned"
+"""Ends the names of methods that maximise a reward model."""
 ONLINE = ("ppo", "rloo")
 """What draws its own responses."""
+READ_BY = {GIVEN[kind]: tuple(m for m, by in TRAINED_BY.items() if by == kind) for kind in TRAINED_BY.values()}
+READ_BY |= {
+    "reward_model": tuple(m for m in TRAINED_BY if m.endswith(LEARNED)),
+    "plateau_share": tuple(m for m, by in TRAINED_BY.items() if by in ONLINE),
+    "checkpoints": tuple(m for m, by in TRAINED_BY.items() if by not in ONLINE),
+}
+"""An option that only some methods read, and these."""
 KL_AT = ("1", "2", "4", "8")
 FEWEST_STEPS = 3
 """Fewest steps of PPO with one at two thirds of the way."""
@@ -70,7 +79,7 @@ class Training:
     @property
     def learned(self) -> bool:
         """Whether it maximises a reward model of the sweep's preferences."""
-        return self.method.endswith("-learned")
+        return self.method.endswith(LEARNED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +132,18 @@ class FrontierConfig(SweepOptions):
                 self.config_of(one, data=["data"], prompts="prompts", each=2.0)
         if any(t.learned for t in trainings):
             self.reward_config(0, data=["data"], each=2.0)
+        if ignored := [name for name in READ_BY if name in self.unread and self.is_given(name)]:
+            readers = " or ".join(READ_BY[ignored[0]])
+            raise ConfigError(
+                f"{flag(ignored[0])} is read by {readers}, and --methods has none of them: add one, or leave"
+                f" {flag(ignored[0])} out"
+            )
+
+    @property
+    def unread(self) -> set[str]:
+        """Options that none of these methods reads."""
+        methods = {one.method for one in self.trainings()}
+        return {name for name, readers in READ_BY.items() if methods.isdisjoint(readers)}
 
     @property
     def factors(self) -> list[float]:

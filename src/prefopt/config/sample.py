@@ -11,6 +11,7 @@ from typing import Literal
 
 from prefopt.config.data import PromptOptions, RowOptions, SamplingOptions, TemplateOptions
 from prefopt.config.training import MachineOptions, ProgressOptions, Quantise, quantise_option
+from prefopt.core.model_folder import NOT_QUANTISED
 from prefopt.core.options import flag, option
 from prefopt.errors import ConfigError
 
@@ -65,7 +66,7 @@ class SampleConfig(MachineOptions, ProgressOptions, TemplateOptions, SamplingOpt
             raise ConfigError("--temperature 0 draws the same sample again and again: leave --best-of out")
         if self.temperature == 0 and self.num > 1:
             raise ConfigError(f"--temperature 0 draws the same sample {self.num} times: leave --num out")
-        if self.engine == "vllm" and self.quantise is not None:
+        if self.engine == "vllm" and self.quantise not in (None, NOT_QUANTISED):
             raise ConfigError("--quantise does nothing with --engine vllm, which loads by itself: leave it out")
         if self.engine == "vllm" and self.batch_size is not None:
             raise ConfigError("--batch-size does nothing with --engine vllm, which makes its own batches: leave it out")

@@ -103,6 +103,11 @@ class SweepOptions(MachineOptions, ProgressOptions, PromptOptions):
             if self.data is not None and self.is_given(name):
                 raise ConfigError(f"{flag(name)} is about generated data, and --data gives some: leave it out")
 
+    @property
+    def unread(self) -> set[str]:
+        """Options that this sweep does not read, as it is; where it grows it may."""
+        return set()
+
     def training(self, kind: str, output: Path, given: Mapping[str, object], *, each: float, seed: int) -> MethodConfig:
         """The config of one training of ``kind`` (a name in :data:`GIVEN`) that learns from ``responses`` responses.
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from prefopt.config.data import ReadOptions, RenderOptions, RowOptions
 from prefopt.config.training import MachineOptions, Quantise, quantise_option
-from prefopt.core.files import expanded
+from prefopt.core.files import SHIPPED, expanded
 from prefopt.core.model_folder import is_adapter
 from prefopt.core.options import Config, flag, option
 from prefopt.errors import ConfigError
@@ -132,7 +132,10 @@ class ScoreConfig(MachineOptions, RenderOptions, ReadOptions):
 
 
 def is_model_reward(name: str) -> bool:
-    """Whether a reward is named like a model: ``owner/name``, a path, or an existing folder."""
+    """Whether a reward is named like a model: ``owner/name``, a path, an existing folder, or ``prefopt:FOLDER``, which
+    ships with prefopt."""
+    if name.startswith(SHIPPED):
+        return True
     return name not in RULES and ":" not in name and ("/" in name or expanded(name).is_dir())
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from prefopt.config.compare import CompareConfig, is_file
 from prefopt.core.cache_folder import file_hashes
-from prefopt.core.files import OVERWRITE, output_errors, refuse_existing, replace_file
+from prefopt.core.files import OVERWRITE, expanded, output_errors, refuse_existing, replace_file
 from prefopt.core.statistics import MIN_PROMPTS, Interval, p_text
 from prefopt.data.files.sources import find_sources
 from prefopt.errors import ConfigError, DataError, RunError
@@ -314,7 +314,8 @@ def _repeats(v: PairResult, models: Mapping[str, SampleStats]) -> Iterator[Findi
 def _run_of(name: str) -> History | None:
     """The run whose output folder a model is."""
     try:
-        return read_history(name) if (Path(name) / "run.json").is_file() else None
+        folder = expanded(name)
+        return read_history(folder) if (folder / "run.json").is_file() else None
     except RunError:
         return None
 

@@ -22,6 +22,7 @@ from prefopt.config.compare import CompareConfig, is_file
 from prefopt.config.data import READING
 from prefopt.config.sample import SampleConfig
 from prefopt.core.cache_folder import SAMPLES, acquired, cache_errors, file_hashes, samples_folder, space_lock, used
+from prefopt.core.files import expanded
 from prefopt.core.model_folder import base_of, is_adapter
 from prefopt.core.statistics import Interval, mean_interval
 from prefopt.core.terminal import Reporter
@@ -128,7 +129,7 @@ def sampling_model(path: Path, config: CompareConfig) -> SampledModel | None:
         options = record["options"]
         name, adapter, quantise = options["model"], options.get("adapter"), options.get("quantise")
         folders = [name, *([adapter] if adapter else []), *([base_of(name)] if is_adapter(name) else [])]
-        if not all(Path(folder).is_dir() for folder in folders):
+        if not all(expanded(folder).is_dir() for folder in folders):
             return None
         model = SampledModel(
             name, adapter=adapter, quantise=quantise, device=config.device, dtype=scoring_dtype(config.dtype)

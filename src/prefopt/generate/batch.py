@@ -108,11 +108,12 @@ class _Rows:
         return _Rows(**host, key_R=self.key_R[at], step_R=self.step_R[at])
 
     def replace(self, index: np.ndarray, other: _Rows) -> None:
-        """Put ``other`` rows in the place of these."""
+        """Put ``other`` rows in the place of these: all, or where the device's memory runs out none that counts as
+        living."""
         at = torch.from_numpy(index).to(self.key_R.device)
+        self.key_R[at], self.step_R[at] = other.key_R, other.step_R
         for name in _HOST:
             getattr(self, name)[index] = getattr(other, name)
-        self.key_R[at], self.step_R[at] = other.key_R, other.step_R
 
 
 class SampleBatch:
@@ -219,7 +220,16 @@ class SampleBatch:
         jobs = self.queue.take(len(free), size)
         if not jobs:
             return hidden
+        try:
+            return self._start_in(free, jobs, hidden)
+        except BaseException:  # such as no memory: the caller starts another batch with what is in the queue
+            self.queue.give_back(jobs)
+            raise
+
+    def _start_in(self, free: np.ndarray, jobs: Sequence[Job], hidden: torch.Tensor) -> torch.Tensor:
+        """Start ``jobs`` in ``free`` rows; ``hidden`` with theirs. They are among the rows only once nothing fails."""
         assert isinstance(self.decoder, SlotDecoder)
+        size = len(self.rows.living)
         # Rows stand in the order in which they began, so that short sequences attend apart from long ones.
         order = np.argsort(~self.rows.living, kind="stable")
         self.rows = self.rows.select(order)
@@ -230,9 +240,10 @@ class SampleBatch:
         free = np.arange(size - len(free), size)[: ends[-1]]
         taken = [part.tolist() for part in np.split(free, ends[:-1])]
         fresh = self.decoder.join([self._prompts[job.prompt] for job in jobs], taken)
-        self.rows.replace(free, self._new_rows(jobs))
         owner = torch.repeat_interleave(torch.tensor([job.count for job in jobs])).to(hidden.device)
-        return hidden.index_copy(0, torch.from_numpy(free).to(hidden.device), fresh[owner])
+        hidden = hidden.index_copy(0, torch.from_numpy(free).to(hidden.device), fresh[owner])
+        self.rows.replace(free, self._new_rows(jobs))
+        return hidden
 
     def _draw(self, hidden: torch.Tensor) -> Choice:
         """The next token of each row."""

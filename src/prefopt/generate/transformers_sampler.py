@@ -84,7 +84,9 @@ class TransformersSampler:
                     jobs, drawn = batch.unfinished()
                     queue.give_back(jobs)
                     report(0, -drawn)
-        return [[sample for sample in many if sample is not None] for many in found]
+        whole = [[sample for sample in many if sample is not None] for many in found]
+        assert all(len(many) == num for many in whole), "a sample was lost"
+        return whole
 
     def stream(
         self, prompt: Ids, params: SamplingParams, *, stream: int = 0, sample: int = 0

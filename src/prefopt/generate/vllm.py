@@ -129,7 +129,7 @@ class VllmSampler:
 def _max_lora_rank(adapter: str) -> int:
     """The least ``max_lora_rank`` that admits an adapter: vLLM refuses one above its default of 16."""
     config = read_adapter(adapter)
-    rank = max(config.get("r", 8), *(config.get("rank_pattern") or {}).values())
+    rank = max([config.get("r", 8), *(config.get("rank_pattern") or {}).values()])
     return next((n for n in LORA_RANKS if n >= rank), rank)
 
 

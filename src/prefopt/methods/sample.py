@@ -105,6 +105,11 @@ class _SampleRun:
         model: SampledModel,
         rows: Iterable[Mapping[str, object]] | None,
     ) -> None:
+        if config.engine == "vllm" and model.quantise is not None:
+            raise ConfigError(
+                "--engine vllm loads the base as it is, and this adapter was trained on one in"
+                f" {model.quantise}: add --quantise none, or leave --engine out"
+            )
         self.config, self.reporter, self.stop, self.file, self.model = config, reporter, stop, file, model
         self.rows: list[Row] = []
         self.samples = self.tokens = self.ended = self.empty = 0

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 import prefopt
-from prefopt.core.files import output_errors
+from prefopt.core.files import expanded, output_errors
 from prefopt.core.hub import cached
 from prefopt.core.model_folder import ADAPTER_CONFIG, read_object
 from prefopt.core.terminal import visible
@@ -107,7 +107,7 @@ def _on_hub(name: str) -> bool:
 
 def card_of(model: str) -> dict[str, Any]:
     """The front matter of a model's card, in its folder or in the cache of the Hub; empty where there is none."""
-    path = cached(model, "README.md") if _on_hub(model) else Path(model) / "README.md"
+    path = cached(model, "README.md") if _on_hub(model) else expanded(model) / "README.md"
     return read_card(path)[0] if path is not None else {}
 
 

@@ -26,7 +26,7 @@ from prefopt.data.validate import Problem, refuse
 from prefopt.errors import DataError, RunError
 from prefopt.evaluate import score
 from prefopt.evaluate.samples import log_ratios, of_prompts, perplexity
-from prefopt.evaluate.score import load_row_scorer
+from prefopt.evaluate.score import RowScorer, load_row_scorer
 from prefopt.generate.model_io import SampledModel, read_prompt_set, renderer_for
 from prefopt.methods import sample
 from prefopt.model.precision import scoring_dtype
@@ -95,16 +95,26 @@ def prepare_data(config: SweepOptions, reference: SampledModel, reporter: Report
     return SweepData(*files, preferences, each, made, folder / "tune.jsonl" if tuned else None)
 
 
+def true_reward(config: SweepOptions) -> RowScorer:
+    """The scorer of ``--reward``. A reward model is loaded here: a sweep has one for all that it measures. Raises
+    :class:`prefopt.errors.ConfigError` for an unknown reward."""
+    return load_row_scorer(_scoring(config, Path(config.output), Path(config.output)))
+
+
 class Measure:
-    """Draws samples of a policy for some prompts, always with the same seed, and scores them. ``text``: data to measure
-    its perplexity on, too."""
+    """Draws samples of a policy for some prompts, always with the same seed, and scores them by ``reward``
+    (:func:`true_reward`). ``text``: data to measure its perplexity on, too."""
 
     def __init__(
-        self, config: SweepOptions, prompts: Path, reference: SampledModel, text: Sequence[str] | None = None
+        self,
+        config: SweepOptions,
+        prompts: Path,
+        reference: SampledModel,
+        reward: RowScorer,
+        text: Sequence[str] | None = None,
     ) -> None:
-        """Raises :class:`prefopt.errors.ConfigError` for an unknown reward."""
         self._config, self._prompts, self._reference, self._text = config, prompts, reference, text
-        self._scores = load_row_scorer(_scoring(config, prompts, prompts))
+        self._scores = reward
 
     def __call__(
         self,
@@ -132,7 +142,7 @@ class Measure:
                 best_of=best_of,
                 reward=None if best_of is None else config.reward,
                 progress="none",
-                **_machine(config),
+                **_comparing(config),
             ),
             model=model,
             tokenizer=tokenizer,
@@ -148,8 +158,14 @@ class Measure:
         length = float(np.mean([n for many in lengths for n in many]))
         found = Measurement(reward.mean, (reward.low, reward.high), None, None, length, tuple(rewards))
         if best_of is None:
-            machine: dict[str, Any] = {"device": config.device, "dtype": scoring_dtype(config.dtype)}
-            policy = SampledModel(name, adapter=adapter, **machine, given=model, tokenizer=tokenizer)
+            policy = SampledModel(
+                name,
+                adapter=adapter,
+                device=config.device,
+                dtype=scoring_dtype(config.dtype),
+                given=model,
+                tokenizer=tokenizer,
+            )
             kls = of_prompts(rows, log_ratios(rows, self._reference, policy))
             error = float(kls.std(ddof=1) / len(kls) ** 0.5)
             found = replace(found, kl=float(kls.mean()), kl_se=error, kls=tuple(kls.tolist()))
@@ -253,8 +269,14 @@ def _machine(config: SweepOptions) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("dtype", "device", "threads")}
 
 
+def _comparing(config: SweepOptions) -> dict[str, Any]:
+    """Policies are measured in one precision, and by one true reward, whether they come from a folder or from a step of
+    a training."""
+    return _machine(config) | {"dtype": scoring_dtype(config.dtype)}
+
+
 def _scoring(config: SweepOptions, file: Path, output: Path) -> ScoreConfig:
-    machine = _machine(config) if is_model_reward(config.reward) else {}
+    machine = _comparing(config) if is_model_reward(config.reward) else {}
     return ScoreConfig(files=[str(file)], reward=config.reward, output=str(output), **machine)
 
 

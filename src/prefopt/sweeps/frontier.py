@@ -30,7 +30,7 @@ from prefopt.model.load import local_folder
 from prefopt.model.precision import scoring_dtype
 from prefopt.runs.callbacks import Callback, Metrics, RunInfo
 from prefopt.runs.history import RECORD, History, read_history, read_record
-from prefopt.sweeps.data import Measure, Measurement, prepare_data
+from prefopt.sweeps.data import Measure, Measurement, prepare_data, true_reward
 from prefopt.sweeps.fixed_kl import area_under
 from prefopt.sweeps.points import Frontier, Point, Trial, plateau
 from prefopt.sweeps.train import model_of, take_folder, train_once
@@ -77,7 +77,8 @@ class _FrontierSweep:
         take_folder(config, MAY_GROW)
         self.reference = SampledModel(config.model, device=config.device, dtype=scoring_dtype(config.dtype))
         self.data = prepare_data(config, self.reference, self.reporter, tune=config.tune or 0)
-        self.measure = Measure(config, self.data.held_out, self.reference, config.perplexity)
+        self.reward = true_reward(config)
+        self.measure = Measure(config, self.data.held_out, self.reference, self.reward, config.perplexity)
         self._once(self.folder / "reference", self._start)
         self.tuning = self._choose()
         rates = {trial.method: trial.factor for trial in self.tuning if trial.chosen}
@@ -100,7 +101,7 @@ class _FrontierSweep:
         if not trials:
             return []
         assert self.data.tune is not None
-        measure = Measure(config, self.data.tune, self.reference)
+        measure = Measure(config, self.data.tune, self.reference, self.reward)
         start = self._tuned("reference", lambda file: measure(config.model, file), Point("reference", "", 0, 0))
         points = []
         for n, one in enumerate(trials, 1):

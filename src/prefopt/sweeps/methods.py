@@ -21,7 +21,7 @@ from prefopt.methods.rlhf import started_again, status_of
 from prefopt.model.costs import combine_costs
 from prefopt.model.precision import scoring_dtype
 from prefopt.runs.history import read_record
-from prefopt.sweeps.data import Measure, prepare_data
+from prefopt.sweeps.data import Measure, prepare_data, true_reward
 from prefopt.sweeps.points import parse_result
 from prefopt.sweeps.train import model_of, take_folder, train_alone, train_once
 
@@ -119,6 +119,7 @@ class _MethodsSweep:
         take_folder(config, MAY_GROW)
         reference = SampledModel(config.model, device=config.device, dtype=scoring_dtype(config.dtype))
         self.data = prepare_data(config, reference, self.reporter)
+        self.reward = true_reward(config)
         self.starts.append(self._start("as given", config.model, reference, self.folder / "start"))
         reference.release()
         for seed in range(config.seed, config.seed + config.seeds):
@@ -132,7 +133,7 @@ class _MethodsSweep:
         tuned = str(config.folder("sft", seed))
         reference = SampledModel(tuned, device=config.device, dtype=scoring_dtype(config.dtype))
         self.starts.append(self._start(f"fine-tuned, seed {seed}", tuned, reference, Path(tuned)))
-        measure = Measure(config, self.data.held_out, reference)
+        measure = Measure(config, self.data.held_out, reference, self.reward)
         for method in STAGES:
             for factor in config.factors:
                 file = config.folder(method, seed, factor) / "outcome.json"
@@ -184,7 +185,8 @@ class _MethodsSweep:
         """Measure a model that methods start from, once."""
         file = folder / "start.json"
         if not file.exists():
-            found = Measure(self.config, self.data.held_out, reference)(model, folder / "samples.jsonl")
+            measure = Measure(self.config, self.data.held_out, reference, self.reward)
+            found = measure(model, folder / "samples.jsonl")
             write_json(file, asdict(Start(name, found.reward, self._perplexity(model, None))))
         return read_json(file, lambda found: typed(Start, found), "remove it to measure again")
 

@@ -23,10 +23,11 @@ from prefopt.rewards import load_reward
 
 def take_folder(config: SweepOptions, may_grow: Collection[str]) -> None:
     """Start a sweep in its output folder, or continue one with the same options (apart from ``may_grow``), model and
-    reward. Raises :class:`RunError` for another sweep, or other content."""
+    reward. What no method of it has read so far is not compared, and recorded once one does. Raises :class:`RunError`
+    for another sweep, or other content."""
     folder = Path(config.output)
     file = folder / "sweep.json"
-    options = {name: value for name, value in config.to_dict().items() if name not in may_grow}
+    options = {name: value for name, value in config.to_dict().items() if name not in {*may_grow, *config.unread}}
     made_of = {"model": contents_of_name(config.model), "reward": _reward_of(config.reward)}
     now = {"command": type(config).__name__, "options": options, **made_of}
     if folder.exists() and not folder.is_dir():
@@ -52,6 +53,8 @@ def take_folder(config: SweepOptions, may_grow: Collection[str]) -> None:
         kind = "model in" if is_model_reward(config.reward) else "code of"
         what = f"a sweep with another {kind} --reward {config.reward}"
     else:
+        if options.keys() - old.keys():
+            write_json(file, {**before, "options": {**old, **options}})
         return
     raise RunError(f"--output {folder} holds {what}{'' if changed else ';'} name another folder")
 
