@@ -13,6 +13,7 @@ from prefopt.config.distil import DistilConfig
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.errors import ConfigError, DataError, RunError
+from prefopt.runs.folder import RunFolder
 from prefopt.runs.history import read_history
 from train.small import dpo, pairs, write_model, write_rows
 
@@ -53,6 +54,18 @@ def test_what_is_no_run_or_in_use_is_not_replaced(place: tuple[str, str, Path], 
     with pytest.raises(RunError, match="is not empty and holds no run of prefopt"):
         dpo(model, data, other, overwrite=True)
     assert (other / "cat.jpg").exists()
+
+
+def test_other_runs_below_the_folder_are_not_removed(place: tuple[str, str, Path]) -> None:
+    model, data, out = place
+    below = out / "notes" / "second"
+    folder = RunFolder(out, {}, resume=False, overwrite=True)
+    dpo(model, data, below, max_steps=1)  # begun while the other gets ready
+    with pytest.raises(RunError, match=f"--output {out} holds other runs, such as {below}; name another folder"):
+        folder.take()
+    with pytest.raises(RunError, match=f"holds other runs, such as {below}"):
+        dpo(model, data, out, overwrite=True)
+    assert read_history(out).step == 2 and read_history(below).status == "finished"
 
 
 def test_what_the_run_reads_is_not_removed(place: tuple[str, str, Path], tmp_path: Path) -> None:
