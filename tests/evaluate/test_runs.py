@@ -141,6 +141,10 @@ def test_options_are_listed_where_a_run_sets_them(tmp_path: Path) -> None:
         "c": "-",
         "d": "learning_rate=3e-6",
     }
+    write("e", gradient_checkpointing=True)  # which affects memory and speed
+    checkpointed = read_history(tmp_path / "e")
+    assert set_options(checkpointed)["gradient_checkpointing"] is True
+    assert differing([read_history(tmp_path / "a"), checkpointed]) == ["gradient_checkpointing"]
     one = read_history(tmp_path / "b")
     assert {"lora", "data"} <= set(set_options(one)) and "lora_rank" not in set_options(one)
 

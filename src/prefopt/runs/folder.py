@@ -18,11 +18,10 @@ from prefopt.data.table import GroupTable
 from prefopt.errors import RunError
 from prefopt.runs.history import RECORD, in_use, read_metrics, read_record
 
-# Options that may change at a resume: they never affect the weights.
-FREE = frozenset(
-    "resume overwrite shard progress save_every keep_last output dry_run track track_project"
-    " gradient_checkpointing".split()
-)
+FREE = frozenset("resume overwrite shard progress save_every keep_last output dry_run track track_project".split())
+"""Options that say nothing of the training: they are not listed as set, nor compared between runs."""
+FREE_AT_RESUME = FREE | {"gradient_checkpointing"}
+"""Options that may change at a resume: they never affect the weights."""
 
 _LOCK, CHECKPOINTS, LAST_GOOD = ".lock", "checkpoints", "last-good"
 
@@ -49,7 +48,7 @@ class RunFolder:
         if before is not None:
             read_metrics(path)  # a damaged file is reported before anything slow
             old = before.get("options", {})
-            if changed := [n for n in options if n not in FREE and n in old and old[n] != options[n]]:
+            if changed := [n for n in options if n not in FREE_AT_RESUME and n in old and old[n] != options[n]]:
                 listed = ", ".join(f"{flag(n)} was {old[n]!r} and is {options[n]!r}" for n in changed)
                 raise RunError(f"--resume continues the same run, but {listed}; restore it, or start a new run")
             self.record = {**before, "status": "resumed"}
