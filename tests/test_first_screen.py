@@ -16,6 +16,7 @@ from prefopt.cli.screen import help_of
 from prefopt.cli.verbs import VERBS, options_of
 from prefopt.core.other_names import OTHER_NAMES
 from prefopt.core.plugins import extras, how_to_install
+from prefopt.errors import ConfigError
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> str:
@@ -115,6 +116,10 @@ SPLIT = {"output_train": "t", "output_eval": "e", "fraction": 0.1}
         ("push", "--yes runs/dpo --repo me/m", {"folder": "runs/dpo", "yes": True, "repo": "me/m"}),
         ("push", "--repo me/m runs/dpo", {"folder": "runs/dpo", "repo": "me/m"}),
         ("push", "--yes false runs/dpo", {"folder": "runs/dpo", "yes": False}),
+        ("push", "--yes -- -dpo", {"folder": "-dpo", "yes": True}),
+        ("runs", "a -- -b c", {"folder": ["a", "-b", "c"]}),
+        ("runs", "--folder a -- b", {"folder": ["a", "b"]}),
+        ("collect invite", "anna -- s.db", {"study": "s.db", "name": "anna"}),
     ],
 )
 def test_arguments_stand_where_people_put_them(name: str, words: str, expected: dict[str, object]) -> None:
@@ -122,7 +127,23 @@ def test_arguments_stand_where_people_put_them(name: str, words: str, expected: 
 
 
 @pytest.mark.parametrize(
-    ("words", "word"), [("collect stats s.db more", "more"), ("collect invite s.db --name anna bea", "bea")]
+    ("name", "words", "flag"),
+    [
+        ("push", "--folder a b", "--folder"),
+        ("losses", "--name kto dpo", "--name"),
+        ("losses", "kto -- dpo", "--name"),
+        ("collect serve", "--study a b", "--study"),
+        ("collect serve", "b --study a", "--study"),
+    ],
+)
+def test_a_second_value_is_not_dropped(name: str, words: str, flag: str) -> None:
+    with pytest.raises(ConfigError, match=f"{flag} is given twice; leave one out"):
+        cli.parse(name, words.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "word"),
+    [("losses -- kto dpo", "dpo"), ("collect stats s.db more", "more"), ("collect invite s.db --name anna bea", "bea")],
 )
 def test_a_word_too_many_is_refused(words: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{word!r} belongs to no option" in printed(capsys, *words.split(), status=2)

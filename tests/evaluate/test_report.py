@@ -316,6 +316,16 @@ def test_a_sweep_is_drawn_and_told(tmp_path: Path) -> None:
     assert main(["report", str(folder), "--output", str(target)]) == 2
 
 
+def test_what_differs_between_runs_has_no_column_for_a_sweep(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / str(rate), options={"learning_rate": rate}) for rate in (1e-6, 5e-6)]
+    target = prefopt.report([*runs, sweep(tmp_path / "beside")], output=tmp_path / "r.html")
+    differences = re.search(r'id="differences".*?</table>', target.read_text("utf-8"), re.S)
+    assert differences is not None
+    heads = re.findall(r"<th scope[^>]*>([^<]*)", differences[0])
+    assert heads == ["option", *labels([read_history(run) for run in runs]), "learning-rate"]
+    assert "beside" in target.read_text("utf-8") and "beside" not in differences[0]
+
+
 def test_a_run_of_ppo_has_a_page_of_its_own_curves(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "ppo", options={"prompts": ["p"]}, record={"method": "ppo"})
     lines = [

@@ -19,6 +19,7 @@ from prefopt.errors import RunError
 from prefopt.runs.diagnose import diagnose
 from prefopt.runs.history import read_history
 from prefopt.runs.listing import show_runs
+from prefopt.runs.plot import figure_of
 from prefopt.runs.settings import differing, set_options, shown
 from prefopt.runs.table import caveats, labels, reached, what_differs
 from train.small import dpo, evaluations, pairs, steps
@@ -103,6 +104,23 @@ def test_losses_of_different_kinds_share_no_column(tmp_path: Path) -> None:
     assert [sum(bool(row[name]) for name in of_loss) for row in table] == [1, 1, 1, 1]
 
 
+def test_losses_of_different_divergences_share_no_column(tmp_path: Path) -> None:
+    own = [{"divergence": "forward"}, {"divergence": "reverse"}, {"divergence": "forward", "on_policy": 0.5}]
+    own += [{"divergence": "jsd", "jsd_weight": weight} for weight in (0.5, 0.9)]
+    runs = [write_run(tmp_path / str(n), options=of, record={"method": "distil"}) for n, of in enumerate(own)]
+    kinds = [read_history(run).loss_kind for run in runs]
+    forward = "distil, forward"
+    assert kinds == [forward, "distil, reverse", forward, "distil, jsd 0.5", "distil, jsd 0.9"]
+    table = list(csv.DictReader(show_runs([str(tmp_path)], as_csv=True)))
+    of_loss = [name for name in table[0] if "held_out_loss" in name]
+    assert of_loss == [f"held_out_loss {kind}" for kind in dict.fromkeys(kinds)]
+    panels = [
+        axes for axes in figure_of([read_history(run) for run in runs], metrics=["loss"]).axes if axes.get_visible()
+    ]
+    assert [axes.get_title(loc="left") for axes in panels] == [f"Loss ({kind})" for kind in dict.fromkeys(kinds)]
+    assert {read_history(run).label for run in runs} == {"distil"}
+
+
 def test_options_are_listed_where_a_run_sets_them(tmp_path: Path) -> None:
     def write(name: str, **values: Any) -> None:
         config = DpoConfig(model="m", data=["d"], output=name, **values)
@@ -123,6 +141,10 @@ def test_options_are_listed_where_a_run_sets_them(tmp_path: Path) -> None:
         "c": "-",
         "d": "learning_rate=3e-6",
     }
+    write("e", gradient_checkpointing=True)  # which affects memory and speed
+    checkpointed = read_history(tmp_path / "e")
+    assert set_options(checkpointed)["gradient_checkpointing"] is True
+    assert differing([read_history(tmp_path / "a"), checkpointed]) == ["gradient_checkpointing"]
     one = read_history(tmp_path / "b")
     assert {"lora", "data"} <= set(set_options(one)) and "lora_rank" not in set_options(one)
 

@@ -39,7 +39,9 @@ def test_a_card_says_what_a_reader_needs(lora: bool, tmp_path: Path, capsys: pyt
     dpo(base, data, tmp_path / "out", lora=lora, eval_fraction=0.25, max_steps=2)
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
     found = front(tmp_path / "out")
-    assert found["base_model"] == "owner/base" and found["base_model_relation"] == ("adapter" if lora else "finetune")
+    # An adapter fits the local model alone, not the one of the Hub that this was made from.
+    relation = (None, None) if lora else ("owner/base", "finetune")
+    assert (found.get("base_model"), found.get("base_model_relation")) == relation
     assert (found["license"], found["language"], found["pipeline_tag"]) == ("apache-2.0", ["en"], "text-generation")
     assert found["library_name"] == ("peft" if lora else "transformers") and "dpo" in found["tags"]
     assert "# base: Direct Preference Optimization" in card
@@ -47,8 +49,8 @@ def test_a_card_says_what_a_reader_needs(lora: bool, tmp_path: Path, capsys: pyt
     held_out = card[card.index("### Held-out rows") : card.index("### Training batches")]
     assert re.search(r"\| held-out accuracy \| \d+% \(95% interval \d+% to \d+%, \d rows?, step \d\) \|", held_out)
     assert "| held-out: rewards/margins | " in held_out and "| held-out loss | " in held_out
-    serve = "vllm serve owner/base --enable-lora --max-lora-rank 16 --lora-modules aligned=" if lora else "vllm serve "
-    assert f"{serve}{REPOSITORY}" in card
+    serve = "vllm serve BASE --enable-lora --max-lora-rank 16 --lora-modules aligned=" if lora else "vllm serve "
+    assert f"{serve}{REPOSITORY}" in card and ("`BASE` is the model" in card) == lora
     assert run_example(tmp_path / "out", capsys).startswith("Once upon a time")
 
 
@@ -93,6 +95,24 @@ def test_data_sets_of_the_hub_are_named(tmp_path: Path, monkeypatch: pytest.Monk
     found = front_matter(tmp_path, model="owner/base", tag="sft", files=names)
     assert (found["base_model"], found["datasets"]) == ("owner/base", ["owner/set"])
     assert yaml.safe_load(yaml.safe_dump(found)) == found
+
+
+def test_an_adapter_on_a_model_of_the_hub_names_it(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"r": 8, "base_model_name_or_path": "owner/base"}')
+    about: dict[str, Any] = {"title": "DPO", "tag": "dpo", "data": "rows", "files": (), "license": "as the base"}
+    write_card(tmp_path, model="owner/base", settings={}, results={"steps": 1}, **about)
+    found = front(tmp_path)
+    assert (found["base_model"], found["base_model_relation"]) == ("owner/base", "adapter")
+    serve = f"vllm serve owner/base --enable-lora --max-lora-rank 8 --lora-modules aligned={REPOSITORY}"
+    assert serve in (tmp_path / "README.md").read_text()
+
+
+def test_the_card_of_the_base_is_found_as_the_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: mit\n---\n")
+    for model, stated in (("~/base", "mit"), ("prefopt:demo/tiny_imdb", "apache-2.0")):
+        assert front_matter(tmp_path, model=model, tag="dpo", files=())["license"] == stated
 
 
 def test_a_base_of_the_hub_is_read_from_its_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

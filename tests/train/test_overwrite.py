@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
 
+from prefopt.config.distil import DistilConfig
 from prefopt.config.dpo import DpoConfig
+from prefopt.config.ppo import PpoConfig
 from prefopt.errors import ConfigError, DataError, RunError
+from prefopt.runs.folder import RunFolder
 from prefopt.runs.history import read_history
 from train.small import dpo, pairs, write_model, write_rows
 
@@ -51,6 +56,18 @@ def test_what_is_no_run_or_in_use_is_not_replaced(place: tuple[str, str, Path], 
     assert (other / "cat.jpg").exists()
 
 
+def test_other_runs_below_the_folder_are_not_removed(place: tuple[str, str, Path]) -> None:
+    model, data, out = place
+    below = out / "notes" / "second"
+    folder = RunFolder(out, {}, resume=False, overwrite=True)
+    dpo(model, data, below, max_steps=1)  # begun while the other gets ready
+    with pytest.raises(RunError, match=f"--output {out} holds other runs, such as {below}; name another folder"):
+        folder.take()
+    with pytest.raises(RunError, match=f"holds other runs, such as {below}"):
+        dpo(model, data, out, overwrite=True)
+    assert read_history(out).step == 2 and read_history(below).status == "finished"
+
+
 def test_what_the_run_reads_is_not_removed(place: tuple[str, str, Path], tmp_path: Path) -> None:
     model, data, out = place
     (tmp_path / "link").symlink_to(out)
@@ -63,5 +80,39 @@ def test_what_the_run_reads_is_not_removed(place: tuple[str, str, Path], tmp_pat
         with pytest.raises(ConfigError, match=r"--overwrite would remove .* which --(model|data|reference) reads"):
             DpoConfig(**options, output=str(out), overwrite=True)  # type: ignore[arg-type]
     DpoConfig(model=model, data=[data], output=str(out), overwrite=True)
+    DpoConfig(model=model, data=[str(tmp_path / "*.jsonl")], output=str(out), overwrite=True)
     with pytest.raises(ConfigError, match="--resume continues the run that --overwrite would replace"):
         DpoConfig(model=model, data=[data], output=str(out), overwrite=True, resume=True)
+
+
+def test_names_are_read_as_their_readers_read_them(
+    place: tuple[str, str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A home folder, a glob, the options of a data set, and an adapter on the model in the folder."""
+    model, data, out = place
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_rows(out / "notes" / "pairs.jsonl", pairs(2))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(out)}))
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    (beside / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "../out"}))
+    there: dict[str, Any] = {"model": model, "data": [data]}
+    for flag, options in (
+        ("model", {"model": "~/out"}),
+        ("data", {"data": ["~/out/notes/pairs.jsonl"]}),
+        ("data", {"data": [str(out / "notes" / "*.jsonl")]}),
+        ("data", {"data": [data, str(tmp_path / "*" / "notes" / "pairs.jsonl")]}),
+        ("eval-data", {"eval_data": ["~/o[tu]*/**/*.jsonl"]}),
+        ("data", {"data": [f"{out / 'notes'},split=train"]}),
+        ("model", {"model": str(adapter)}),
+        ("adapter", {"adapter": "~/beside"}),
+        ("reference-adapter", {"reference": model, "reference_adapter": str(adapter)}),
+    ):
+        with pytest.raises(ConfigError, match=rf"--overwrite would remove .*, which --{flag} reads"):
+            DpoConfig(**there | options, output=str(out), overwrite=True)
+    with pytest.raises(ConfigError, match="which --teacher reads"):
+        DistilConfig(**there, teacher="~/adapter", output=str(out), overwrite=True)
+    with pytest.raises(ConfigError, match="which --reward reads"):
+        PpoConfig(model=model, prompts=[data], reward="~/out", output=str(out), overwrite=True)

@@ -19,6 +19,7 @@ import prefopt
 from prefopt.cli import main
 from prefopt.core.terminal import StopRequest
 from prefopt.errors import Interrupted, RunError
+from prefopt.runs.folder import RunFolder
 from prefopt.runs.metrics import Metrics
 from train.small import doubtful_pairs, dpo, evaluations, pairs, same_bits, steps, words, write_model, write_rows
 
@@ -280,6 +281,13 @@ def test_changed_options_are_refused_by_name(options: dict[str, Any], said: str,
     with pytest.raises(RunError, match=r"unfinished run.*--resume"):
         dpo(model, begun / "data.jsonl", begun / "out", **options)
     assert before == sorted((p, p.stat().st_mtime_ns) for p in begun.rglob("out/**/*"))
+
+
+def test_checkpointed_activations_may_change(begun: Path) -> None:
+    options = json.loads((begun / "out" / "run.json").read_text())["options"]
+    assert options["gradient_checkpointing"] == "auto"
+    folder = RunFolder(begun / "out", {**options, "gradient_checkpointing": True}, resume=True)
+    assert folder.record["status"] == "resumed"
 
 
 def test_options_of_a_run_of_an_earlier_version_are_refused_by_their_new_names(model: str, tmp_path: Path) -> None:

@@ -25,9 +25,10 @@ def parse(name: str, words: list[str]) -> dict[str, Any]:
     known = options_of(name)
     positional = [o for o in known.values() if o.positional]
     found: dict[str, list[str]] = {}
+    behind: list[str] = []
     if "--" in words and positional:
         cut = words.index("--")
-        words, found[positional[0].flag] = words[:cut], words[cut + 1 :]
+        words, behind = words[:cut], words[cut + 1 :]
     unknown: list[str] = []
     loose: list[str] = []
     taker: Option | None = None  # the option that takes the next word
@@ -53,8 +54,13 @@ def parse(name: str, words: list[str]) -> dict[str, Any]:
             loose.append(word)
     if unknown:
         raise unknown_options(list(dict.fromkeys(unknown)), list(known), f"see prefopt {name} --help")
-    for flag, values in _placed(loose, [o for o in positional if o.flag not in found] or positional[:1]).items():
-        found[flag] = [*found.get(flag, []), *values]
+    given = {*found, positional[0].flag} if behind else {*found}
+    places = [o for o in positional if o.flag not in given] or positional[:1]
+    for placed in (_placed(loose, places), _placed(behind, positional[:1])):
+        for flag, values in placed.items():
+            if flag in found and list[str] not in known[flag].kinds:
+                raise ConfigError(f"{flag} is given twice; leave one out")
+            found.setdefault(flag, []).extend(values)
     return {known[flag].name: _converted(known[flag], values) for flag, values in found.items()}
 
 

@@ -6,16 +6,20 @@ what the run does.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from prefopt.config.data import DataOptions
-from prefopt.core.model_folder import QUANTISED, is_adapter
+from prefopt.core.files import expanded
+from prefopt.core.model_folder import QUANTISED, base_of, is_adapter
 from prefopt.core.options import Config, flag, nearest, option, options
-from prefopt.errors import ConfigError
+from prefopt.errors import ConfigError, ModelError
 
 LORA_RANK, LORA_ALPHA_PER_RANK, LORA_DROPOUT = 16, 2, 0.0
 FILLED = {"lora_rank": LORA_RANK, "lora_alpha": LORA_ALPHA_PER_RANK * LORA_RANK, "lora_dropout": LORA_DROPOUT}
@@ -308,9 +312,27 @@ class RunOptions(MachineOptions, ProgressOptions):
             value = getattr(self, o.name)
             names = [] if o.name == "output" else value if isinstance(value, list) else [value]
             for name in (n for n in names if isinstance(n, str)):
-                found = Path(os.path.realpath(name))
-                if folder in (found, *found.parents) and os.access(found, os.F_OK):
-                    raise ConfigError(f"--overwrite would remove {name}, which {o.flag} reads: name another --output")
+                for found in map(Path, map(os.path.realpath, _read_by(name))):
+                    if folder in (found, *found.parents) and os.access(found, os.F_OK):
+                        what = name if found == Path(os.path.realpath(expanded(name))) else f"{found} ({name})"
+                        raise ConfigError(
+                            f"--overwrite would remove {what}, which {o.flag} reads: name another --output"
+                        )
+
+
+def _read_by(name: str) -> Iterator[Path]:
+    """The paths that a model or data of this name is read from, found as its readers find them: the path itself, that
+    before the options of a data set, the matches of a glob, and the base of an adapter. Names of other things lead to
+    paths that do not exist."""
+    base, _, options_of_data = name.partition(",")
+    for one in (name, base.strip()) if "=" in options_of_data else (name,):
+        with suppress(ConfigError):  # too long for a path: it is text
+            yield expanded(one)
+            if glob.has_magic(one):
+                yield from map(Path, glob.iglob(str(expanded(one)), recursive=True))  # noqa: PTH207  (absolute too)
+            if is_adapter(one):
+                with suppress(ModelError):  # damaged, which is said when it is read
+                    yield expanded(base_of(one))
 
 
 @dataclass(frozen=True, kw_only=True)

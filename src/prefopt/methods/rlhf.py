@@ -29,7 +29,7 @@ from prefopt.model.load import base_and_adapter
 from prefopt.model.merge import merge_adapter
 from prefopt.model.precision import resolve_device
 from prefopt.rl.prompts import read_rollout_prompts, too_few
-from prefopt.runs.folder import FREE
+from prefopt.runs.folder import FREE_AT_RESUME
 from prefopt.runs.history import RECORD, read_record
 from prefopt.runs.table import CHAIN
 
@@ -191,7 +191,7 @@ MODELS, DATA, FILES = ("model", "reward", "reference"), ("data", "prompts", "eva
 def _made_from(config: MethodConfig) -> str:
     """A digest of the options of a stage and the contents of what they name. For each source of data: the number of its
     option, the digest of its rows, its file ending, and its entry in a ``dataset_info.json``."""
-    free = {*FREE, "device", "threads"}
+    free = {*FREE_AT_RESUME, "device", "threads"}
     options = {name: value for name, value in config.to_dict().items() if name not in free}
     named = {name: value for name in (*MODELS, *DATA, *FILES) if (value := options.pop(name, None))}
     contents: dict[str, Any] = {}

@@ -52,7 +52,7 @@ def write_card(
     ``model`` is the base: a folder, or its name on the Hub. ``data`` is a sentence, ``files`` are the names of the
     data. ``results`` are measures by name; those of held-out rows and of training batches have tables of their own.
     """
-    base = base_name(model, folder)
+    base = base_name(model, adapter=(folder / ADAPTER_CONFIG).exists())
     named = portable(model)
     front = front_matter(folder, model=model, tag=tag, files=files)
     versions = f"prefopt {prefopt.__version__} (torch {version('torch').split('+')[0]})"
@@ -74,7 +74,7 @@ def write_card(
 def front_matter(folder: Path, *, model: str, tag: str, files: Sequence[str]) -> dict[str, Any]:
     """What the Hub shows and searches by. Licence and languages are those that the card of the base states."""
     adapter = (folder / ADAPTER_CONFIG).exists()
-    base, stated = base_name(model, folder), card_of(model)
+    base, stated = base_name(model, adapter=adapter), card_of(model)
     front: dict[str, Any] = {"library_name": "peft" if adapter else "transformers"}
     front["pipeline_tag"] = "text-classification" if tag == REWARD_TAG else "text-generation"
     if base:
@@ -89,20 +89,20 @@ def front_matter(folder: Path, *, model: str, tag: str, files: Sequence[str]) ->
     return front | {"tags": [tag, "preference-optimization", "prefopt"], "model_name": folder.name}
 
 
-def base_name(model: str, folder: Path | None = None) -> str | None:
-    """The base model's name on the Hub: its own, or the one that its card or the adapter in ``folder`` names."""
+def base_name(model: str, *, adapter: bool) -> str | None:
+    """The name on the Hub of the model that was trained: its own, or of a local one that its card names as its base.
+
+    An ``adapter`` fits the very weights it was trained on, so that the base of a local model is none of its own."""
     if _on_hub(model):
         return model
-    stated = card_of(model).get("base_model")
+    stated = None if adapter else card_of(model).get("base_model")
     if isinstance(stated, list):
         stated = stated[0] if stated else None
-    if stated is None and folder is not None:
-        stated = read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     return stated if isinstance(stated, str) and _on_hub(stated) else None
 
 
 def _on_hub(name: str) -> bool:
-    return bool(HUB_NAME.fullmatch(name)) and not Path(name).exists()
+    return bool(HUB_NAME.fullmatch(name)) and not expanded(name).exists()
 
 
 def card_of(model: str) -> dict[str, Any]:
@@ -178,6 +178,8 @@ def how_to_use(folder: Path, base: str | None, *, reward: bool) -> list[str]:
         rank = read_object(folder / ADAPTER_CONFIG).get("r", 16)
         serve = f"vllm serve {base or 'BASE'} --enable-lora --max-lora-rank {rank} --lora-modules aligned={REPOSITORY}"
         say.append("This is a LoRA adapter: transformers needs peft beside it.")
+        if not base:
+            say.append("`BASE` is the model that it was trained on, the whole of it.")
     return [*say, "", *_code("python", text), "", "On a vLLM server:", "", *_code("bash", serve)]
 
 

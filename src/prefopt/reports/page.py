@@ -150,12 +150,10 @@ def page(
     names = labels(runs) if runs else []
     reports = [run_report(run, name) for run, name in zip(runs, names, strict=True)]
     several = len(runs) > 1
-    names += [section.name for section in sections]
-    title = title or ", ".join(names) or " and ".join(dict.fromkeys(m for c in comparisons for m in c["compared"]))
+    told = [*names, *(section.name for section in sections)]
+    title = title or ", ".join(told) or " and ".join(dict.fromkeys(m for c in comparisons for m in c["compared"]))
     figures = curves(runs)
-    return template(
-        "prefopt.reports", "report.html.j2"
-    ).render(
+    return template("prefopt.reports", "report.html.j2").render(
         title=title,
         heading=shortened(title, 70),  # of a browser's tab
         version=prefopt.__version__,
@@ -167,7 +165,7 @@ def page(
         comparisons=[(c, win_rates(c, name=f"rates{n}")) for n, c in enumerate(comparisons)],
         runs=reports,
         figures=figures,
-        overview=cells_of(runs, names[: len(runs)]) if several else [],
+        overview=cells_of(runs, names) if several else [],
         different=_different(runs, names),
         caveats=[
             *(caveats(runs) if several else []),
@@ -191,7 +189,7 @@ def _contents(
     found += [("runs", "Runs")] if len(runs) > 1 else []
     found += [("curves", "Curves")] if figures else []
     found += [("differences", "What differs between the runs")] if differing(runs) else []
-    found += [(f"run-{n}", name) for n, name in enumerate(names[: len(runs)], 1)]
+    found += [(f"run-{n}", name) for n, name in enumerate(names, 1)]
     return [*found, ("caveats", "Caveats")]
 
 

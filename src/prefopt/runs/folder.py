@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,11 +18,10 @@ from prefopt.data.table import GroupTable
 from prefopt.errors import RunError
 from prefopt.runs.history import RECORD, in_use, read_metrics, read_record
 
-# Options that may change at a resume: they never affect the weights.
-FREE = frozenset(
-    "resume overwrite shard progress save_every keep_last output dry_run track track_project"
-    " gradient_checkpointing".split()
-)
+FREE = frozenset("resume overwrite shard progress save_every keep_last output dry_run track track_project".split())
+"""Options that say nothing of the training: they are not listed as set, nor compared between runs."""
+FREE_AT_RESUME = FREE | {"gradient_checkpointing"}
+"""Options that may change at a resume: they never affect the weights."""
 
 _LOCK, CHECKPOINTS, LAST_GOOD = ".lock", "checkpoints", "last-good"
 
@@ -48,7 +48,7 @@ class RunFolder:
         if before is not None:
             read_metrics(path)  # a damaged file is reported before anything slow
             old = before.get("options", {})
-            if changed := [n for n in options if n not in FREE and n in old and old[n] != options[n]]:
+            if changed := [n for n in options if n not in FREE_AT_RESUME and n in old and old[n] != options[n]]:
                 listed = ", ".join(f"{flag(n)} was {old[n]!r} and is {options[n]!r}" for n in changed)
                 raise RunError(f"--resume continues the same run, but {listed}; restore it, or start a new run")
             self.record = {**before, "status": "resumed"}
@@ -62,6 +62,8 @@ class RunFolder:
 
     def take(self) -> None:
         """Create and lock the folder. Raises :class:`RunError` if another process holds it."""
+        if self._overwrite:
+            _refuse_runs_below(self.path)  # again: another may have begun while this one got ready
         with output_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             try:
@@ -124,12 +126,13 @@ class RunFolder:
 def check_output(path: Path, *, resume: bool, overwrite: bool = False) -> dict[str, Any] | None:
     """The ``run.json`` of the unfinished run in ``path`` that ``resume`` continues; None for a new run. Raises
     :class:`RunError` where the folder holds a finished run, an unfinished one without ``resume``, or other files.
-    ``overwrite`` allows a run that no process holds."""
+    ``overwrite`` allows a run that no process holds, without other runs below it."""
     if path.exists() and not path.is_dir():
         raise RunError(f"--output {path} is a file; name a folder")
     if overwrite and (path / RECORD).exists():
         if in_use(path):
             raise RunError(f"--output {path} is in use by another process; wait for it, or name another folder")
+        _refuse_runs_below(path)
         return None
     if (path / RECORD).exists():
         before = read_record(path, "name another --output")
@@ -145,6 +148,14 @@ def check_output(path: Path, *, resume: bool, overwrite: bool = False) -> dict[s
         # (A run killed in its first moment leaves only its lock and its record, half written.)
         raise RunError(f"--output {path} is not empty and holds no run of prefopt; name another folder")
     return None
+
+
+def _refuse_runs_below(path: Path) -> None:
+    """Raises :class:`RunError` where a folder below that of a run, which ``overwrite`` would remove, holds another."""
+    for below, folders, files in os.walk(path):
+        folders.sort()
+        if RECORD in files and Path(below) != path:
+            raise RunError(f"--output {path} holds other runs, such as {below}; name another folder")
 
 
 def _tidy(path: Path, record: Mapping[str, Any]) -> None:

@@ -207,10 +207,14 @@ class History:
 
     @property
     def loss_kind(self) -> str:
-        """What its loss is: dpo, kto, nll, reward, rloo. Losses are comparable only between runs of one kind."""
+        """What its loss is: ``dpo``, ``kto``, ``nll``, ``reward``, ``rloo``, ``distil, forward``, ``distil, jsd 0.5``.
+        Losses are comparable only between runs of one kind."""
         if self.method == "dpo":
             parts = (self.options.get("loss"), self.options.get("weighting"))
             return ", ".join(str(part) for part in parts if part) or "dpo"
+        if self.method == "distil":
+            found = self.options.get("divergence") or "forward"
+            return f"distil, jsd {self.options.get('jsd_weight')}" if found == "jsd" else f"distil, {found}"
         return {"sft": "nll"}.get(self.method, self.algorithm)
 
     @property
