@@ -35,10 +35,18 @@ def ran_away(start: str, output: Path, **options: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["", "lora"])
-def test_a_run_that_ran_away_leaves_a_model_to_go_on_from(lora: bool, start: str, tmp_path: Path) -> None:
-    output, rate = tmp_path / "out", {"learning_rate": 4e-3} if lora else {}
-    said = ran_away(start, output, lora=lora, **rate)
+RATES = {"": 1e-3, "lora": 4e-3, "an adapter as --model": 1.5e-3, "an adapter as --adapter": 1.5e-3}
+
+
+@pytest.mark.parametrize("kind", RATES)
+def test_a_run_that_ran_away_leaves_a_model_to_go_on_from(kind: str, start: str, tmp_path: Path) -> None:
+    output, first, options = tmp_path / "out", start, {"lora": kind == "lora", "learning_rate": RATES[kind]}
+    if "adapter" in kind:
+        ppo(start, tmp_path / "adapter", lora=True, max_steps=1)
+        first, options["lora"] = str(tmp_path / "adapter"), True
+    if "--adapter" in kind:
+        options["adapter"] = first
+    said = ran_away(start if "--adapter" in kind else first, output, **options)
     step = int(re.search(r"after step (\d+), are a model", said)[1])  # type: ignore[index]
     assert 0 < step <= len(metrics(output)) and all(line["objective/kl"] <= MAX_KL for line in metrics(output))
     kept, good = checkpoint.at(output / "checkpoints", step).weights, weights(output / "last-good")
@@ -46,10 +54,10 @@ def test_a_run_that_ran_away_leaves_a_model_to_go_on_from(lora: bool, start: str
     assert all(any(torch.equal(x, kept[name]) for name in kept) for x in good.values())
 
     # The options that are told are a command's, and that run is held by the reference of the first one.
-    options = dict(zip(*[iter(re.search(r"with (--.*) and a lower", said)[1].split())] * 2, strict=True))  # type: ignore[index]
-    named = {name.removeprefix("--"): value for name, value in options.items()}
-    assert named.pop("reference") == start
-    on = {"adapter": named.get("adapter"), "reference": start, "learning_rate": 1e-6, "num": 64}
+    told = dict(zip(*[iter(re.search(r"with (--.*) and a lower", said)[1].split())] * 2, strict=True))  # type: ignore[index]
+    named = {name.removeprefix("--"): value for name, value in told.items()}
+    assert named.pop("reference") == first
+    on = {"adapter": named.get("adapter"), "reference": first, "learning_rate": 1e-6, "num": 64}
     ppo(named["model"], tmp_path / "on", max_steps=1, **on)
     (before,) = metrics(tmp_path / "on")
     assert 0.05 < before["objective/kl"] < 3 * MAX_KL  # on all prompts; by itself it would be measured as 0

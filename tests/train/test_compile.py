@@ -12,10 +12,11 @@ import torch
 from data.small import small_tokenizer
 from model.architectures import build
 from prefopt.config.dpo import DpoConfig
+from prefopt.config.ppo import PpoConfig
 from prefopt.errors import ConfigError
 from prefopt.model.scorer import PackedModel
 from prefopt.train.policy import compiles
-from train.small import dpo, metrics, pairs, write_model, write_rows
+from train.small import dpo, metrics, pairs, write_rows
 
 
 def scorer_on(device: str, kernel: str, name: str = "llama") -> PackedModel:
@@ -53,11 +54,17 @@ def test_auto_is_on_for_cuda_unless_something_speaks_against_it(
     assert compiles(config, scorer_on(*scorer)) == (options.get("compile") == "on")
 
 
+PPO: dict[str, Any] = {"prompts": "p", "reward": "length"}
+
+
 @pytest.mark.parametrize("which", ["aux", "z"])
-def test_routers_are_not_read_inside_of_compiled_layers(which: str, tmp_path: Path) -> None:
-    model, data = write_model(tmp_path / "m"), write_rows(tmp_path / "data.jsonl", pairs(4))
+@pytest.mark.parametrize(("kind", "more"), [(DpoConfig, {"data": ["d"]}), (PpoConfig, PPO)], ids=["dpo", "ppo"])
+def test_routers_are_not_read_inside_of_compiled_layers(kind: Any, more: dict[str, Any], which: str) -> None:
+    """The options alone tell, before anything is read: there is no model."""
+    asked: dict[str, Any] = {"model": "m", "output": "o", **more, f"router_{which}_loss_coef": 0.1}
     with pytest.raises(ConfigError, match=f"--compile on cannot read routers for --router-{which}-loss-coef"):
-        dpo(model=model, data=data, output=tmp_path / "out", compile="on", **{f"router_{which}_loss_coef": 0.1})
+        kind(**asked, compile="on")
+    assert kind(**asked).compile == "auto"
 
 
 def hybrid(folder: Path, name: str) -> str:

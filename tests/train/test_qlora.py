@@ -17,6 +17,7 @@ from data.small import small_tokenizer
 from methods import small_world as world
 from prefopt.cli import main
 from prefopt.config.dpo import DpoConfig
+from prefopt.config.ppo import PpoConfig
 from prefopt.config.sample import ChatConfig, SampleConfig
 from prefopt.core.model_folder import quantisation_on_record, read_adapter
 from prefopt.core.plugins import installed_version
@@ -196,6 +197,13 @@ def test_ppo_with_actor_and_critic_on_quantised_bases(tmp_path: Path, capsys: An
 def test_what_cannot_be_is_one_line(options: dict[str, Any], said: str, model: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=said):
         dpo(model, ROWS, tmp_path / "o", **options)
+
+
+def test_ppo_refuses_weights_that_are_packed_and_cut_by_its_options_alone() -> None:
+    asked: dict[str, Any] = {"model": "m", "prompts": "p", "reward": "length", "output": "o", "lora": True}
+    with pytest.raises(ConfigError, match="--shard full cuts weights into parts, which --quantise nf4 has packed"):
+        PpoConfig(**asked, quantise="nf4", shard="full")
+    assert PpoConfig(**asked, quantise="nf4").quantises and PpoConfig(**asked, shard="full").shard == "full"
 
 
 def test_without_its_library_a_run_is_refused_before_data_are_read(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prefopt.config.data import PromptOptions, RowOptions, TemplateOptions
-from prefopt.config.training import ModelOptions, RouterOptions, RunOptions, rate_option
+from prefopt.config.training import ModelOptions, RouterOptions, RunOptions, TrainingOptions, rate_option
 from prefopt.core.options import Config, beside, flag, option
 from prefopt.errors import ConfigError
 
@@ -106,7 +106,9 @@ class RewardOptions(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PpoConfig(RouterOptions, RunOptions, RewardOptions, TemplateOptions, PromptOptions, RowOptions, ModelOptions):
+class PpoConfig(
+    TrainingOptions, RouterOptions, RunOptions, RewardOptions, TemplateOptions, PromptOptions, RowOptions, ModelOptions
+):
     """One run of PPO or RLOO. Construction raises ``ConfigError``."""
 
     shuffle: bool = option(

@@ -336,7 +336,23 @@ def _read_by(name: str) -> Iterator[Path]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodOptions(RouterOptions, RunOptions, DataOptions, LoraOptions):
+class TrainingOptions(RouterOptions, RunOptions, LoraOptions):
+    """Model, routers, optimiser, output and machine: what every run that trains has, and which of these exclude each
+    other."""
+
+    def check(self) -> None:
+        if self.quantises and self.shard in ("full", "hybrid"):
+            raise ConfigError(
+                f"--shard {self.shard} cuts weights into parts, which --quantise {self.quantise} has packed: leave one"
+                " of them out"
+            )
+        if self.compile == "on" and self.reads_routers:
+            asked = "aux" if self.router_aux_loss_coef is not None else "z"
+            raise ConfigError(f"--compile on cannot read routers for --router-{asked}-loss-coef; leave one of them out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions(TrainingOptions, RouterOptions, RunOptions, DataOptions, LoraOptions):
     """Model, data, optimiser, evaluation, output and machine of a run on fixed data."""
 
     eval_every: int | None = option(
@@ -345,11 +361,6 @@ class MethodOptions(RouterOptions, RunOptions, DataOptions, LoraOptions):
     early_stopping: int | None = option(None, "stop after this many evaluations without a lower loss", at_least=1)
 
     def check(self) -> None:
-        if self.quantises and self.shard in ("full", "hybrid"):
-            raise ConfigError(
-                f"--shard {self.shard} cuts weights into parts, which --quantise {self.quantise} has packed: leave one"
-                " of them out"
-            )
         for name in ("eval_every", "early_stopping"):
             if getattr(self, name) is not None and not self.evaluates:
                 raise ConfigError(

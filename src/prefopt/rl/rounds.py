@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from prefopt.core.files import remove_folder
 from prefopt.core.terminal import Reporter
 from prefopt.data.sampler import BatchSampler
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.errors import Diverged, RunError
+from prefopt.errors import Diverged, ModelError, RunError
 from prefopt.losses.rl import KlController, k1
 from prefopt.model.architectures import causal_model
 from prefopt.model.costs import MEMORY_ERRORS, peak_memory
+from prefopt.model.load import base_and_adapter, local_folder
 from prefopt.model.save import add_end_tokens, repair_generation
 from prefopt.parallel.world import World
 from prefopt.rl.objective import Targets, final_scores, rollout_metrics, targets_of
@@ -229,5 +231,16 @@ def _named(config: PpoConfig, path: Path, *, named: bool) -> str:
     start = f"--model {path}"
     if config.lora and named:
         start = f"--model {config.model} --adapter {path}"
-    reference = config.reference or (config.model if named and config.adapter is None else None)
+    reference = config.reference or (_start(config) if named else None)
     return f"{start} --reference {reference}" if reference else start
+
+
+def _start(config: PpoConfig) -> str | None:
+    """What ``--reference`` calls the model before training; None for an adapter that was put on a model of another name
+    than its own, which no name stands for."""
+    if config.adapter is None:
+        return config.model
+    with suppress(ModelError):  # its own model cannot be found
+        if base_and_adapter(config.adapter)[0] == local_folder(config.model):
+            return config.adapter
+    return None

@@ -109,11 +109,6 @@ class Run:
             if policy.scorer.all_recurrent:
                 kinds = policy.scorer.recurrent[0]
                 raise ConfigError(f"--compile on does nothing here: all layers are recurrent ({kinds}); leave it out")
-            if self.config.reads_routers:
-                asked = "aux" if self.config.router_aux_loss_coef is not None else "z"
-                raise ConfigError(
-                    f"--compile on cannot read routers for --router-{asked}-loss-coef; leave one of them out"
-                )
         return policy
 
     def options(self) -> str:
