@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from prefopt.core.files import expanded
+
 PAGE = Path(__file__).parents[1] / "docs/results.md"
 
 
@@ -86,7 +88,7 @@ def test_every_command_that_runs_a_model_names_its_precision() -> None:
             if verb == "score" and "--reward vader" in words:
                 continue  # a rule runs no model
             if recipe := re.search(r"--config (\S+)", words):
-                words = (PAGE.parents[1] / recipe[1]).read_text("utf-8")
+                words = (PAGE.parents[1] / expanded(recipe[1])).read_text("utf-8")
             assert re.search(r"(--dtype |^dtype: )float32", words, re.M), line
             found.add(verb)
     assert found == {"sft", "reward", "ppo", "sample", "score", "compare", "methods", "frontier"}
