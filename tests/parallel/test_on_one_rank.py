@@ -20,7 +20,7 @@ from parallel.test_runs import MACHINE, OPTIONS, PPO, prepared, same, train, tra
 from prefopt.core.ranks import ranks_in
 from prefopt.rl.rollouts import Collector
 from prefopt.runs.experts import read_experts
-from prefopt.train import batch
+from prefopt.train import batch, held_out
 from prefopt.train.reference import ReferenceRun
 from prefopt.train.step import Differentiator
 from prefopt.train.trainer import Trainer
@@ -255,6 +255,42 @@ def _fails_once(kind: Any, name: str, *arguments: Any) -> int:
     setattr(kind, name, method)
     train(*arguments)
     return len(calls)
+
+
+def _no_room_in_float32(data: str, model: str, output: str, where: str, loss: str) -> str:
+    """A run on which rank 1 has no memory for float32: for copies of weights, or in passes of the first evaluation."""
+    if ranks_in().rank == 1 and where == "copies":
+        held_out.free_memory = lambda device: 1  # type: ignore[assignment]
+    own = Differentiator._scored
+
+    def scored(self: Differentiator, part: Any) -> Any:
+        wide = next(self.scorer.model.parameters()).dtype == torch.float32
+        if ranks_in().rank == 1 and where == "passes" and wide and not self.world.alone:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return own(self, part)
+
+    Differentiator._scored = scored  # type: ignore[method-assign]
+    # At this rate rounding is all that is seen, so that the first evaluation chooses float32.
+    own_options: dict[str, Any] = {"dtype": "bfloat16", "eval_fraction": 0.3, "learning_rate": 1e-6, "lora": True}
+    options = {**MACHINE, **OPTIONS, **own_options, "loss": loss, "max_steps": 2}
+    prefopt.dpo(model=model, output=output, data=[data], **options)
+    record: dict[str, Any] = json.loads((Path(output) / "run.json").read_text())
+    return str(record["eval_dtype"])
+
+
+@pytest.mark.parametrize(
+    ("where", "loss"),
+    [
+        ("copies", "dpo"),
+        ("passes", "dpo"),
+        pytest.param("passes", "kto", marks=pytest.mark.slow),
+        pytest.param("", "dpo", marks=pytest.mark.slow),
+    ],
+)
+def test_where_one_rank_has_no_memory_for_float32_none_evaluates_in_it(where: str, loss: str, tmp_path: Path) -> None:
+    model, data = prepared(tmp_path, "pairs")
+    chosen = on_ranks(2, _no_room_in_float32, data, model, str(tmp_path / "out"), where, loss)
+    assert chosen == ["run" if where else "float32"] * 2
 
 
 def _reference_fails(*arguments: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ import prefopt
 from data.small import small_tokenizer
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.load import load_groups
-from prefopt.errors import ConfigError
-from prefopt.model.precision import MasterWeights, freeze_and_cast, in_float32
+from prefopt.errors import ConfigError, RunError
+from prefopt.model.precision import MasterWeights, bytes_in_float32, freeze_and_cast, in_float32
 from prefopt.runs.callbacks import CallbackFailed
 from prefopt.train import held_out
 from prefopt.train.held_out import Rounding
+from prefopt.train.reference import ReferencePlan
+from prefopt.train.step import Differentiator
 from train.flat import response_logprobs
 from train.small import dpo, evaluations, pairs, tiny_llama, write_rows
 
@@ -181,3 +184,107 @@ def test_rounding_matters_beyond_a_tenth_of_the_spread() -> None:
     truth = rng.normal(0, 1, 200_000)
     turned = np.mean(np.sign(truth) != np.sign(truth + rng.normal(0, held_out.NEGLIGIBLE, len(truth))))
     assert turned == pytest.approx(np.arctan(0.1) / np.pi, abs=0.002)
+
+
+SLOW: dict[str, Any] = {"learning_rate": 1e-6, "dtype": "bfloat16", "eval_fraction": 0.3, "progress": "plain"}
+FALLS_BACK = "held out: evaluated in bfloat16: float32 does not fit into memory"
+
+
+def test_copies_that_do_not_fit_are_never_made(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under an adapter all of the model's weights are copied; there is no room for them before the first step."""
+    options = {**SLOW, **EXTRA["lora"]}
+    dpo(model, pairs(40), tmp_path / "run", **options, eval_dtype="run")
+    monkeypatch.setattr(held_out, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(held_out, "in_float32", lambda *_: pytest.fail("copied"))
+    capsys.readouterr()
+    dpo(model, pairs(40), tmp_path / "auto", **options)
+    assert capsys.readouterr().out.count(FALLS_BACK) == 1 and record(tmp_path / "auto")["eval_dtype"] == "run"
+    one, two = ([line["eval_loss"] for line in evaluations(tmp_path / n)] for n in ("run", "auto"))
+    assert one == two
+    with pytest.raises(ConfigError, match="--eval-dtype float32: held-out losses in float32 do not fit into memory"):
+        dpo(model, pairs(40), tmp_path / "wide", **options, eval_dtype="float32")
+
+
+def test_weights_with_masters_beside_them_need_no_copies() -> None:
+    model = tiny_llama()
+    model.model.embed_tokens.requires_grad_(False)
+    weights = MasterWeights(model, torch.bfloat16)
+    model.register_buffer("scale", torch.ones(2, dtype=torch.bfloat16))
+    masters = {master.data_ptr() for master in weights.masters.values()}
+    before = bytes_in_float32(weights)
+    with in_float32(weights):
+        tensors = {id(t): t for t in (*model.parameters(), model.scale)}.values()
+        assert before == sum(t.nbytes for t in tensors if t.data_ptr() not in masters) > 0
+    trained = sum(master.numel() for master in weights.masters.values())
+    # As if masters were on the host and the model on a GPU.
+    weights.masters = {n: torch.nn.Parameter(m.to("meta")) for n, m in weights.masters.items()}
+    assert bytes_in_float32(weights) == before + 4 * trained
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["raw", "after the smallest batch"])
+def test_a_reference_that_runs_out_of_memory_in_float32_keeps_the_run_alive(
+    told: bool, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cause: list[Exception] = [torch.OutOfMemoryError("out of memory")]
+
+    def fail(*_: Any) -> None:
+        if told:
+            raise RunError("scoring the reference: one group does not fit") from cause[0]
+        raise cause[0]
+
+    monkeypatch.setattr(ReferencePlan, "held_out_values", fail)
+    dpo(model, pairs(40), tmp_path / "out", **SLOW)
+    assert FALLS_BACK in capsys.readouterr().out and record(tmp_path / "out")["eval_dtype"] == "run"
+    with pytest.raises(ConfigError, match="--eval-dtype float32: held-out losses in float32 do not fit into memory"):
+        dpo(model, pairs(40), tmp_path / "wide", **SLOW, eval_dtype="float32")
+    cause[0] = RuntimeError("anything else")
+    with pytest.raises(RunError if told else RuntimeError, match=r"one group|anything"):
+        dpo(model, pairs(40), tmp_path / "other", **SLOW)
+
+
+def fits_in_float32(monkeypatch: pytest.MonkeyPatch, most: Callable[[], int]) -> list[int]:
+    """Evaluations in float32 run out of memory beyond ``most`` tokens at once; the numbers that were tried."""
+    evaluate, tried = Differentiator.evaluate, list[int]()
+
+    def limited(self: Differentiator, batch: Any, tokens: int) -> Any:
+        if next(self.scorer.model.parameters()).dtype == torch.float32:
+            tried.append(tokens)
+            if tokens > most():
+                raise torch.OutOfMemoryError("out of memory")
+        return evaluate(self, batch, tokens)
+
+    monkeypatch.setattr(Differentiator, "evaluate", limited)
+    return tried
+
+
+def test_an_evaluation_in_float32_takes_fewer_tokens_where_memory_is_short(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**SLOW, "token_budget": 1024, "epochs": 2, "eval_dtype": "float32"}
+    dpo(model, pairs(40), tmp_path / "whole", **options)
+    tried = fits_in_float32(monkeypatch, lambda: 200)
+    dpo(model, pairs(40), tmp_path / "out", **options)
+    assert tried == [512, 256, 128, 128], "half the budget of training, then halves, and the second evaluation knows"
+    one, two = ([line["eval_loss"] for line in evaluations(tmp_path / n)] for n in ("whole", "out"))
+    assert one == pytest.approx(two, abs=1e-6) and len(one) == 2
+
+
+def test_a_first_evaluation_without_room_for_float32_is_in_the_dtype_of_the_run(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A later one is refused: its loss would not be comparable with those before."""
+    options = {**SLOW, "epochs": 2}
+    dpo(model, pairs(40), tmp_path / "run", **options, eval_dtype="run")
+    with monkeypatch.context() as patch:
+        tried = fits_in_float32(patch, lambda: 0)
+        dpo(model, pairs(40), tmp_path / "auto", **options)
+    assert len(tried) > 1 and FALLS_BACK in capsys.readouterr().out
+    assert record(tmp_path / "auto")["eval_dtype"] == "run"
+    one, two = ([line["eval_loss"] for line in evaluations(tmp_path / n)] for n in ("run", "auto"))
+    assert one == two and len(one) == 2
+    found = fits_in_float32(monkeypatch, lambda: 0 if len(found) > 1 else 10**9)
+    with pytest.raises(RunError, match="held-out losses in float32 do not fit into memory; give --eval-dtype run"):
+        dpo(model, pairs(40), tmp_path / "later", **options)
+    assert len(evaluations(tmp_path / "later")) == 1

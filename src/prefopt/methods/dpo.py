@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from prefopt.config.dpo import DpoConfig
-from prefopt.errors import ConfigError
+from prefopt.errors import ConfigError, RunError
 from prefopt.model.check import check_scoring
-from prefopt.model.precision import in_float32
+from prefopt.model.costs import MEMORY_ERRORS
 from prefopt.model.quantised import is_quantised
 from prefopt.runs.diagnose import diagnose, in_words
 from prefopt.runs.history import read_history
@@ -19,7 +19,7 @@ from prefopt.runs.metrics import Record
 from prefopt.train.batch import Batch
 from prefopt.train.columns import Values, columns_of
 from prefopt.train.data import DataBatches, load_data
-from prefopt.train.held_out import Choice, HeldOutPrecision
+from prefopt.train.held_out import NO_ROOM, TOO_LARGE, Choice, HeldOutPrecision, no_room, widened
 from prefopt.train.loss_options import Losses, data_kind, describe, losses_of, needs_reference
 from prefopt.train.objective import PreferenceObjective, check_rows, inspect_first
 from prefopt.train.offline import OfflineRun
@@ -120,8 +120,17 @@ def _held_out_precision(
     choice: Choice | None = "float32" if asked == "float32" else run.folder.record.get("eval_dtype")
     if choice == "run":
         return None
-    with in_float32(policy.masters):
-        values = plan.held_out_values()
+    try:
+        with widened(policy.masters, run.world):
+            values = plan.held_out_values()
+    except (*MEMORY_ERRORS, RunError) as error:
+        if not no_room(error):
+            raise
+        if choice is not None:  # asked for, or the losses before the run was stopped are in float32
+            raise ConfigError(f"--eval-dtype {asked}: {TOO_LARGE}") from error
+        run.say(f"held out: evaluated in {name}: {NO_ROOM}")
+        run.folder.remember(eval_dtype="run")
+        return None
     batch = batches(reference=values).held_out
     assert batch is not None
 

@@ -165,6 +165,17 @@ class MasterWeights:
             yield name, master.detach()
 
 
+def bytes_in_float32(weights: MasterWeights) -> int:
+    """Bytes that :func:`in_float32` allocates on the model's device: copies of frozen weights and of buffers, and of
+    masters that are elsewhere."""
+    narrow, found = (torch.bfloat16, torch.float16), 0
+    for name, parameter in weights.model.named_parameters():
+        master = weights.masters.get(name)
+        if parameter.dtype in narrow and (master is None or master.device != parameter.device):
+            found += 4 * parameter.numel()
+    return found + sum(4 * buffer.numel() for buffer in weights.model.buffers() if buffer.dtype in narrow)
+
+
 @contextmanager
 def in_float32(weights: MasterWeights) -> Iterator[None]:
     """In this block the model computes in float32, without gradients: with the masters themselves, and with copies of

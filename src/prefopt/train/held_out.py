@@ -7,15 +7,18 @@ float32, so that an evaluation can be, too; the reference's values of the held-o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 
-from prefopt.errors import ConfigError
-from prefopt.model.costs import out_of_memory
-from prefopt.model.precision import in_float32
+from prefopt.data.table import GroupTable
+from prefopt.errors import RunError
+from prefopt.model.costs import MEMORY_ERRORS, free_memory, halved, out_of_memory
+from prefopt.model.precision import MasterWeights, bytes_in_float32, in_float32
 from prefopt.parallel.world import ALONE, World
 from prefopt.train.batch import Batch, Sums, micro_batches
 from prefopt.train.policy import Trained
@@ -26,6 +29,28 @@ NEGLIGIBLE = 0.1
 """Rounding of a tenth of the spread of log-ratios turns the sign of about 3 % of margins: atan(0.1) / pi."""
 SAMPLE = 64
 """Held-out groups that the rounding is measured on, once in a run."""
+
+
+NO_ROOM = "float32 does not fit into memory"
+TOO_LARGE = "held-out losses in float32 do not fit into memory; give --eval-dtype run, or shorter rows (--max-length)"
+
+
+def no_room(error: BaseException) -> bool:
+    """Whether memory ran out, also where that is told as an error of the run after the last smaller batch."""
+    cause = error.__cause__ if isinstance(error, RunError) else error
+    return cause is not None and out_of_memory(cause)
+
+
+@contextmanager
+def widened(weights: MasterWeights, world: World = ALONE) -> Iterator[None]:
+    """:func:`in_float32` on every rank of ``world``. Raises :class:`torch.OutOfMemoryError` on all of them, before
+    anything is allocated, where the copies do not fit on one."""
+    device = next(weights.model.parameters()).device
+    if world.largest(bytes_in_float32(weights) - free_memory(device)) > 0:
+        raise torch.OutOfMemoryError("float32 copies of the weights: out of memory")
+    with ExitStack() as block:
+        world.together(lambda: block.enter_context(in_float32(weights)))
+        yield
 
 
 class Rounding(NamedTuple):
@@ -52,37 +77,58 @@ class HeldOutPrecision:
     choice: Choice | None
     decided: Callable[[Choice, str], None]
     world: World = field(default=ALONE)
+    _most_tokens: int | None = field(default=None, init=False)
+    """At once in float32, after a larger number did not fit."""
 
     def sums(self, differentiator: Differentiator, narrow: Batch, token_budget: int) -> Sums:
-        """The sums of an evaluation; ``narrow`` is the batch with the reference's values in the run's dtype. Raises
-        :class:`ConfigError` where float32 was asked for and there is no memory for it."""
+        """The sums of an evaluation; ``narrow`` is the batch with the reference's values in the run's dtype.
+
+        Where the first evaluation was to decide and finds no memory for float32, this and all later ones are in the
+        run's dtype; elsewhere that is a :class:`RunError`, since losses in two dtypes are not comparable.
+        """
+        decides = self.choice is None
         if self.choice is None:
             self._decide(differentiator, narrow, token_budget)
-        if self.choice == "run":
-            return differentiator.evaluate(narrow, token_budget)
-        try:
-            with in_float32(self.policy.masters):
-                return differentiator.evaluate(self.batch, token_budget)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            remedy = "give --eval-dtype run, or a lower --token-budget"
-            raise ConfigError(f"held-out losses in float32 do not fit into memory: {remedy}") from error
+        if self.choice == "float32":
+            try:
+                return self._in_float32(differentiator, token_budget)
+            except RunError as error:
+                if not (decides and no_room(error)):
+                    raise
+            self._choose("run", NO_ROOM)
+        return differentiator.evaluate(narrow, token_budget)
+
+    def _in_float32(self, differentiator: Differentiator, token_budget: int) -> Sums:
+        """The sums in float32: numbers of twice the size, so of half as many tokens at once, and fewer where those do
+        not fit."""
+        tokens = min(max(1, token_budget // 2), self._most_tokens or token_budget)
+        scorer = differentiator.scorer
+        while True:
+            try:
+                with widened(self.policy.masters, self.world):
+                    return differentiator.evaluate(self.batch, tokens)
+            except MEMORY_ERRORS as error:
+                largest = int(scorer.layout.costs(GroupTable.of(self.batch.groups)).max())
+                device = next(scorer.model.parameters()).device
+                tokens = self._most_tokens = halved(error, tokens, largest, TOO_LARGE, device)
+
+    def _choose(self, choice: Choice, why: str) -> None:
+        self.choice = choice
+        used = "float32" if choice == "float32" else str(self.policy.dtype).removeprefix("torch.")
+        self.decided(choice, f"held out: evaluated in {used}: {why}")
 
     def _decide(self, differentiator: Differentiator, narrow: Batch, token_budget: int) -> None:
         name = str(self.policy.dtype).removeprefix("torch.")
         try:
             world = self.world
             found = world.from_first(world.together(lambda: self.measure(differentiator, narrow, token_budget)))
-        except RuntimeError as error:
+        except MEMORY_ERRORS as error:
             if not out_of_memory(error):
                 raise
-            self.choice, why = "run", "float32 does not fit into memory"
-        else:
-            self.choice = "float32" if found.matters else "run"
-            why = f"{name} rounds log-ratios by {found.error:.2g} nats, and they spread by {found.spread:.2g}"
-        used = name if self.choice == "run" else "float32"
-        self.decided(self.choice, f"held out: evaluated in {used}: {why}")
+            self._choose("run", NO_ROOM)
+            return
+        why = f"{name} rounds log-ratios by {found.error:.2g} nats, and they spread by {found.spread:.2g}"
+        self._choose("float32" if found.matters else "run", why)
 
     def measure(self, differentiator: Differentiator, narrow: Batch, token_budget: int) -> Rounding:
         """The rounding of log-ratios on some held-out groups of all lengths. Where groups have several responses,
@@ -90,8 +136,8 @@ class HeldOutPrecision:
         alone = Differentiator(differentiator.scorer, differentiator.objective, differentiator.reference)
         chosen = np.unique(np.linspace(0, len(narrow) - 1, SAMPLE).round().astype(int)).tolist()
         before = _log_ratios(alone, narrow.select(chosen), token_budget)
-        with in_float32(self.policy.masters):
-            after = _log_ratios(alone, self.batch.select(chosen), token_budget)
+        with widened(self.policy.masters):
+            after = _log_ratios(alone, self.batch.select(chosen), max(1, token_budget // 2))
         return Rounding(float(np.sqrt(np.mean((before - after) ** 2))), float(after.std()))
 
 

@@ -131,6 +131,17 @@ class ReferenceRun:
 
         Raises :class:`ModelError` where the reference cannot take the data.
         """
+        try:
+            if not self.choice.is_start and self.shards == "none":
+                self.run.world.together(self._other)  # or one that it does not fit leaves the others waiting
+            return self._values(groups, token_budget, read)
+        finally:
+            if not self.choice.is_start:
+                self._scorer = None  # frees its memory for training
+
+    def _values(
+        self, groups: GroupTable, token_budget: int, read: IndexArray | None
+    ) -> tuple[ReferenceValues, FillReport]:
         self.check_fits(groups)
         wanted = groups if read is None else GroupTable.of(Selection(groups, read.tolist()))
         cache = ReferenceCache(self.space())
@@ -142,8 +153,6 @@ class ReferenceRun:
                 report = self._fill(cache, wanted, token_budget, bar)
         else:
             report = FillReport(0, len(wanted.key_N), 0, 0.0)
-        if not self.choice.is_start:
-            self._scorer = None  # frees its memory for training
         arrays = arrays_from_first(
             self.run.world, lambda: cache.values(wanted, token_values=self.token_values).arrays()
         )

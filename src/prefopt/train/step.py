@@ -101,19 +101,26 @@ class Differentiator:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, token_budget: int) -> Sums:
-        """The sums of a batch, without gradients. Unless the loss is of the whole batch, values are not kept."""
+        """The sums of a batch, without gradients. Unless the loss is of the whole batch, values are not kept.
+
+        What fails on one rank is raised on all, but in lockstep: there the others wait in the pass that failed.
+        """
         sums, normaliser = Sums(), self.objective.normaliser(batch)
-        dealt = self._deal(batch)
+        dealt, together = self._deal(batch), ALONE.together if self.lockstep else self.world.together
         micro = self._micro_batches(batch, dealt, token_budget)
         if self.objective.whole_batch:
-            values, _ = self._of_all(batch, dealt, self.values(micro))
+            values, _ = self._of_all(batch, dealt, together(lambda: self.values(micro)))
             if self.world.first:
                 sums.add(self.objective(batch, values, normaliser))
             return sums
-        for part in micro:
-            values = self._scored(part)
-            if part.counts:
-                sums.add(self.objective(part.batch, values, normaliser))
+
+        def add_all() -> None:
+            for part in micro:
+                values = self._scored(part)
+                if part.counts:
+                    sums.add(self.objective(part.batch, values, normaliser))
+
+        together(add_all)
         return sums
 
     @torch.no_grad()
