@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import shlex
 import time
 from pathlib import Path
@@ -23,6 +24,8 @@ pytest.importorskip("vaderSentiment", reason="the demonstration's judge is an ex
 pytest.importorskip("matplotlib", reason="the demonstration draws curves: prefopt[demo]")
 
 pytestmark = pytest.mark.timeout(900)
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -53,6 +56,10 @@ def test_the_demonstration_runs_and_every_command_it_prints_is_real(
     assert f"{result.perplexity[0]:.1f} of its own continuations, {result.perplexity[1]:.1f} of the new" in first
     assert all(str(word) in first for word in result.risen) and "easy to please" in first
     assert all(e.opening in first for e in result.examples)
+    # README shows these lines, with the numbers of a whole run.
+    (shown,) = re.findall(r"```text\n(sentiment of .*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    starts = [re.split(r"[-+\d\[]", line)[0] for line in shown.splitlines()]
+    assert len(starts) == 11 and all(any(line.startswith(s) for line in first.splitlines()) for s in starts)
 
     commands = [line[line.index(program()) :] for line in first.splitlines() if f"{program()} " in line]
     configs = {}
