@@ -235,6 +235,14 @@ def test_what_exists_is_written() -> None:
     assert not found, "\n".join(found)
 
 
+def test_every_decision_has_a_number_of_its_own_and_is_listed() -> None:
+    pages = sorted((ROOT / "docs/decisions").glob("*.md"))
+    assert len({p.name[:4] for p in pages}) == len(pages)
+    assert all(p.read_text("utf-8").startswith(f"# {p.name[:4]}: ") for p in pages)
+    listed = (ROOT / "docs/architecture.md").read_text("utf-8")
+    assert all(f"](decisions/{p.name})" in listed for p in pages)
+
+
 def test_readme_reaches_a_working_command_within_a_screen() -> None:
     screen = "\n".join((ROOT / "README.md").read_text("utf-8").splitlines()[:40])
     assert re.search(r"```bash\n(?:.*\n)*?.*\bmake demo\b", screen)
