@@ -1,5 +1,5 @@
 # make demo       set everything up and run the demonstration
-# make quick      set everything up, run the strongest tests: under a minute
+# make quick      set everything up, run the strongest tests: about 80 seconds
 # make test       set everything up, check style and types, run all tests but the slow ones
 # make test-slow  run the tests that take longer
 # make test-triton run the fused head's kernels in Triton's interpreter, which is installed for that: 1 GB
