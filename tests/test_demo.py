@@ -138,8 +138,8 @@ def test_what_the_demonstration_shows_is_no_accident(
     started = time.process_time()
     result = demo.run_demo("runs/demo", seed=seed)
     assert time.process_time() - started < 2 * 90, "90 seconds on two cores"
-    # Measured on one processor: 0.30, 0.32 and 0.25; others draw other samples.
-    assert result.change.low > 0.15 and result.after.mean > 0.4
+    # The third seed measured 0.254 on one processor; others round samples otherwise.
+    assert result.change.low > (0.2 if seed == 2 else 0.25) and result.after.mean > 0.5
     # And it still writes: as long, and not always the same.
     assert 0 < result.kl.mean < 60 and result.variety[1] > 0.9
     assert 0.75 < result.tokens[1] / result.tokens[0] < 1.25

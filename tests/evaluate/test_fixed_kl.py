@@ -12,7 +12,7 @@ from scipy.stats import permutation_test as scipy_permutation
 
 from prefopt.core.statistics import holm
 from prefopt.sweeps.fixed_kl import (
-    Curve,
+    RewardCurve,
     area_under,
     dominance_by_chance,
     interpolated,
@@ -109,7 +109,7 @@ def test_dominance_by_chance_counts_all_ways_to_deal() -> None:
     assert apart == (0, 2, 0.0, 1.0)
 
 
-def curves(rng: Rng, seeds: int, prompts: int = 64, gain: float = 0.0, seed_noise: float = 0.0) -> list[Curve]:
+def curves(rng: Rng, seeds: int, prompts: int = 64, gain: float = 0.0, seed_noise: float = 0.0) -> list[RewardCurve]:
     """Policies at about 1.5, 4 and 9 nats, eight samples of a prompt, whose rewards follow the KL."""
     easy, slope = rng_of(99).normal(0, 0.2, prompts), rng_of(98).normal(1, 0.3, prompts)
     found = []
@@ -118,7 +118,7 @@ def curves(rng: Rng, seeds: int, prompts: int = 64, gain: float = 0.0, seed_nois
         mean = (0.2 + gain) * np.sqrt(kl) + rng.normal(0, seed_noise, 3)
         kl_SP = kl[:, None] * slope + rng.normal(0, 2.0 / 8**0.5, (3, prompts))
         reward_SP = mean[:, None] * slope + easy + rng.normal(0, 0.45 / 8**0.5, (3, prompts))
-        found.append(Curve(kl_SP, reward_SP, easy + rng.normal(0, 0.45 / 8**0.5, prompts)))
+        found.append(RewardCurve(kl_SP, reward_SP, easy + rng.normal(0, 0.45 / 8**0.5, prompts)))
     return found
 
 
@@ -145,10 +145,10 @@ def test_intervals_at_fixed_kl_hold_the_difference_of_these_trainings() -> None:
     at = [2.0, 4.0, 6.0]
     truth = np.mean(interpolated(kls[0], means[0], 0.0, at) - interpolated(kls[1], means[1], 0.0, at), axis=0)
 
-    def drawn(method: int, seed: int, easy: np.ndarray, slope: np.ndarray, start: np.ndarray) -> Curve:
+    def drawn(method: int, seed: int, easy: np.ndarray, slope: np.ndarray, start: np.ndarray) -> RewardCurve:
         kl = kls[method, seed][:, None] * slope + rng.normal(0, 0.7, (3, prompts))
         reward = means[method, seed][:, None] * slope + easy + rng.normal(0, 0.16, (3, prompts))
-        return Curve(kl, reward, start)
+        return RewardCurve(kl, reward, start)
 
     for _ in range(runs):
         easy, slope = rng.normal(0, 0.2, prompts), rng.gamma(10, 0.1, prompts)

@@ -19,7 +19,7 @@ import numpy as np
 
 from prefopt.core.statistics import Interval, holm, p_text
 from prefopt.core.terminal import duration, size
-from prefopt.sweeps.fixed_kl import Chance, Curve, dominance_by_chance, interpolated, permutation_test, rewards_at
+from prefopt.sweeps.fixed_kl import Chance, RewardCurve, dominance_by_chance, interpolated, permutation_test, rewards_at
 from prefopt.sweeps.points import Frontier, Point, dominates, last_points
 
 
@@ -44,7 +44,7 @@ def methods_of(sweep: Frontier) -> list[str]:
     return list(dict.fromkeys(p.method for p in sweep.points if p.included and p.method != "reference"))
 
 
-def curves_of(sweep: Frontier, method: str) -> dict[int, Curve]:
+def curves_of(sweep: Frontier, method: str) -> dict[int, RewardCurve]:
     """The curve of each seed, of the last points of its included trainings; best-of-n is at its bound for every prompt.
     None for sweeps of earlier versions, which kept no rewards of prompts."""
     start = next((p for p in sweep.points if p.method == "reference"), None)
@@ -55,7 +55,7 @@ def curves_of(sweep: Frontier, method: str) -> dict[int, Curve]:
     if start is None or not start.rewards:
         return {}
     return {
-        seed: Curve(
+        seed: RewardCurve(
             np.array([p.kls or [p.kl or 0.0] * len(p.rewards) for p in points]),
             np.array([p.rewards for p in points]),
             np.array(start.rewards),

@@ -3,7 +3,7 @@
 A method that goes further gets more reward, so a single number per method says little. A curve holds the policies of
 one method and one seed; between them the reward is interpolated, beyond the last it is unknown.
 
->>> curve = Curve(np.array([[1.0], [4.0]]), np.array([[0.3], [0.5]]), np.array([0.1]))
+>>> curve = RewardCurve(np.array([[1.0], [4.0]]), np.array([[0.3], [0.5]]), np.array([0.1]))
 >>> curve.reward_at([1.0, 2.25, 9.0]).tolist()
 [0.3, 0.4, nan]
 >>> round(curve.area(4.0), 6)
@@ -32,7 +32,7 @@ MOST_SPLITS = 20_000
 
 
 @dataclass(frozen=True, slots=True)
-class Curve:
+class RewardCurve:
     """The policies S of one method and seed, on the same prompts P: ``kl_SP`` and ``reward_SP`` are means over samples.
 
     ``start_P`` is the reward of the reference, at a KL of 0.
@@ -90,7 +90,7 @@ def area_under(kl_S: npt.ArrayLike, reward_S: npt.ArrayLike, start: float, limit
 
 
 def rewards_at(
-    curves: Sequence[Curve], targets: Sequence[float], *, others: Sequence[Curve] = (), seed: int = 0
+    curves: Sequence[RewardCurve], targets: Sequence[float], *, others: Sequence[RewardCurve] = (), seed: int = 0
 ) -> list[Interval | None]:
     """The mean reward over ``curves`` (the seeds of a method) at each KL, less that of ``others``, with a 95 %
     interval; None where a curve does not reach it.
@@ -104,7 +104,7 @@ def rewards_at(
     rng = np.random.Generator(np.random.PCG64(seed))
     weights_BP = rng.multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
 
-    def mean(some: Sequence[Curve], weights: Floats) -> Floats:
+    def mean(some: Sequence[RewardCurve], weights: Floats) -> Floats:
         parts = [interpolated(weights @ c.kl_SP.T, weights @ c.reward_SP.T, weights @ c.start_P, targets) for c in some]
         return np.mean(parts, axis=0) if parts else np.zeros((len(weights), len(targets)))
 

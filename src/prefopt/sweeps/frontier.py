@@ -36,7 +36,8 @@ from prefopt.sweeps.points import Frontier, Point, Trial, plateau
 from prefopt.sweeps.train import model_of, take_folder, train_once
 from prefopt.train import checkpoint
 from prefopt.train.loss_options import losses_of
-from prefopt.train.policy import Policy, with_base
+from prefopt.train.named_adapter import with_base
+from prefopt.train.policy import Policy
 
 POINTS = "points.json"
 TUNE = "tune"

@@ -48,9 +48,10 @@ from prefopt.runs.folder import FREE, RunFolder
 from prefopt.runs.metrics import Metrics, Spending, spending
 from prefopt.runs.settings import set_values, shown
 from prefopt.train import budget
+from prefopt.train.named_adapter import with_base
 from prefopt.train.objective import Objective
 from prefopt.train.optim import Network
-from prefopt.train.policy import Trained, with_base
+from prefopt.train.policy import Trained
 from prefopt.train.routing import expert_use
 from prefopt.train.saver import Saver
 from prefopt.train.source import BatchSource
