@@ -38,7 +38,6 @@ class Draw:
             sequences.append((ids, mask))
         return Group.from_sequences(sequences, row=1)
 
-
     def steps(self, prefix: int, *responses: Sequence[Sequence[tuple[int, int]]]) -> Group:
         """The same, for responses of several steps, each with spans of its own."""
         one_by_one = self.spans(prefix, *(spans for steps in responses for spans in steps))
@@ -48,7 +47,8 @@ class Draw:
 
 
 def groups_of_every_kind(seed: int = 0) -> list[Group]:
-    """One to four responses, prompts of none, one and many tokens, several turns and steps, and every side of a window of 8."""
+    """One to four responses, prompts of none, one and many tokens, several turns, several steps, and every side of
+    a window of 8."""
     draw = Draw(seed)
     return [
         draw.group(13, 7, 9),

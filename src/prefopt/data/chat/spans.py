@@ -322,9 +322,12 @@ def _behind_cue(row: Row, turns: Turns, full: str, before: str) -> int:
         return 0
     probe = _probe((full, *(text for m in turns for text in texts_of(m))))
     bare = replace(turns[-1], content=probe, reasoning=None, tool_calls=())
-    head = row((*turns[:-1], bare)).partition(probe)[0]
-    at = head.rfind(cue) + len(cue)
-    return at if at >= len(cue) and full.startswith(head[:at]) else 0
+    last = f"{probe}last"
+    heads = [row((*turns[:-2], m, bare)).rpartition(probe)[0] for m in (turns[-2], replace(turns[-2], content=last))]
+    at, behind = (head.rfind(cue) for head in heads)
+    # The generation prompt of this very turn: the turn before it stands before that.
+    found = at >= 0 and full.startswith(heads[0][: at + len(cue)]) and last in heads[1][:behind]
+    return at + len(cue) if found else 0
 
 
 def _start(row: Row, turns: Turns, j: int, full: str, before: str, probe: str) -> int:
