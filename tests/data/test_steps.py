@@ -238,7 +238,7 @@ def test_turns_are_trained_as_they_were_generated(name: str) -> None:
 
 
 # Families whose special tokens MARK knows, and that show at least some trajectory behind their own generation prompt.
-KNOWN = re.compile("qwen|llama|mistral|deepseek|glm|gpt-?oss|gemma", re.IGNORECASE)
+KNOWN = re.compile("qwen|llama-?3|mistral|deepseek|glm|gpt-?oss|gemma", re.IGNORECASE)
 
 
 def real_templates() -> list[Path]:
