@@ -115,7 +115,18 @@ class RenderOptions(TemplateOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions(RenderOptions, RowOptions):
+class CompareOptions(RenderOptions):
+    """The same, and what of a row is compared."""
+
+    compare: Literal["responses", "steps"] = option(
+        "responses",
+        "what is compared: whole responses, or each assistant turn of them that has a label or a rejected alternative,"
+        " behind the turns before it",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(CompareOptions, RowOptions):
     """The data of a run: part of the config of every command that trains."""
 
     data: list[str] = option(help="files, folders, globs or Hub data sets to train on; one or more", group="data")

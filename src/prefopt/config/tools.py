@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from prefopt.config.data import ReadOptions, RenderOptions, RowOptions
+from prefopt.config.data import CompareOptions, ReadOptions, RenderOptions, RowOptions
 from prefopt.config.training import MachineOptions, Quantise, quantise_option
 from prefopt.core.files import SHIPPED, expanded
 from prefopt.core.model_folder import is_adapter
@@ -18,7 +18,7 @@ from prefopt.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataCheckConfig(RenderOptions, ReadOptions):
+class DataCheckConfig(CompareOptions, ReadOptions):
     """Contents and problems of data files. Construction raises ``ConfigError``."""
 
     data: list[str] = option(
@@ -40,7 +40,7 @@ class DataCheckConfig(RenderOptions, ReadOptions):
     json: bool = option(False, "print one JSON document with all rows of every problem, and nothing else")
 
     def check(self) -> None:
-        for f in fields(RenderOptions):
+        for f in fields(CompareOptions):
             if self.model is None and self.is_given(f.name):
                 raise ConfigError(f"{flag(f.name)} is about tokens: add --model with a model or tokenizer")
 
