@@ -42,31 +42,33 @@ LABELLED: dict[str, Any] = {
 }
 
 
-def load(rows: list[dict[str, Any]], template: str = "thinking", kind: Any = "pairs", **options: Any) -> GroupSet:
+def tokenizer_of(template: str) -> Any:
     tokenizer = small_tokenizer(marks=TEMPLATES[template].marks, eos_token=TEMPLATES[template].eos)
     tokenizer.chat_template = TEMPLATES[template].text
-    found = load_groups([parse_comparisons(rows, "rows")], tokenizer, Rendering(**options), kind=kind)
-    found.__dict__["decode"] = lambda ids: tokenizer.decode(ids.tolist())
-    return found
+    return tokenizer
 
 
-def texts(found: GroupSet) -> list[tuple[str, list[str]]]:
+def load(rows: list[dict[str, Any]], template: str = "thinking", kind: Any = "pairs", **options: Any) -> GroupSet:
+    tokenizer = tokenizer_of(template)
+    return load_groups([parse_comparisons(rows, "rows")], tokenizer, Rendering(**options), kind=kind)
+
+
+def texts(found: GroupSet, template: str = "thinking") -> list[tuple[str, list[str]]]:
     """The context of each group that its first response is trained behind, and what is trained of each response."""
-    made = []
+    made, tokenizer = [], tokenizer_of(template)
     for group in found.groups:
         ids, trained = group.sequence(0)
-        answers = [found.__dict__["decode"](c.ids[c.trained]) for c in group.continuations]
-        made.append((found.__dict__["decode"](ids[: int(np.argmax(trained))]), answers))
+        answers = [tokenizer.decode(c.ids[c.trained].tolist()) for c in group.continuations]
+        made.append((tokenizer.decode(ids[: int(np.argmax(trained))].tolist()), answers))
     return made
 
 
 def test_each_judged_turn_of_a_trajectory_is_a_pair_behind_the_turns_before_it() -> None:
     found = load([PAIRED], "quoted", compare="steps")
     start = "<turn>user\n2 + 2?<end>\n<turn>assistant\n"
-    later = start + "<call>adda:2b:2</call><end>\n<turn>tool\n4<end>\n<turn>assistant\n"
-    (first, pair), (second, answers) = texts(found)
+    (first, pair), (second, answers) = texts(found, "quoted")
     assert (first, pair) == (start, ["<call>adda:2b:2</call><wait>", "<call>sub</call><wait>"])
-    assert second.startswith(start) and second.endswith("<turn>tool\n4<end>\n<turn>assistant\n") and later
+    assert second.startswith(start) and second.endswith("<turn>tool\n4<end>\n<turn>assistant\n")
     assert answers == ["It is 4.<end>", "No idea.<end>"]
     assert [group.pairs for group in found.groups] == [((0, 1),)] * 2
     assert any(STEPWISE in note and "1 row (1)" in note for note in found.notes)
@@ -81,13 +83,13 @@ def test_labels_of_turns() -> None:
         ["<think>\n\n</think>\n\nLet me think.<|im_end|>"],
         ["<think>\n\n</think>\n\n5.<|im_end|>"],
     ]
-    with pytest.raises(DataError, match="row 1: too few responses: 2"):
+    with pytest.raises(DataError, match=r"too few responses: 1 .row 1; .* unpaired labels"):
         load([LABELLED], compare="steps")
 
 
 def test_rows_without_judged_turns_are_refused_and_judged_ones_are_said_where_they_are_not_read() -> None:
     plain = {"messages": [ASK, {"role": "assistant", "content": "4"}]}
-    with pytest.raises(DataError, match=r"row 2: no judged turn: .* leave out --compare steps"):
+    with pytest.raises(DataError, match=r"no judged turn: 1 .row 2; .* leave out --compare steps"):
         load([PAIRED, plain], compare="steps")
     contradiction = {"messages": [ASK, {"role": "assistant", "content": "4", "label": False, "rejected": "5"}]}
     with pytest.raises(DataError, match="contradicting judgements"):

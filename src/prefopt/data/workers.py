@@ -70,13 +70,15 @@ class Preparer:
         good: list[Comparison] = []
         keys: list[bytes] = []  # of the row's prompt: the steps of a trajectory are never split from one another
         for row in rows:
+            of_row: dict[Problem, None] = {}  # several steps may have the same
             for step in [row] if isinstance(row, Problem) else self._steps(row):
                 found = [step] if isinstance(step, Problem) else validate(step, self.kind)
                 if isinstance(found, Comparison):
                     good.append(found)
                     keys.append(row.prompt_key if isinstance(row, Comparison) else b"")
                 else:
-                    problems += found
+                    of_row |= dict.fromkeys(found)
+            problems += of_row
         builder = TableBuilder()
         for key, rendered in zip(keys, self._rendered(good), strict=True):
             if isinstance(rendered, Problem):
