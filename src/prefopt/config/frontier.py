@@ -110,6 +110,13 @@ class FrontierConfig(SweepOptions):
         above=0,
         at_most=0.3,
     )
+    judge: str | None = option(
+        None,
+        "a second reward, named as --reward is, that nothing is trained on or chosen by: it scores the samples of every"
+        " policy too, and where it stops rising with the true reward, that one is over-optimised",
+        group="reward",
+        default_text="none",
+    )
     kl_at: list[str] = option(
         help="KLs in nats to compare methods at; the largest bounds the area under a method's frontier",
         computed=lambda c: list(KL_AT),
@@ -123,6 +130,8 @@ class FrontierConfig(SweepOptions):
     )
 
     def check(self) -> None:
+        if self.judge == self.reward:
+            raise ConfigError(f"--judge {self.judge} is the reward of --reward: name another, or leave it out")
         if (len(self.factors) > 1) != (self.tune is not None):
             raise ConfigError("--tune is for choosing among several --rate-factors: give both, or neither")
         _ = self.targets

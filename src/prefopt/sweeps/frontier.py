@@ -75,11 +75,12 @@ class _FrontierSweep:
         for one in config.trainings():  # options of losses are checked before anything runs
             if one.kind == "dpo":
                 losses_of(config.config_of(one, data=["data"], prompts="prompts", each=2.0))
-        take_folder(config, MAY_GROW)
+        take_folder(config, MAY_GROW, judge=config.judge)
         self.reference = SampledModel(config.model, device=config.device, dtype=scoring_dtype(config.dtype))
         self.data = prepare_data(config, self.reference, self.reporter, tune=config.tune or 0)
         self.reward = true_reward(config)
-        self.measure = Measure(config, self.data.held_out, self.reference, self.reward, config.perplexity)
+        judge = true_reward(config, config.judge) if config.judge is not None else None
+        self.measure = Measure(config, self.data.held_out, self.reference, self.reward, config.perplexity, judge)
         self._once(self.folder / "reference", self._start)
         self.tuning = self._choose()
         rates = {trial.method: trial.factor for trial in self.tuning if trial.chosen}
@@ -174,6 +175,7 @@ class _FrontierSweep:
             config.targets,
             config.tune or 0,
             tuple(self.tuning),
+            config.judge,
         )
         sweep.write(self.folder)
         return sweep
