@@ -135,7 +135,8 @@ class Point:
 class Frontier:
     """All points of a sweep: ``samples`` responses of at most ``max_new_tokens`` to each of ``prompts`` prompts.
     ``made`` describes the preferences. ``kl_at``: KLs to compare methods at. ``tuning``: how rates were chosen, on
-    ``tune`` prompts of their own. ``judge``: a second reward, that no method was trained on."""
+    ``tune`` prompts of their own. ``judge``: a second reward, that no method was trained on. ``seconds``: processor
+    seconds of each training, where their number is what all have in common, not that of responses."""
 
     reference: str
     reward: str
@@ -149,6 +150,7 @@ class Frontier:
     tune: int = 0
     tuning: tuple[Trial, ...] = ()
     judge: str | None = None
+    seconds: float | None = None
 
     def write(self, folder: Path) -> Path:
         """Write ``frontier.json`` in ``folder``. Raises :class:`prefopt.errors.RunError`."""
