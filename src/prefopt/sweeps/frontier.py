@@ -355,5 +355,5 @@ def _rewards(file: Path) -> list[float]:
     try:
         with file.open("rb") as lines:  # texts may hold characters at which splitlines() would part them
             return [float(np.mean(parsed(line)["scores"])) for line in lines]
-    except Exception as error:  # a row of another make fails in any way
+    except Exception as error:  # a row that something else wrote fails in any way
         raise RunError(f"{file} cannot be read ({error}); remove its folder to measure again") from None
