@@ -124,14 +124,15 @@ class SpanFinder:
     ) -> list[RenderedText]:
         """The response as it was generated; see the module's docstring."""
         turns, steps = prompt + response, list[RenderedText]()
-        for j in range(len(prompt), len(turns)):
-            if turns[j].role != "assistant" or not turns[j].trained:
-                continue
+        answers = [j for j in range(len(prompt), len(turns)) if turns[j].role == "assistant" and turns[j].trained]
+        for j in answers:
             before = prompt_text if j == len(prompt) else row(turns[:j], generation=True)
             until = turns[: j + 1]
             step = self._behind_opened(row, until, before, tools, len(prompt))
             if step is None:
-                self.check_omissions(until, tools, context=len(prompt))
+                # What is left out of all turns shows at the last one; reasoning may be dropped there by design.
+                if until[-1].reasoning is not None or j == answers[-1]:
+                    self.check_omissions(until, tools, context=len(prompt))
                 step = self._last_turn(row, until, before)
             so_far = steps[-1] if steps else None
             if so_far is None or not step.text.startswith(so_far.text):
