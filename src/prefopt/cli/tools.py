@@ -10,6 +10,7 @@ from pathlib import Path
 
 from prefopt.config import tools
 from prefopt.config.compare import CompareConfig
+from prefopt.config.export import ExportConfig
 from prefopt.config.frontier import FrontierConfig
 from prefopt.config.launch import LaunchConfig
 from prefopt.config.methods import METHODS
@@ -86,6 +87,13 @@ def merge(config: tools.MergeConfig) -> int:
         device=resolve_device(config.device),
     )
     tell_lines(done.in_words())
+    return 0
+
+
+def export(config: ExportConfig) -> int:
+    from prefopt.export.run import run
+
+    tell_lines(run(config).lines())
     return 0
 
 

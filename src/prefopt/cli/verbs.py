@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from prefopt.config import collect, tools
 from prefopt.config.compare import CompareConfig
+from prefopt.config.export import ExportConfig
 from prefopt.config.frontier import FrontierConfig
 from prefopt.config.launch import LaunchConfig
 from prefopt.config.methods import METHODS, RlhfConfig
@@ -79,6 +80,12 @@ ROWS: list[tuple[str, type[Config], str, str]] = [
         tools.MergeConfig,
         "merge an adapter into its model and check that the outputs agree",
         "--adapter runs/lora --output runs/merged",
+    ),
+    (
+        "export",
+        ExportConfig,
+        "write a model as servers take it (GGUF, Ollama, vLLM), scored before and after",
+        "runs/dpo exported --to gguf",
     ),
     (
         "push",
