@@ -42,10 +42,10 @@ class ExportConfig(Config):
         "llama.cpp's convert_hf_to_gguf.py, a path, to write the GGUF file",
         default_text="where prefopt cannot write the architecture: the one on PATH",
     )
-    prompts: str | None = option(
+    prompts: list[str] | None = option(
         None,
-        "prompts to compare log-probabilities on, before and after: lines of text, or rows in any layout; the first 32"
-        " are taken",
+        "files of prompts to compare log-probabilities on, before and after: lines of text, or rows in any layout; the"
+        " first 32 are taken",
         default_text="32 texts that ship with prefopt",
     )
     device: str | None = option(

@@ -69,10 +69,11 @@ class Frames:
                 f'{{{{ if eq $m.Role "system" }}}}{self.system[0]}{{{{ $m.Content }}}}{self.system[1]}{{{{ end }}}}'
             )
         start = f"{{{{ if not .System }}}}{self.start}{{{{ end }}}}" if self.start else ""
+        before, behind = self.assistant
         return (
             f"{start}{{{{ range $i, $m := .Messages }}}}{system}"
             f'{{{{ if eq $m.Role "user" }}}}{user}{inner}{{{{ $m.Content }}}}{self.user[1]}{{{{ end }}}}'
-            f'{{{{ if eq $m.Role "assistant" }}}}{self.assistant[0]}{{{{ $m.Content }}}}{self.assistant[1]}{{{{ end }}}}'
+            f'{{{{ if eq $m.Role "assistant" }}}}{before}{{{{ $m.Content }}}}{behind}{{{{ end }}}}'
             f"{{{{ end }}}}{self.generation}"
         )
 

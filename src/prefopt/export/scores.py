@@ -31,19 +31,18 @@ class Prompts:
     ids: list[list[int]]
     texts: list[str]
     chat: bool
-    name: str
 
 
-def stored_prompts(name: str | None, tokenizer: Tokenizer, context: int | None) -> Prompts:
+def stored_prompts(names: Sequence[str] | None, tokenizer: Tokenizer, context: int | None) -> Prompts:
     """The first 32 prompts of a file, or of the one that ships with prefopt; turns of a user where the tokenizer has a
     chat template. Raises :class:`prefopt.errors.DataError` for rows that cannot be read."""
     renderer: Renderer = renderer_for(tokenizer)
-    found = read_prompt_set([name or STORED], renderer, context=None, lines="auto")
+    found = read_prompt_set(names or [STORED], renderer, context=None, lines="auto")
     template = ChatTemplate(tokenizer, renderer.rendering)
     most = min(LONGEST, context or LONGEST)
     rows, ids = found.rows[:COUNT], [[int(i) for i in ids[:most]] for ids in found.ids[:COUNT]]
     texts = [r.prompt[0].content if r.text else template.apply(r.prompt, r.tools, generation=True) for r in rows]
-    return Prompts(ids, texts, not rows[0].text, name or "the texts that ship with prefopt")
+    return Prompts(ids, texts, not rows[0].text)
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ from typing import Any
 
 from prefopt.config.methods import method_of
 from prefopt.config.sample import SampleConfig
-from prefopt.config.tools import IMPLICIT, RULES, ScoreConfig, is_model_reward
+from prefopt.config.scoring import IMPLICIT, RULES, ScorerOptions, is_model_reward
+from prefopt.config.tools import ScoreConfig
 from prefopt.core.files import OVERWRITE, RESUME, expanded, is_path, one_below, refuse_existing
 from prefopt.core.hub import no_telemetry, why_not_read
 from prefopt.core.ranks import ranks_in, restarted
@@ -53,7 +54,7 @@ def check_before_torch(config: Any) -> None:
     if isinstance(reward, str) and is_model_reward(reward):
         _check_model(reward)
         return
-    known = (*RULES, *([IMPLICIT] if isinstance(config, ScoreConfig) else []))
+    known = (*RULES, *([IMPLICIT] if isinstance(config, ScorerOptions) else []))
     if isinstance(reward, str) and reward not in known:
         load_reward(reward)  # refuses the name, or an absent module
 
