@@ -182,6 +182,8 @@ def test_a_converter_on_the_path_is_taken_for_what_prefopt_cannot_write(
     path = llama / "config.json"
     other = tmp_path / "other"
     model = AutoModelForCausalLM.from_pretrained(llama)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
     model.save_pretrained(other)
     AutoTokenizer.from_pretrained(llama).save_pretrained(other)
     (other / "config.json").write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": "gelu"}))
@@ -189,3 +191,48 @@ def test_a_converter_on_the_path_is_taken_for_what_prefopt_cannot_write(
     with pytest.raises(RunError, match="does not compute"):  # the file is another model's, which the scores show
         export(other, tmp_path / "out", dtype="float32")
     assert np.isfinite(json.loads((tmp_path / "out" / "export.json").read_text())["scored"][0]["difference"]["mean"])
+
+
+RUNTIME = """
+import numpy as np, torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+class Llama:
+    def __init__(self, path, **options):
+        assert options["logits_all"] and options["n_gpu_layers"] == 0 and options["type_k"] == 0
+        folder = Path({folder!r})
+        self.model, self.words = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    def reset(self):
+        self.scores = None
+    def eval(self, ids):
+        with torch.no_grad():
+            self.scores = {scale} * self.model(torch.tensor([ids])).logits[0].numpy()
+    def tokenize(self, text, add_bos, special):
+        assert special
+        ids = self.words(text.decode(), add_special_tokens=False)["input_ids"]
+        return ids[::-1] if b"Lily" in text else ids
+    def close(self):
+        pass
+"""
+
+
+@pytest.mark.parametrize("scale", [1, 1.5], ids=["the model itself", "another model"])
+def test_what_llama_cpp_computes_decides(
+    scale: float, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a module in the place of llama-cpp-python, so that this is tested where it is not installed."""
+    (tmp_path / "llama_cpp.py").write_text(RUNTIME.format(folder=str(llama), scale=scale))
+    (tmp_path / "llama_cpp_python-9.9.dist-info").mkdir()
+    (tmp_path / "llama_cpp_python-9.9.dist-info" / "METADATA").write_text("Name: llama_cpp_python\nVersion: 9.9\n")
+    monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    if scale == 1:
+        found = export(llama, tmp_path / "out", dtype="float32")
+        assert any("other tokens of 1 of 32 prompts" in note for note in found["notes"])
+    else:
+        with pytest.raises(RunError, match=r"does not compute .* by llama.cpp \(llama-cpp-python 9.9\)"):
+            export(llama, tmp_path / "out", dtype="float32")
+    by = by_reader(json.loads((tmp_path / "out" / "export.json").read_text()))
+    assert by["transformers"]["same"] and by["llama.cpp"]["same"] == (scale == 1) and by["llama.cpp"]["tokenised"] == 31
+    monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)

@@ -5,7 +5,6 @@ Matrices are stored in the type asked for, vectors and positions in float32, as 
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import logging
 import math
@@ -22,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prefopt.core.files import aside_of, output_errors
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.errors import ConfigError, ModelError, first_line
+from prefopt.errors import ModelError, first_line
 from prefopt.export.gguf_tensors import GgufArchitecture, tensors_of
 from prefopt.export.gguf_tokenizer import GgufVocabulary
 from prefopt.model.architectures import transformers_log_level, vocabulary_size
@@ -36,12 +35,6 @@ BLOCK = 32
 _POSITIONS = ("position_embd.weight", "rope_freqs.weight")
 
 Stored = npt.NDArray[Any]
-
-
-def require_gguf() -> None:
-    """Raises :class:`ConfigError` where the ``gguf`` package is not installed."""
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError('GGUF files are written by the package gguf, which is absent: pip install "prefopt[gguf]"')
 
 
 def write_gguf(

@@ -5,34 +5,21 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prefopt.core.files import expanded
-from prefopt.errors import ConfigError, RunError
+from prefopt.errors import RunError
 from prefopt.export.scores import Floats, Prompts, picked
 
-CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf", "convert_hf_to_gguf")
 _OUTTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
-RUNTIME = {"float32": 0.02, "float16": 0.05, "bfloat16": 0.1, "q8_0": 0.1}
+RUNTIME = {"float32": 0.01, "float16": 0.03, "bfloat16": 0.1, "q8_0": 0.1}
 """Mean difference in nats per token that llama.cpp's kernels explain beyond rounding of the weights: it rounds
 activations to the type of the weights too, and looks GELU up in a table in float16."""
 F32 = 0
 """ggml's number of the type float32, for keys and values."""
-
-
-def find_converter(given: str | None) -> Path | None:
-    """The converter that was named, or the one on ``PATH``. Raises :class:`ConfigError` for a name without a file."""
-    if given is not None:
-        path = expanded(given)
-        if not path.is_file():
-            raise ConfigError(f"--converter {given}: no such file; name llama.cpp's convert_hf_to_gguf.py")
-        return path
-    return next((Path(found) for name in CONVERTERS if (found := shutil.which(name))), None)
 
 
 def convert(converter: Path, folder: Path, output: Path, dtype: str) -> None:

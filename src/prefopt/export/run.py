@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from prefopt.config.export import GGUF, ExportConfig
+from prefopt.config.export import ExportConfig
 from prefopt.core.model_folder import NOT_QUANTISED, quantisation_on_record
 from prefopt.errors import ConfigError, ModelError, RunError
 from prefopt.export.adapter_folder import max_rank, why_not_served, write_adapter
-from prefopt.export.gguf_file import TYPES, read_gguf, require_gguf, round_weights, rows_of, write_gguf
+from prefopt.export.checks import check_export, find_converter
+from prefopt.export.gguf_file import TYPES, read_gguf, round_weights, rows_of, write_gguf
 from prefopt.export.gguf_tensors import architecture_of, config_in_file
 from prefopt.export.gguf_tokenizer import vocabulary_of
-from prefopt.export.llama_cpp import RUNTIME, LlamaCpp, convert, find_converter, has_runtime
+from prefopt.export.llama_cpp import RUNTIME, LlamaCpp, convert, has_runtime
 from prefopt.export.modelfile import frames_of, modelfile
 from prefopt.export.reward_folder import load_reward, reload, rewards, write_reward
 from prefopt.export.scores import Difference, Floats, Prompts, Scored, stored_prompts, token_logprobs
@@ -46,11 +47,8 @@ NOT_SCORED = "the file was not scored: install llama-cpp-python (pip install 'pr
 def run(config: ExportConfig) -> Exported:
     """Export a model as ``config`` says. Raises :class:`prefopt.errors.UserError`; :class:`RunError` where the export
     does not compute what the model does: its files stay, for a look at them."""
+    check_export(config)
     output = Path(config.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RunError(f"output {output} exists; name a new folder")
-    if config.to in GGUF:
-        require_gguf()
     formats = {"merged": _merged, "vllm-lora": _vllm_lora, "reward-server": _reward_server}
     done = formats.get(config.to, _gguf)(config, output, resolve_device(config.device))
     done.write(config.model)

@@ -8,7 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from prefopt.config.export import ExportConfig
 from prefopt.config.methods import method_of
+from prefopt.config.reward_bench import RewardBenchConfig
 from prefopt.config.sample import SampleConfig
 from prefopt.config.scoring import IMPLICIT, RULES, ScorerOptions, is_model_reward
 from prefopt.config.tools import ScoreConfig
@@ -18,6 +20,7 @@ from prefopt.core.ranks import ranks_in, restarted
 from prefopt.data.files.content import look
 from prefopt.data.files.sources import FileOrigin, Source, find_sources
 from prefopt.errors import ConfigError, DataError, ModelError
+from prefopt.export.checks import check_export
 from prefopt.rewards import load_reward
 from prefopt.runs.folder import check_output
 
@@ -42,6 +45,11 @@ def check_before_torch(config: Any) -> None:
             refuse_existing(Path(config.output), OVERWRITE, unless=config.overwrite)
         else:
             refuse_existing(Path(config.output), RESUME, unless=config.resume)
+    if isinstance(config, ExportConfig):
+        check_export(config)
+    if isinstance(config, RewardBenchConfig):
+        for name in filter(None, (config.output, config.html)):
+            refuse_existing(Path(name), OVERWRITE, unless=config.overwrite)
     for option in DATA:
         for source in find_sources(getattr(config, option, None) or []):
             _check_file(source)
