@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import prefopt
 from export.exported import family, tokenizer_folder
+from prefopt.cli import main
 from prefopt.config.export import ExportConfig
 from prefopt.data.chat.template import ChatTemplate, Rendering
-from prefopt.data.tokenizer import load_tokenizer
+from prefopt.data.tokenizer import PLAIN_TURNS, load_tokenizer
 from prefopt.errors import ConfigError, ModelError, RunError
 from prefopt.export.modelfile import frames_of
 from prefopt.export.run import run
@@ -197,6 +198,9 @@ NO_SYSTEM = (
 LAST_ONLY = "{{ messages[-1].content }}"
 
 
+PLAIN_TEMPLATE = PLAIN_TURNS.replace("END", "'<|end|>'")  # what prefopt saves with a model that has no template
+
+
 def executed(template: str, turns: list[Message]) -> str:
     """A template of Go as text, for the few actions that are written: if, range, end and values."""
     words = re.split(r"(\{\{ .*? \}\})", template)
@@ -218,8 +222,8 @@ def executed(template: str, turns: list[Message]) -> str:
                 role = re.fullmatch(r'\{\{ if eq \$m\.Role "(\w+)" \}\}', word)
                 if role:
                     holds = message is not None and message.role == role[1]
-                elif word == "{{ if not .System }}":
-                    holds = not told
+                elif word in ("{{ if not .System }}", "{{ if $i }}"):
+                    holds = i > 0 if "$i" in word else not told
                 else:
                     assert word == "{{ if and $.System (eq $i 1) }}", word
                     holds = bool(told) and i == 1
@@ -240,8 +244,8 @@ def executed(template: str, turns: list[Message]) -> str:
 
 @pytest.mark.parametrize(
     ("template", "system"),
-    [(CHATML, True), (LLAMA2, True), (NO_SYSTEM, False), (LAST_ONLY, None)],
-    ids=["system of its own", "system in the first turn", "no system", "no frames"],
+    [(CHATML, True), (LLAMA2, True), (NO_SYSTEM, False), (PLAIN_TEMPLATE, True), (LAST_ONLY, None)],
+    ids=["system of its own", "system in the first turn", "no system", "gaps between turns", "no frames"],
 )
 def test_a_template_in_go_writes_what_the_chat_template_does(template: str, system: bool | None, llama: Path) -> None:
     tokenizer = load_tokenizer(llama)
@@ -258,12 +262,17 @@ def test_a_template_in_go_writes_what_the_chat_template_does(template: str, syst
         assert executed(go, turns) == jinja.apply(tuple(turns), generation=True)
 
 
-def test_an_ollama_folder_has_template_and_ends(llama: Path, tmp_path: Path) -> None:
+def test_an_ollama_folder_has_template_and_ends(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("gguf")
-    done = export(llama, tmp_path / "out", "ollama")
+    words = ["export", str(llama), str(tmp_path / "out"), "--to", "ollama", "--device", "cpu"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "largest difference" in out and f"ollama create aligned -f {tmp_path / 'out' / 'Modelfile'}" in out
     text = (tmp_path / "out" / "Modelfile").read_text("utf-8")
     lines = text.splitlines()
     assert lines[0] == "FROM ./model-f16.gguf" and (tmp_path / "out" / "model-f16.gguf").is_file()
     assert 'PARAMETER stop "<|end|>"' in lines and "PARAMETER num_ctx 256" in lines
     assert "<|assistant|>" in text and 'TEMPLATE """' in text
-    assert done.commands["Ollama"] == ["ollama", "create", "aligned", "-f", str(tmp_path / "out" / "Modelfile")]
+    assert main(words) == 2 and "exists; name a new folder" in capsys.readouterr().err

@@ -53,7 +53,7 @@ def write_gguf(
     """
     import gguf
 
-    config = model.config
+    config = model.config.get_text_config()
     added = dict(architecture.added(config))
     tensors = [*tensors_of(model, architecture)]
     writer: Any = gguf.GGUFWriter(None, architecture.name)
@@ -161,8 +161,8 @@ def round_weights(model: torch.nn.Module, dtype: str) -> None:
         weight.copy_(found.T if name in transposed else found)
 
 
-def read_gguf(path: Path, config: Any) -> torch.nn.Module | str:
-    """The model in a GGUF file as transformers reads it, float32 on the CPU, or why it cannot read it. Sizes are those
+def read_gguf(path: Path, config: Any, device: torch.device) -> torch.nn.Module | str:
+    """The model in a GGUF file as transformers reads it, in float32, or why it cannot read it. Sizes are those
     of ``config``: transformers does not take all of them from the file."""
     kind: Any = AutoModelForCausalLM
     try:
@@ -172,7 +172,7 @@ def read_gguf(path: Path, config: Any) -> torch.nn.Module | str:
             )
     except Exception as error:  # of any class: architectures that its reader does not know
         return first_line(error)
-    return model.eval()
+    return model.to(device).eval()
 
 
 def rows_of(model: Any, tokenizer: Tokenizer) -> int:

@@ -58,7 +58,7 @@ def tensors_of(model: Any, architecture: GgufArchitecture) -> Iterator[tuple[str
     import gguf
 
     kind = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
-    names = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(kind, model.config.get_text_config().num_hidden_layers)
     seen: set[int] = set()
     for name, value in model.named_parameters():
         if id(value) in seen:

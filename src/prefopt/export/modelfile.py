@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from prefopt.data.chat.spans import common_end
 from prefopt.data.chat.template import ChatTemplate, Rendering, Unrenderable
 from prefopt.data.tokenizer import Tokenizer, leading_ids
 from prefopt.records import Message
@@ -27,14 +28,16 @@ class Frames:
     """What a chat template puts around turns.
 
     ``start``: before the first turn of a conversation without a system turn, such as a system turn of the template's
-    own. ``system``: None where the template takes none; ``inside``: the system turn is inside the first user turn,
-    behind that turn's beginning. ``generation``: what an answer is asked for with.
+    own. ``gap``: between two turns, and before an answer that is asked for. ``system``: None where the template takes
+    none; ``inside``: the system turn is inside the first user turn, behind that turn's beginning. ``generation``: what
+    an answer is asked for with.
     """
 
     start: str
     user: Frame
     assistant: Frame
     generation: str
+    gap: str = ""
     system: Frame | None = None
     inside: bool = False
 
@@ -43,6 +46,7 @@ class Frames:
         told = [turn.content for turn in turns if turn.role == "system"]
         parts = [] if told else [self.start]
         for i, turn in enumerate(turns):
+            parts += [self.gap] * (i > 0)
             if turn.role == "system":
                 parts += [] if self.inside or self.system is None else [self.system[0], turn.content, self.system[1]]
                 continue
@@ -51,12 +55,12 @@ class Frames:
             if self.inside and self.system is not None and told and i == 1:
                 parts += [self.system[0], told[0], self.system[1]]
             parts += [turn.content, behind]
-        return "".join(parts) + self.generation
+        return "".join(parts) + self.gap + self.generation
 
     def go_template(self) -> str | None:
         """The frames in Go's template language, as Ollama executes it; None where a frame has signs of its own."""
         signs = ("{{", "}}", '"""')
-        frames = [self.start, *self.user, *self.assistant, self.generation, *(self.system or ())]
+        frames = [self.start, self.gap, *self.user, *self.assistant, self.generation, *(self.system or ())]
         if any(sign in frame for sign in signs for frame in frames):
             return None
         user, inner, system = self.user[0], "", ""
@@ -69,12 +73,13 @@ class Frames:
                 f'{{{{ if eq $m.Role "system" }}}}{self.system[0]}{{{{ $m.Content }}}}{self.system[1]}{{{{ end }}}}'
             )
         start = f"{{{{ if not .System }}}}{self.start}{{{{ end }}}}" if self.start else ""
+        gap = f"{{{{ if $i }}}}{self.gap}{{{{ end }}}}" if self.gap else ""
         before, behind = self.assistant
         return (
-            f"{start}{{{{ range $i, $m := .Messages }}}}{system}"
+            f"{start}{{{{ range $i, $m := .Messages }}}}{gap}{system}"
             f'{{{{ if eq $m.Role "user" }}}}{user}{inner}{{{{ $m.Content }}}}{self.user[1]}{{{{ end }}}}'
             f'{{{{ if eq $m.Role "assistant" }}}}{before}{{{{ $m.Content }}}}{behind}{{{{ end }}}}'
-            f"{{{{ end }}}}{self.generation}"
+            f"{{{{ end }}}}{self.gap}{self.generation}"
         )
 
 
@@ -117,26 +122,28 @@ def _plain_frames(text: Any) -> Frames | None:
     closing = two.split(_SAID.content, 1)[1]
     if not middle.startswith(behind) or not between.startswith(closing):
         return None
-    before = between[len(closing) :]
-    if not head.endswith(before):
+    before, answered = between[len(closing) :], middle[len(behind) :]
+    user = common_end(head, before)
+    gap = before[: len(before) - len(user)]
+    if not answered.startswith(gap) or not generation.startswith(gap):
         return None
-    start = head[: len(head) - len(before)]
-    return Frames(start, (before, behind), (middle[len(behind) :], closing), generation)
+    start = head[: len(head) - len(user)]
+    return Frames(start, (user, behind), (answered[len(gap) :], closing), generation[len(gap) :], gap)
 
 
 def _system_apart(plain: Frames, text: Any) -> Frames | None:
     """Frames with a system turn of its own."""
-    found = _around_system(text)
-    if found is None or not found[1].endswith(plain.user[0]):
+    found, follows = _around_system(text), plain.gap + plain.user[0]
+    if found is None or not found[1].endswith(follows):
         return None
     before, behind = found
-    return replace(plain, system=(before, behind[: len(behind) - len(plain.user[0])]))
+    return replace(plain, system=(before, behind[: len(behind) - len(follows)]))
 
 
 def _system_inside(plain: Frames, text: Any) -> Frames | None:
     """Frames with the system turn inside the first user turn."""
     found = _around_system(text)
-    if found is None or not found[0].startswith(plain.user[0]):
+    if found is None or plain.gap or not found[0].startswith(plain.user[0]):
         return None
     return replace(plain, system=(found[0][len(plain.user[0]) :], found[1]), inside=True)
 

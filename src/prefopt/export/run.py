@@ -181,7 +181,8 @@ def _gguf(config: ExportConfig, output: Path, device: torch.device) -> Exported:
     rounded = token_logprobs(model, prompts.ids)
     text_config = model.config if isinstance(architecture, str) else config_in_file(model.config)
     del model
-    scored, notes = _read_back(path, text_config, prompts, before, rounded, config.dtype, source.context)
+    read = read_gguf(path, text_config, device)
+    scored, notes = _read_back(path, read, prompts, before, rounded, config.dtype, source.context)
     notes += [*(vocabulary.notes if vocabulary else [])]
     notes += paragraphs([_quantised_note(source.adapter), None if vocabulary else f"written by {converter}"])
     context = source.context
@@ -214,7 +215,7 @@ def _convert(converter: Path, config: ExportConfig, source: SampledModel, path: 
 
 def _read_back(
     path: Path,
-    text_config: Any,
+    read: torch.nn.Module | str,
     prompts: Prompts,
     before: list[Floats],
     rounded: list[Floats],
@@ -223,7 +224,6 @@ def _read_back(
 ) -> tuple[list[Scored], list[str]]:
     """The file's scores by transformers' reader, and by llama.cpp where it is installed, with notes."""
     scored, notes = [], []
-    read = read_gguf(path, text_config)
     if isinstance(read, str):
         notes.append(f"transformers does not read this file ({read})")
     else:
