@@ -66,7 +66,7 @@ def tensors_of(model: Any, architecture: GgufArchitecture) -> Iterator[tuple[str
         seen.add(id(value))
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if target is None:
-            raise ModelError(f"llama.cpp's {architecture.name} has no place for {name}: give --converter")
+            raise ModelError(f"llama.cpp's {architecture.name} has no place for {name}")
         yield target, value.detach(), name
 
 

@@ -77,7 +77,7 @@ def vocabulary_of(tokenizer: Tokenizer, rows: int) -> GgufVocabulary:
 
 
 def _refused(why: str) -> ModelError:
-    return ModelError(f"the tokenizer cannot be written into a GGUF file: {why}; give --converter")
+    return ModelError(f"the tokenizer cannot be written into a GGUF file: {why}")
 
 
 def _special(tokenizer: Tokenizer) -> dict[str, int]:

@@ -12,12 +12,13 @@ import torch
 
 from prefopt.config.export import ExportConfig
 from prefopt.core.model_folder import NOT_QUANTISED, quantisation_on_record
+from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ConfigError, ModelError, RunError
 from prefopt.export.adapter_folder import max_rank, why_not_served, write_adapter
 from prefopt.export.checks import check_export, find_converter
 from prefopt.export.gguf_file import TYPES, read_gguf, round_weights, rows_of, write_gguf
-from prefopt.export.gguf_tensors import architecture_of, config_in_file
-from prefopt.export.gguf_tokenizer import vocabulary_of
+from prefopt.export.gguf_tensors import GgufArchitecture, architecture_of, config_in_file, tensors_of
+from prefopt.export.gguf_tokenizer import GgufVocabulary, vocabulary_of
 from prefopt.export.llama_cpp import RUNTIME, LlamaCpp, convert, has_runtime
 from prefopt.export.modelfile import frames_of, modelfile
 from prefopt.export.reward_folder import load_reward, reload, rewards, write_reward
@@ -163,34 +164,44 @@ def _gguf(config: ExportConfig, output: Path, device: torch.device) -> Exported:
     source = SampledModel(config.model, adapter=config.adapter, dtype="float32", device=config.device)
     prompts = stored_prompts(config.prompts, source.tokenizer, source.context)
     model = _whole_model(source, device)
-    architecture = architecture_of(model.config.get_text_config())
-    own = config.converter is None and not isinstance(architecture, str)
-    if isinstance(architecture, str) and converter is None:
-        raise ModelError(f"--to {config.to}: {architecture}; give --converter, llama.cpp's convert_hf_to_gguf.py")
-    vocabulary = vocabulary_of(source.tokenizer, rows_of(model, source.tokenizer)) if own else None
+    plan = _plan(model, source.tokenizer) if config.converter is None else f"--converter {config.converter} is given"
+    if isinstance(plan, str) and converter is None:
+        raise ModelError(f"--to {config.to}: {plan}; give --converter, llama.cpp's convert_hf_to_gguf.py")
     before = token_logprobs(model, prompts.ids)
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"model-{TYPES[config.dtype].lower()}.gguf"
-    if vocabulary is not None and not isinstance(architecture, str):
-        name = Path(config.adapter or config.model).name
-        write_gguf(path, model, architecture, vocabulary, dtype=config.dtype, name=name)
-    else:
+    if isinstance(plan, str):
         assert converter is not None
         _convert(converter, config, source, path, device)
+        notes = [f"written by {converter} ({plan})"]
+    else:
+        name = Path(config.adapter or config.model).name
+        write_gguf(path, model, *plan, dtype=config.dtype, name=name)
+        notes = list(plan[1].notes)
     round_weights(model, config.dtype)
     rounded = token_logprobs(model, prompts.ids)
-    text_config = model.config if isinstance(architecture, str) else config_in_file(model.config)
+    text_config = config_in_file(model.config)
     del model
     read = read_gguf(path, text_config, device)
-    scored, notes = _read_back(path, read, prompts, before, rounded, config.dtype, source.context)
-    notes += [*(vocabulary.notes if vocabulary else [])]
-    notes += paragraphs([_quantised_note(source.adapter), None if vocabulary else f"written by {converter}"])
-    context = source.context
-    commands = gguf_commands(str(path), context)
+    scored, more = _read_back(path, read, prompts, before, rounded, config.dtype, source.context)
+    notes += [*more, *paragraphs([_quantised_note(source.adapter)])]
+    commands = gguf_commands(str(path), source.context)
     if config.to == "ollama":
         notes += _write_modelfile(output, path, source)
         commands = ollama_commands(str(output / "Modelfile"))
     return Exported(output, config.to, config.dtype, commands, scored, notes)
+
+
+def _plan(model: Any, tokenizer: Tokenizer) -> tuple[GgufArchitecture, GgufVocabulary] | str:
+    """What prefopt writes of a model, or why it cannot."""
+    architecture = architecture_of(model.config.get_text_config())
+    if isinstance(architecture, str):
+        return architecture
+    try:
+        list(tensors_of(model, architecture))
+        return architecture, vocabulary_of(tokenizer, rows_of(model, tokenizer))
+    except ModelError as error:
+        return str(error)
 
 
 def _whole_model(source: SampledModel, device: torch.device) -> Any:

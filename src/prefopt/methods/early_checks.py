@@ -48,8 +48,8 @@ def check_before_torch(config: Any) -> None:
     if isinstance(config, ExportConfig):
         check_export(config)
     if isinstance(config, RewardBenchConfig):
-        for name in filter(None, (config.output, config.html)):
-            refuse_existing(Path(name), OVERWRITE, unless=config.overwrite)
+        for file in filter(None, (config.output, config.html)):
+            refuse_existing(Path(file), OVERWRITE, unless=config.overwrite)
     for option in DATA:
         for source in find_sources(getattr(config, option, None) or []):
             _check_file(source)

@@ -235,6 +235,7 @@ def _behind(text: str, probe: str, *, once: bool = False) -> str:
 
 
 def common_end(one: str, other: str) -> str:
+    """The longest text that both end with."""
     return one[len(one) - _common(one[::-1], other[::-1]) :]
 
 
