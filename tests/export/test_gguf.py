@@ -170,6 +170,7 @@ def test_a_converter_writes_the_file_where_it_is_named(llama: Path, tmp_path: Pa
         export(llama, tmp_path / "failed", converter=str(tmp_path / "absent.py"))
 
 
+@pytest.mark.slow
 def test_a_converter_on_the_path_is_taken_for_what_prefopt_cannot_write(
     words: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,8 +63,8 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """One number of a benchmark: of a ``subset``, of a ``section`` of several, or ``overall``; ``share``: its interval
-    and its rows, ``ties`` the rows where a wrong answer has the score of a right one and none a higher one."""
+    """One number of a benchmark. ``kind``: of a ``subset``, of a ``section`` of several, of a ``style`` of RM-Bench's
+    comparisons, or ``overall``. ``ties``: the rows where a wrong answer has the best score beside a right one."""
 
     kind: str
     name: str
@@ -255,11 +255,11 @@ def _rm_bench(rows: Sequence[Scored]) -> BenchResult:
         if len(inside) > 1:
             measures += [Measure("subset", n, rate_interval(values[n].mean(axis=1))) for n in sorted(inside)]
         whole = weighted_interval([values[n].mean(axis=1) for n in inside], [1 / len(inside)] * len(inside))
-        measures.append(Measure("section", name, whole))
+        measures.append(Measure("subset" if len(inside) == 1 else "section", name, whole))
     weights = [weight for _, weight in groups]
     for column, name in enumerate(("easy", "normal", "hard")):
         of = weighted_interval([values[n][:, column] for n, _ in groups], weights)
-        measures.append(Measure("section", name, of))
+        measures.append(Measure("style", name, of))
     overall = weighted_interval([values[n].mean(axis=1) for n, _ in groups], weights)
     measures.append(Measure("overall", "RM-Bench", overall))
     lacking = [d for d in DOMAINS if d not in order]

@@ -8,6 +8,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from prefopt.config.tools import ReportConfig
+from prefopt.evaluate.bench_rows import REWARD_BENCH_2
 from prefopt.evaluate.bench_scores import BenchResult
 from prefopt.evaluate.reward_bench import HEAD, RewardBenchReport, cells
 from prefopt.reports import page
@@ -29,11 +30,12 @@ def _section(report: RewardBenchReport, result: BenchResult, number: int) -> pag
     sentences = _sentences(report, result)
     rates = [(cells(m)[0], (m.interval.mean, m.interval.low, m.interval.high)) for m in result.measures]
     label = f"Accuracy on {result.benchmark} with intervals; the table has the numbers"
-    axis = "accuracy; the line is its 95 % interval"
+    chance = 0.25 if result.benchmark == REWARD_BENCH_2 else 0.5
+    axis = f"accuracy; the line is its 95 % interval, and {chance:.0%} (dotted) is chance"
     values = {
         "title": result.benchmark,
         "sentences": sentences,
-        "figure": page.intervals(rates, axis=axis, name=f"bench{number}", label=label),
+        "figure": page.intervals(rates, axis=axis, name=f"bench{number}", label=label, chance=chance),
         "heads": ["prompts of", *HEAD[1:]],
         "rows": [cells(measure) for measure in result.measures],
         "notes": [*result.notes, *report.notes],

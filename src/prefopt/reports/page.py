@@ -287,9 +287,9 @@ def win_rates(found: Mapping[str, Any], *, name: str) -> Markup | None:
 
 
 def intervals(
-    rates: Sequence[tuple[str, tuple[float, float, float]]], *, axis: str, name: str, label: str
+    rates: Sequence[tuple[str, tuple[float, float, float]]], *, axis: str, name: str, label: str, chance: float = 0.5
 ) -> Markup | None:
-    """Rates with their intervals and a line at one half; None for no rate. ``name``, ``label``: see :func:`inline`."""
+    """Rates with intervals and a line at ``chance``; None for no rate. ``name`` and ``label``: see :func:`inline`."""
     require_matplotlib()
     from matplotlib.figure import Figure
 
@@ -300,7 +300,7 @@ def intervals(
     for y, (_, (mean, low, high)) in enumerate(rates):
         axes.plot([low, high], [y, y], color=COLOURS[0], linewidth=2)
         axes.plot([mean], [y], color=COLOURS[0], marker="o", markersize=6)
-    axes.axvline(0.5, color="0.45", linewidth=0.9, linestyle=":")
+    axes.axvline(chance, color="0.45", linewidth=0.9, linestyle=":")
     axes.set_xlim(0, 1)
     axes.set_ylim(len(rates) - 0.5, -0.5)
     axes.set_yticks(range(len(rates)), [plain(shortened(text, 48)) for text, _ in rates], fontsize=9)
