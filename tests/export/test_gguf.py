@@ -18,7 +18,7 @@ from prefopt.config.export import ExportConfig
 from prefopt.data.tokenizer import load_tokenizer
 from prefopt.errors import ConfigError, ModelError, RunError
 from prefopt.export import gguf_tensors
-from prefopt.export.gguf_tokenizer import CONTROL, NORMAL, UNUSED, vocabulary_of
+from prefopt.export.gguf_tokenizer import CONTROL, NORMAL, SPLITS, UNUSED, vocabulary_of
 from prefopt.export.run import run
 
 gguf = pytest.importorskip("gguf", reason="GGUF files are written by the package gguf")
@@ -237,3 +237,46 @@ def test_what_llama_cpp_computes_decides(
     by = by_reader(json.loads((tmp_path / "out" / "export.json").read_text()))
     assert by["transformers"]["same"] and by["llama.cpp"]["same"] == (scale == 1) and by["llama.cpp"]["tokenised"] == 31
     monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
+
+
+def split(pattern: str) -> dict[str, Any]:
+    """A pre-tokenizer of Llama 3's kind, by its regular expression."""
+    words = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {"type": "Sequence", "pretokenizers": [words, byte_level]}
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTES]}
+SPLITTERS = {name: split(pattern) for pattern, name in SPLITS.items()} | {"smollm": DIGITS}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LLAMA_CPP, reason="needs llama-cpp-python, whose tokenizers are compared")
+@pytest.mark.parametrize("name", SPLITTERS)
+def test_every_way_to_split_words_is_llama_cpps(name: str, llama: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    AutoModelForCausalLM.from_pretrained(llama).save_pretrained(model)
+    AutoTokenizer.from_pretrained(llama).save_pretrained(model)
+    described = json.loads((model / "tokenizer.json").read_text("utf-8")) | {"pre_tokenizer": SPLITTERS[name]}
+    (model / "tokenizer.json").write_text(json.dumps(described), "utf-8")
+    found = export(model, tmp_path / "out")
+    fields = gguf.GGUFReader(tmp_path / "out" / "model-f16.gguf").fields
+    assert fields["tokenizer.ggml.pre"].contents() == name and by_reader(found)["llama.cpp"]["tokenised"] == 32
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LLAMA_CPP, reason="needs llama-cpp-python, whose tokenizers are compared")
+def test_sentencepiece_without_a_space_in_front_is_llama_cpps(shared: Path, tmp_path: Path) -> None:
+    """As Gemma has it."""
+    source, model = shared / "models" / "stories260k", tmp_path / "model"
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(model)
+    AutoTokenizer.from_pretrained(source).save_pretrained(model)
+    described = json.loads((model / "tokenizer.json").read_text("utf-8"))
+    described["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    described["decoder"]["decoders"].pop()
+    (model / "tokenizer.json").write_text(json.dumps(described), "utf-8")
+    found = export(model, tmp_path / "out", dtype="float32")
+    fields = gguf.GGUFReader(tmp_path / "out" / "model-f32.gguf").fields
+    assert not fields["tokenizer.ggml.add_space_prefix"].contents()
+    assert by_reader(found)["llama.cpp"]["tokenised"] == 32
