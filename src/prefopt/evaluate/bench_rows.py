@@ -156,8 +156,8 @@ class BenchRows:
 
 
 def read_rows(names: Sequence[str], *, skip: bool) -> BenchRows:
-    """The rows of files. Raises :class:`DataError` for rows that cannot be used, unless they are to be skipped, for
-    none at all, and for an id that stands twice."""
+    """The rows of files. Raises :class:`DataError` for rows that cannot be used, duplicates among them, unless they are
+    to be skipped, and where no row is left."""
     found: list[BenchRow] = []
     problems: list[Problem] = []
     read = 0
@@ -167,8 +167,8 @@ def read_rows(names: Sequence[str], *, skip: bool) -> BenchRows:
             problems.append(row)
         else:
             found.append(row)
-    found, repeated = _once(found)
-    problems += repeated
+    found, duplicates = _once(found)
+    problems += duplicates
     if problems and not skip:
         raise refuse(problems, read)
     if not found:
@@ -190,5 +190,5 @@ def _once(rows: Sequence[BenchRow]) -> tuple[list[BenchRow], list[Problem]]:
     for row in rows:
         first = seen.setdefault((row.benchmark, row.subset, row.id, row.prompt, row.chosen, row.rejected), row)
         if first is not row:
-            problems.append(Problem("repeated row", row.row, f"is row {first.row} of {first.file} again", row.file))
+            problems.append(Problem("duplicate row", row.row, f"is row {first.row} of {first.file} again", row.file))
     return list(seen.values()), problems
