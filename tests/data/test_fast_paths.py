@@ -36,7 +36,7 @@ def slowly(renderer: Renderer, rows: list[Comparison]) -> list[object]:
     """Every response by itself, every text by the template, every place by a probe."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(renderer._template, "_traced", None))
-        stack.enter_context(mock.patch.object(renderer._spans, "_frames", []))
+        stack.enter_context(mock.patch.object(renderer._responses._spans, "_frames", []))
         stack.enter_context(mock.patch.object(spans, "REMEMBERED", 0))
         stack.enter_context(mock.patch.object(encoding, "WORTH_SHARING", 10**9))
         return [outcome(x) for x in renderer.render_all(rows)]

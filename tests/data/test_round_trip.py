@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from data.small import small_tokenizer
 from data.templates import CHATML, TEMPLATES, Template
 from prefopt.data.chat.render import STRIPPED, Renderer
-from prefopt.data.chat.spans import CHANGED, ELSEWHERE
+from prefopt.data.chat.responses import CHANGED
+from prefopt.data.chat.spans import ELSEWHERE
 from prefopt.data.chat.template import Rendering, Turns, field_reasoning, split_reasoning, strip_reasoning
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.group import IntArray

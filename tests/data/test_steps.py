@@ -23,7 +23,8 @@ import pytest
 from data.small import small_tokenizer
 from data.templates import TEMPLATES
 from prefopt.data.chat.render import STEPS_DROPPED, Rendered, Renderer
-from prefopt.data.chat.spans import ELSEWHERE, STEPS
+from prefopt.data.chat.responses import STEPS
+from prefopt.data.chat.spans import ELSEWHERE
 from prefopt.data.chat.template import EARLIER_REASONING, Rendering
 from prefopt.data.group import show
 from prefopt.data.table import GroupTable
@@ -215,7 +216,7 @@ def check(r: Renderer, c: Comparison, rendered: Rendered) -> None:
             end = said.removeprefix(expected)
             assert said.startswith(expected) and end in {*MARK.findall(end), r.tokenizer.eos_token}
         else:
-            assert not rest.strip() and said.endswith(tuple(r._spans._marks))
+            assert not rest.strip() and said.endswith(tuple(r._responses._spans.marks))
 
 
 @pytest.mark.parametrize("name", WRITTEN)

@@ -107,10 +107,11 @@ class RenderOptions(TemplateOptions):
         at_least=2,
     )
     reasoning: Literal["keep", "strip"] = option("keep", "reasoning blocks of responses: train on them, or remove them")
-    earlier_turns: Literal["as-generated", "as-shown"] = option(
-        "as-generated",
-        "turns of a response that the chat template changes once another follows, such as by dropping their reasoning:"
-        " trained as they were generated, in a sequence of their own, or as the finished conversation shows them",
+    earlier_turns: Literal["auto", "as-generated", "as-shown"] = option(
+        "auto",
+        "turns of a response that the chat template changes once another follows: trained as they were generated, in a"
+        " sequence of their own, or as the finished conversation shows them; auto: as generated in rows where the"
+        " conversation loses reasoning, tool calls, words or the end token of such a turn, as shown elsewhere",
     )
 
 

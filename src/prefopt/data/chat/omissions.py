@@ -16,7 +16,7 @@ class Omission:
     """What a template leaves out of a conversation: a reason to refuse it, and the turns whose reasoning it drops."""
 
     refused: str = ""
-    reasoning: tuple[int, ...] = ()
+    reasoning: frozenset[int] = frozenset()
 
 
 def find_omission(template: ChatTemplate, turns: Turns, tools: Sequence[str]) -> Omission:
@@ -49,7 +49,7 @@ def find_omission(template: ChatTemplate, turns: Turns, tools: Sequence[str]) ->
     missing = list(dict.fromkeys(what for probe, what in required.items() if probe not in text))
     if missing:
         return Omission(f"the template does not show {' and '.join(missing)} of the row; {OTHER_TEMPLATE}")
-    return Omission(reasoning=tuple(i for probe, i in reasoning.items() if probe not in text))
+    return Omission(reasoning=frozenset(i for probe, i in reasoning.items() if probe not in text))
 
 
 def _renamed(tool: str, name: str) -> str:

@@ -18,7 +18,7 @@ from itertools import chain, islice
 import numpy as np
 
 from prefopt.data.chat.encoding import Encoded, Encoder, RenderedText
-from prefopt.data.chat.spans import SpanFinder
+from prefopt.data.chat.responses import ResponseRenderer
 from prefopt.data.chat.template import (
     ChatTemplate,
     Rendering,
@@ -86,8 +86,8 @@ class Renderer:
         self._end_ids = frozenset(int(i) for i in tokenizer.convert_tokens_to_ids(list(marks)))
         special = sorted({*marks, *tokenizer.all_special_tokens}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
-        as_shown = self.rendering.earlier_turns == "as-shown" or self.rendering.train_on == "all"
-        self._spans = SpanFinder(self._template, marks, tokenizer.eos_token, self._report, as_shown=as_shown)
+        earlier = "as-shown" if self.rendering.train_on == "all" else self.rendering.earlier_turns
+        self._responses = ResponseRenderer(self._template, marks, tokenizer.eos_token, self._report, earlier)
         self._row = 0
 
     @property
@@ -155,8 +155,8 @@ class Renderer:
             return [RenderedText("".join(m.content for m in c.prompt), (), bos=True)]
         try:
             text = self._template.apply(c.prompt, c.tools, generation=True)
-            self._spans.check_omissions(c.prompt, c.tools)
-            self._spans.check_inline_reasoning(c.prompt, text)
+            self._responses.check_omissions(c.prompt, c.tools)
+            self._responses.check_inline_reasoning(c.prompt, text)
             return [RenderedText(text, ())]
         except Unrenderable as error:
             return Problem("chat template", c.row, str(error), c.file)
@@ -178,7 +178,7 @@ class Renderer:
         if not self._template.reads_reasoning and any(m.reasoning for r in turns for m in r):
             self._report(NO_FIELD, once=True)
         try:
-            texts = self._spans.render(c.prompt, turns, c.tools)
+            texts = self._responses.render(c.prompt, turns, c.tools)
         except Unrenderable as error:
             return Problem("chat template", c.row, str(error), c.file)
         found: list[RenderedText] = []

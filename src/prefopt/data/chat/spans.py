@@ -6,47 +6,23 @@
 - It *ends* with the end-of-turn token behind its words or behind its last tool call. That place is found by rendering a
   probe, a word that the row does not hold, in place of the words. The text that a template puts around a probe is
   remembered: where a text is exactly that around the row's own words, no probe is rendered.
-
-An answer of several turns is trained as it was generated: each of its turns is rendered as the last one, behind the
-generation prompt that the model was given there. As long as the template shows a turn unchanged when more follow, one
-text serves all of them. Where it rewrites a turn (Qwen3, DeepSeek and gpt-oss drop its reasoning, or its end), the
-turns from there on are another *step*: a text of its own, in which the rewritten turn is context and not trained.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
 from itertools import count
 
-from prefopt.data.chat.encoding import RenderedText
-from prefopt.data.chat.omissions import Omission, find_omission
-from prefopt.data.chat.template import (
-    EARLIER_REASONING,
-    OTHER_TEMPLATE,
-    ChatTemplate,
-    Turns,
-    Unrenderable,
-    split_reasoning,
-    strip_reasoning,
-)
+from prefopt.data.chat.template import Turns, Unrenderable
 from prefopt.data.validate import texts_of
-from prefopt.records import Message
 
 Row = Callable[..., str]  # a conversation of one row as text; each is rendered once
 
 REMEMBERED = 8  # frames of one template; most have one
 LONGEST_TAG = 32  # characters
-SHAPES = 4096  # conversation shapes whose omissions are remembered
-CHANGED = "the chat template changes the words of the answer"
 NO_END = "the template does not end an answer with anything that could be told from its words"
 ELSEWHERE = "the chat template shows the answer behind something else than its generation prompt"
-STEPS = "the chat template changes earlier turns of a response: it is trained in steps, each as it was generated"
-NO_REASONING = "the template does not show the reasoning of the answer"
-_OPENED = re.compile(r"<think>(\n?)\Z")  # at the end of a generation prompt: the block is the model's to close
-_CLOSED = re.compile(r"\s*<?/think>\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,162 +39,14 @@ class SpanFinder:
     """Finds the trained spans of one template's conversations.
 
     ``marks`` are the tokens that may end a turn, longest first, EOS one of them. ``report`` is called with warnings
-    about the current row. ``as_shown``: a response is one text, as the finished conversation shows it.
+    about the current row.
     """
 
-    def __init__(
-        self,
-        template: ChatTemplate,
-        marks: Sequence[str],
-        eos: str | None,
-        report: Callable[[str], None],
-        *,
-        as_shown: bool = False,
-    ) -> None:
-        self._template, self._marks, self._eos, self._report = template, tuple(marks), eos, report
-        self._as_shown = as_shown
+    def __init__(self, marks: Sequence[str], eos: str | None, report: Callable[[str], None]) -> None:
+        self.marks, self._eos, self._report = tuple(marks), eos, report
         self._frames: list[_Frame] = []
-        self._omissions: dict[object, Omission] = {}
 
-    def render(self, prompt: Turns, responses: Sequence[Turns], tools: Sequence[str]) -> list[list[RenderedText]]:
-        """The steps of each response with their prompt. Raises :class:`Unrenderable` where the template refuses one."""
-        row: Row = cache(partial(self._template.apply, tools=tools))
-        for response in responses if self._as_shown else ():
-            self.check_omissions(prompt + response, tools)
-        prompt_text = row(prompt, generation=True)
-        self.check_inline_reasoning(prompt, prompt_text)
-        if self._as_shown:
-            return [[self._whole(row, prompt, response, prompt_text)] for response in responses]
-        return [self._steps(row, prompt, response, prompt_text, tools) for response in responses]
-
-    def check_omissions(self, turns: Turns, tools: Sequence[str], *, context: int | None = None) -> None:
-        """Refuse or report what the template leaves out; looked up once for all rows of one shape.
-
-        Dropped reasoning is reported for the first ``context`` turns (default: all but the last) and for turns that
-        are not trained; that of the last turn is refused.
-        """
-        held = [(m.role, not m.content or m.content.isspace(), m.reasoning is None, len(m.tool_calls)) for m in turns]
-        shape = (bool(tools), *held)
-        if shape not in self._omissions:
-            if len(self._omissions) >= SHAPES:
-                self._omissions.clear()
-            self._omissions[shape] = find_omission(self._template, turns, tools)
-        found, last = self._omissions[shape], len(turns) - 1
-        if found.refused:
-            raise Unrenderable(found.refused)
-        if last in found.reasoning:
-            raise Unrenderable(f"{NO_REASONING}; use --reasoning strip, or {OTHER_TEMPLATE}")
-        first = last if context is None else context
-        if any(i < first or (i < last and not turns[i].trained) for i in found.reasoning):
-            self._report(EARLIER_REASONING)
-
-    def check_inline_reasoning(self, prompt: Turns, prompt_text: str) -> None:
-        """Report whether the template drops reasoning from the text of earlier answers."""
-        for turn in prompt:
-            inline = turn.role == "assistant" and "</think" in turn.content
-            if inline and split_reasoning(turn.content)[0] not in prompt_text:
-                self._report(EARLIER_REASONING)
-
-    def _steps(
-        self, row: Row, prompt: Turns, response: Turns, prompt_text: str, tools: Sequence[str]
-    ) -> list[RenderedText]:
-        """The response as it was generated; see the module's docstring."""
-        turns, steps = prompt + response, list[RenderedText]()
-        answers = [j for j in range(len(prompt), len(turns)) if turns[j].role == "assistant" and turns[j].trained]
-        for j in answers:
-            before = prompt_text if j == len(prompt) else row(turns[:j], generation=True)
-            until = turns[: j + 1]
-            step = self._behind_opened(row, until, before, tools, len(prompt))
-            if step is None:
-                # What is left out of all turns shows at the last one; reasoning may be dropped there by design.
-                if until[-1].reasoning is not None or j == answers[-1]:
-                    self.check_omissions(until, tools, context=len(prompt))
-                step = self._last_turn(row, until, before)
-            so_far = steps[-1] if steps else None
-            if so_far is None or not step.text.startswith(so_far.text):
-                steps.append(replace(step, further=so_far is not None))
-                continue
-            spans = so_far.spans
-            if so_far.eos:
-                # What follows an answer without an end is where the model must stop, if it is a token (as in GLM).
-                start, end = spans[-1]
-                mark = next((m for m in self._marks if step.text.startswith(m, end)), "")
-                spans = (*spans[:-1], (start, end + len(mark)))
-            steps[-1] = replace(step, spans=(*spans, *step.spans), shared=so_far.shared, further=so_far.further)
-        if not steps:
-            raise Unrenderable("the response has no assistant turn to train")
-        if len(steps) > 1:
-            self._report(STEPS)
-        return [replace(s, shared=self._shared(s, prompt_text)) for s in steps]
-
-    def _shared(self, step: RenderedText, prompt_text: str) -> int:
-        begins = step.text.startswith(prompt_text) and len(prompt_text) <= step.spans[0][0]
-        return len(prompt_text) if begins else 0
-
-    def _behind_opened(
-        self, row: Row, turns: Turns, before: str, tools: Sequence[str], context: int
-    ) -> RenderedText | None:
-        """The last of ``turns`` with its reasoning behind a generation prompt that opens the block for it, where the
-        template does not show it there (DeepSeek's remove it from every finished answer); None elsewhere."""
-        j, opened = len(turns) - 1, _OPENED.search(before)
-        reasoning = turns[j].reasoning or split_reasoning(turns[j].content)[0]
-        if not opened or not reasoning:
-            return None
-        shown = row(turns)
-        if shown.startswith(before) and shown[len(before) :].lstrip().startswith(reasoning.strip()):
-            return None
-        bare = (*turns[:j], strip_reasoning(turns[j]))
-        self.check_omissions(bare, tools, context=context)
-        full = row(bare)
-        start, end, close, ended = self._span(row, bare, j, full, before, elsewhere=False)
-        self._check_words(bare[j], full[start:end], last=True)
-        rest = full[found.end() : end] if (found := _CLOSED.match(full, start, end)) else full[start:end]
-        text = before + reasoning + ("\n</think>\n\n" if opened[1] else "</think>") + rest
-        return RenderedText(text, ((len(before), len(text)),), eos=not ended, close=close)
-
-    def _last_turn(self, row: Row, turns: Turns, before: str) -> RenderedText:
-        """The last of ``turns`` as the model writes it behind ``before``."""
-        j, full = len(turns) - 1, row(turns)
-        start, end, close, ended = self._span(row, turns, j, full, before, elsewhere=False)
-        self._check_words(turns[j], full[start:end], last=True)
-        text = full[:end]
-        if not full.startswith(before):
-            if at := _behind_cue(row, turns, full, before):
-                text, start = before + full[at:end], len(before)
-            else:
-                self._report(ELSEWHERE)
-        return RenderedText(text, ((start, len(text)),), eos=not ended, close=close)
-
-    def _whole(self, row: Row, prompt: Turns, response: Turns, prompt_text: str) -> RenderedText:
-        """The response as the finished conversation shows it."""
-        turns = prompt + response
-        full = row(turns)
-        spans, close, ended = [], 0, False
-        for j in range(len(prompt), len(turns)):
-            if turns[j].role == "assistant" and turns[j].trained:
-                before = prompt_text if j == len(prompt) else row(turns[:j], generation=True)
-                start, end, close, ended = self._span(row, turns, j, full, before)
-                self._check_words(turns[j], full[start:end], last=j == len(turns) - 1)
-                spans.append((start, end))
-        if not spans:
-            raise Unrenderable("the response has no assistant turn to train")
-        text = RenderedText(full[: spans[-1][1]], tuple(spans), eos=not ended, close=close)
-        return replace(text, shared=self._shared(text, prompt_text))
-
-    def _check_words(self, turn: Message, shown: str, *, last: bool) -> None:
-        """Report or refuse changes that the template makes to the words."""
-        if turn.content.strip() in shown:
-            return
-        reasoning, content = split_reasoning(turn.content)
-        if content.strip() not in shown:
-            self._report(CHANGED)
-        if reasoning and reasoning not in shown:
-            if last:
-                what = "the template does not show the reasoning inside the answer"
-                raise Unrenderable(f"{what}; use --reasoning strip, or {OTHER_TEMPLATE}")
-            self._report(EARLIER_REASONING)
-
-    def _span(
+    def find(
         self, row: Row, turns: Turns, j: int, full: str, before: str, *, elsewhere: bool = True
     ) -> tuple[int, int, int, bool]:
         """Trained characters [start, end) of turn j in ``full``, how many of them close the turn behind its words or
@@ -279,7 +107,7 @@ class SpanFinder:
         """
         at = len(tail) - len(tail.lstrip())
         found: list[tuple[str, int]] = []
-        while mark := next((m for m in self._marks if tail.startswith(m, at)), ""):
+        while mark := next((m for m in self.marks if tail.startswith(m, at)), ""):
             at += len(mark)
             found.append((mark, at))
         return next((f for f in found if f[0] == self._eos), found[0] if found else ("", 0))
@@ -289,7 +117,7 @@ class SpanFinder:
 
         The token is the one that ends answers without calls if it is there, else the last one.
         """
-        places = {mark: tail.rfind(mark) for mark in self._marks if mark in tail}
+        places = {mark: tail.rfind(mark) for mark in self.marks if mark in tail}
         if not places:
             return "", len(tail.rstrip())
         mark = usual if usual in places else max(places, key=lambda m: places[m] + len(m))
@@ -313,7 +141,7 @@ def _probe(texts: Sequence[str]) -> str:
     return next(word for n in count() if not any((word := f"prefopt{n}probe") in text for text in texts))
 
 
-def _behind_cue(row: Row, turns: Turns, full: str, before: str) -> int:
+def behind_cue(row: Row, turns: Turns, full: str, before: str) -> int:
     """Where the answer of the last turn starts in ``full``, which shows earlier turns otherwise than ``before`` does
     (gpt-oss drops the reasoning of a chain of calls once the answer is there): behind the same generation prompt. 0
     where that is not found."""

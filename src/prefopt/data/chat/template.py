@@ -28,6 +28,7 @@ from prefopt.errors import ConfigError, ModelError, first_line
 from prefopt.records import Message, ToolCall
 
 Turns = tuple[Message, ...]
+EarlierTurns = Literal["auto", "as-generated", "as-shown"]
 # Where templates look for reasoning. As in transformers, the first two are filled in together.
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 RUNAWAYS = 3  # conversations that may exceed the sandbox's limits before the template itself is refused
@@ -48,9 +49,10 @@ class Rendering:
 
     ``max_length`` bounds prompt and response together. ``add_eos`` ends answers with EOS where the template does not.
     ``chat_template`` is the source of a template to use instead of the tokenizer's; ``variables`` are passed to either.
-    ``reasoning``: whether reasoning blocks of the assistant are kept or stripped. ``earlier_turns``: where the template
-    shows an earlier turn of a response otherwise than it was generated, that turn is trained as it was generated, in a
-    step of its own, or as the finished conversation shows it. ``compare``: whole responses, or each turn of them that
+    ``reasoning``: whether reasoning blocks of the assistant are kept or stripped. ``earlier_turns``: a turn of a
+    response that the template shows otherwise once another follows is trained as it was generated, in a step of its
+    own, or as the finished conversation shows it; ``auto``: as shown, unless something of the turn's own is lost there.
+    ``compare``: whole responses, or each turn of them that
     is judged by itself. ``train_on``: the answers, or every
     token. ``windows``: a text without a prompt that is too long becomes several groups of about equal length; other
     rows are truncated. ``date`` is shown by templates that ask for today's: one for all processes of a run.
@@ -61,7 +63,7 @@ class Rendering:
     chat_template: str | None = None
     variables: Mapping[str, object] = field(default_factory=dict, hash=False)
     reasoning: Literal["keep", "strip"] = "keep"
-    earlier_turns: Literal["as-generated", "as-shown"] = "as-generated"
+    earlier_turns: EarlierTurns = "auto"
     compare: Literal["responses", "steps"] = "responses"
     train_on: Literal["responses", "all"] = "responses"
     windows: bool = False

@@ -158,8 +158,8 @@ def _trace(count: int, render: Callable[[Sequence[str]], str]) -> Trace | None:
         text = _plain(render([Words(mark, log, i) for i, mark in enumerate(marks)]))
     except Exception:  # reported when the row itself is rendered
         return None
-    parts = re.split(f"({'|'.join(map(re.escape, marks))})", text)
-    pieces, slots = tuple(parts[::2]), tuple(map(marks.index, parts[1::2]))
+    parts = re.split(f"{re.escape(_ODD)}([0-9]+){re.escape(_ODD)}", text)
+    pieces, slots = tuple(parts[::2]), tuple(map(int, parts[1::2]))
     if log.failed or set(slots) != set(range(count)) or any(_ODD in piece for piece in pieces):
         return None
     return Trace(pieces, slots, tuple(log.guards.values()))
