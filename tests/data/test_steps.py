@@ -16,6 +16,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,10 +24,12 @@ import pytest
 from data.small import small_tokenizer
 from data.templates import TEMPLATES
 from prefopt.data.chat.render import STEPS_DROPPED, Rendered, Renderer
-from prefopt.data.chat.responses import STEPS
+from prefopt.data.chat.responses import SHOWN, STEPS
 from prefopt.data.chat.spans import ELSEWHERE
 from prefopt.data.chat.template import EARLIER_REASONING, Rendering
+from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.group import show
+from prefopt.data.load import load_groups
 from prefopt.data.table import GroupTable
 from prefopt.data.validate import Problem
 from prefopt.records import Comparison, Message, Response, ToolCall
@@ -223,7 +226,7 @@ def check(r: Renderer, c: Comparison, rendered: Rendered) -> None:
 def test_turns_are_trained_as_they_were_generated(name: str) -> None:
     found = {}
     for kind, turns in TRAJECTORIES.items():
-        r = renderer(*WRITTEN[name])
+        r = renderer(*WRITTEN[name], earlier_turns="as-generated")
         c = comparison(r, turns)
         (rendered,) = r.render_all([c])
         if isinstance(rendered, Problem):
@@ -236,6 +239,73 @@ def test_turns_are_trained_as_they_were_generated(name: str) -> None:
         # DeepSeek's answers without reasoning stand behind something else than its generation prompt.
         assert (ELSEWHERE in r.warnings) == (name == "DeepSeek" and kind in ("answers", "calls"))
     assert found == EXPECTED[name]
+
+
+# What as-generated trains in steps although no more than an empty block of reasoning is changed.
+DECORATED = {("Qwen3", "answers"), ("Qwen3", "calls"), ("Qwen3.5", "answers")}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_by_default_steps_are_made_only_where_something_of_the_row_would_be_lost(name: str) -> None:
+    for kind, turns in TRAJECTORIES.items():
+        auto, made, final = (renderer(*WRITTEN[name], earlier_turns=e) for e in ("auto", "as-generated", "as-shown"))
+        c = comparison(auto, turns)
+        (found,), (expected,), (one,) = auto.render_all([c]), made.render_all([c]), final.render_all([c])
+        if isinstance(found, Problem) or isinstance(expected, Problem):
+            assert found == expected
+            continue
+        decorated = (name, kind) in DECORATED
+        assert (auto.warnings.get(SHOWN) == [1]) == decorated
+        assert (STEPS in auto.warnings) == (STEPS in made.warnings and not decorated)
+        if decorated:
+            assert isinstance(one, Rendered)
+            expected = one
+        assert found.group.key(0) == expected.group.key(0)
+        assert not decorated or made.warnings[STEPS] == [1]
+    assert Rendering().earlier_turns == "auto"
+
+
+def test_reasoning_of_the_prompt_that_sampling_shows_is_kept() -> None:
+    called = (ask("Add 1 and 2."), call(1, "One call."), result(1))
+    said = (say("Three."), ask("Bye."), say("See you."))
+    r = renderer(*WRITTEN["Qwen3"])
+    c = replace(comparison(r, (*called, *said)), prompt=called, responses=(Response(said),))
+    (rendered,) = r.render_all([c])
+    assert isinstance(rendered, Rendered) and rendered.group.count == 2 and SHOWN not in r.warnings
+    assert decode(r, rendered.group.sequence(0)[0]).startswith(shown(r, c, called, generation=True))
+
+
+def chat(count: int) -> tuple[Message, ...]:
+    """A conversation of ``count`` answers."""
+    return tuple(turn for i in range(count) for turn in (ask(f"And {i}?"), say(f"That is {i}.")))
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "Llama 3", "Gemma"])
+def test_a_long_chat_is_one_sequence_and_rendered_about_once_for_each_answer(name: str) -> None:
+    for earlier, most in (("auto", 1), ("as-generated", 2)):
+        r, count = renderer(*WRITTEN[name], earlier_turns=earlier), 60
+        c = comparison(r, chat(count))
+        list(r.render_all([comparison(r, chat(2))]))  # what is found once for a template
+        with mock.patch.object(r._template, "apply", wraps=r._template.apply) as applied:
+            (rendered,) = r.render_all([c])
+        assert isinstance(rendered, Rendered)
+        assert rendered.group.count == (count if (name, earlier) == ("Qwen3", "as-generated") else 1)
+        trained = [t for _, t in rendered.group.sequences(0)]
+        assert sum(int(np.diff(t, prepend=False).sum() + 1) // 2 for t in trained) == count  # one run of tokens each
+        assert applied.call_count <= most * count + 8
+
+
+def test_steps_that_multiply_the_tokens_of_a_row_are_told_with_numbers() -> None:
+    r = renderer(*WRITTEN["Qwen3"])
+    for count, said in ((4, False), (12, True)):
+        made = {"messages": [{"role": m.role, "content": m.content} for m in chat(count)]}
+        rows = parse_comparisons([made], "memory")
+        found = load_groups([rows], r.tokenizer, Rendering(earlier_turns="as-generated"), kind="demonstrations")
+        (group,) = found.groups
+        lengths = [len(ids) for ids, _ in group.continuations[0].steps]
+        once = len(group.prefix) + max(lengths)
+        numbers = f"from {once:,} to {group.tokens:,}"
+        assert any(numbers in note and "--earlier-turns as-shown" in note for note in found.notes) == said
 
 
 # Families whose special tokens MARK knows, and that show at least some trajectory behind their own generation prompt.
@@ -259,7 +329,7 @@ def test_templates_of_real_models() -> None:
         text = file.read_text("utf-8")
         text = json.loads(text)["chat_template"] if file.suffix == ".json" else text
         ends = ("<|im_end|>", "<|eot_id|>", "<｜end▁of▁sentence｜>", "<|return|>", "<end_of_turn>", "<turn|>", "</s>")
-        r = renderer(text, next((end for end in ends if end in text), "</s>"), "<s>")
+        r = renderer(text, next((end for end in ends if end in text), "</s>"), "<s>", earlier_turns="as-generated")
         found = KNOWN.search(file.name)
         assert found
         family = found[0].lower().replace("-", "")

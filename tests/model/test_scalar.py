@@ -11,8 +11,11 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from data.small import small_tokenizer
+from data.templates import TEMPLATES
 from model.architectures import Float64Throughout, build, with_exact_rotary
 from model.oracle import assert_same, assert_same_gradients, gradients, groups_of_every_kind
+from prefopt.data.chat.render import Renderer
+from prefopt.data.chat.template import Rendering
 from prefopt.data.group import Group
 from prefopt.errors import ModelError
 from prefopt.model.adapter import new_lora
@@ -21,6 +24,7 @@ from prefopt.model.check import check_scalars
 from prefopt.model.packing import pack
 from prefopt.model.scalar import PAD, ScalarScorer, load_scalar, scalar_from, set_shift
 from prefopt.model.scorer import Scorer
+from prefopt.records import Comparison, Message, Response
 from train.small import tiny_llama, write_model
 
 HERE: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
@@ -112,6 +116,33 @@ def test_values_of_tokens_are_read_before_them() -> None:
                 expected.append(model.score(hidden)[np.nonzero(trained)[0] - 1, 0] - 0.25)
         assert_same(values, torch.cat(expected), 1e-9)
         assert_same_gradients(gradients(values, model), gradients(torch.cat(expected), model), 1e-9)
+
+
+def test_a_response_has_one_reward_whether_its_earlier_turns_are_steps_or_not() -> None:
+    # The template changes no more of the first answer than its empty block: the last step is the whole conversation.
+    tokenizer = small_tokenizer(marks=["<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>")
+    tokenizer.chat_template = TEMPLATES["thinking"].text
+    turns = [Message(*turn) for turn in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))]
+    other = (*turns[1:3], Message("assistant", "ef"))
+    row = Comparison(tuple(turns[:1]), (Response(tuple(turns[1:])), Response(other)), ((0, 1),), row=1)
+    with Float64Throughout():
+        bare = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512, pad_token_id=0).double()
+        model = scalar_from(bare, tokenizer, seed=3)
+        found, groups = [], []
+        for earlier, steps in (("as-generated", 4), ("as-shown", 2)):
+            group = Renderer(tokenizer, Rendering(earlier_turns=earlier)).render(row).group
+            assert group.count == steps
+            scorer = ScalarScorer(model)
+            assert scorer.path == "shared"
+            found.append(scorer(pack([group], scorer.layout)))
+            groups.append(group)
+            scorer.detach_hook()
+        assert abs(found[0].detach().diff().item()) > 1e-6
+        # What is read is the last trained token of the whole conversation.
+        for rewards, group in zip(found, groups, strict=True):
+            assert_same(rewards, alone(model, [group]), 1e-9)
+        assert_same(found[0], found[1], 1e-9)
+        assert_same_gradients(gradients(found[0], model), gradients(found[1], model), 1e-9)
 
 
 def test_an_adapter_trains_the_head_too_and_scores_as_it_does_by_itself() -> None:

@@ -35,6 +35,8 @@ OnBadRow = Literal["refuse", "skip"]
 PARALLEL_ROWS = 4000
 # Problems that are not errors: such rows are left out and counted.
 NO_FAULT = ("only ties",)
+# Tokens with all steps, over those of each response's longest step, above which a note tells of it.
+REPEATED = 4
 # Kinds of data for which an unread column of responses is an error.
 PREFERENCES = ("pairs", "scored", "ranking", "labels")
 
@@ -218,6 +220,7 @@ def _group_set(found: Sequence[Tokenised], notes: Sequence[str], on_bad_row: OnB
         place = f"{r.file}: " if len(reports) > 1 else ""
         about_rows = {what: rows for what, rows in r.warnings.items() if rows}
         result.notes += [place + line for line in warning_lines(about_rows)]
+    result.notes += _repeated(result.groups)
     errors = [p for p in result.problems if p.kind not in NO_FAULT]
     if errors and on_bad_row != "skip":
         raise refuse(errors, result.read)
@@ -225,3 +228,15 @@ def _group_set(found: Sequence[Tokenised], notes: Sequence[str], on_bad_row: OnB
         file = reports[0].file if len(reports) == 1 else None
         raise DataError(f"none of {result.read} rows can be used: {describe(result.problems)}", file=file)
     return result
+
+
+def _repeated(groups: GroupTable) -> list[str]:
+    """A note about rows whose steps repeat most of what they hold."""
+    many = groups.tokens_G > REPEATED * groups.unrepeated_G
+    count = int(many.sum())
+    if not count:
+        return []
+    once, steps = int(groups.unrepeated_G[many].sum()), int(groups.tokens_G[many].sum())
+    rows = f"{count} rows" if count > 1 else "1 row"
+    what = f"steps multiply the tokens of {rows} by {steps / once:.1f}, from {once:,} to {steps:,}"
+    return [f"{what}: --earlier-turns as-shown trains one sequence for each response"]

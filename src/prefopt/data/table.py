@@ -186,6 +186,15 @@ class GroupTable(_Groups):
         return found
 
     @cached_property
+    def unrepeated_G(self) -> IndexArray:
+        """[G] tokens of the prefix and of the longest step of each response."""
+        found = self.prefix_G.astype(np.int64)
+        if len(self.steps_N):
+            longest_N = np.maximum.reduceat(self.length_S, _starts(self.steps_N)[:-1])
+            np.add.at(found, _owners(self.responses_G), longest_N)
+        return found
+
+    @cached_property
     def truncated_G(self) -> BoolArray:
         """[G] whether prompt or a response was truncated."""
         found: BoolArray = self.prompt_cut_G > 0

@@ -1,8 +1,8 @@
 """Comparisons to groups: chat template, token ids, trained masks, truncation.
 
 Each response is rendered with its prompt as one text. The trained part is found in characters
-(:mod:`prefopt.data.chat.spans`), then in tokens (:mod:`prefopt.data.chat.encoding`): the trained tokens, decoded, are
-the answer and its end-of-turn token. What a template puts after the last one is neither trained nor kept.
+(:mod:`prefopt.data.chat.responses`), then in tokens (:mod:`prefopt.data.chat.encoding`): the trained tokens, decoded,
+are the answer and its end-of-turn token. What a template puts after the last one is neither trained nor kept.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ for them in a text, formatting, unknown filters) are replaced by versions that n
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, wraps
@@ -23,7 +24,7 @@ from jinja2.visitor import NodeTransformer
 from prefopt.data.chat import sandbox
 from prefopt.data.chat.sandbox import OWN, Bounded, modulo
 
-REMEMBERED = 512  # shapes of conversations; a file has a few for each number of turns
+REMEMBERED = 1024  # shapes of conversations; a file has a few for each number of turns
 # Shows whether the words were escaped, quoted or changed in case.
 _ODD = '\u00e9<&>"\\\u00cb'
 _QUESTIONS = (
@@ -159,7 +160,7 @@ def _trace(count: int, render: Callable[[Sequence[str]], str]) -> Trace | None:
     except Exception:  # reported when the row itself is rendered
         return None
     parts = re.split(f"{re.escape(_ODD)}([0-9]+){re.escape(_ODD)}", text)
-    pieces, slots = tuple(parts[::2]), tuple(map(int, parts[1::2]))
+    pieces, slots = tuple(map(sys.intern, parts[::2])), tuple(map(int, parts[1::2]))
     if log.failed or set(slots) != set(range(count)) or any(_ODD in piece for piece in pieces):
         return None
     return Trace(pieces, slots, tuple(log.guards.values()))
