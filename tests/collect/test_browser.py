@@ -165,7 +165,7 @@ def test_a_session_by_mouse(script: bool, language: str, opened: Open, tmp_path:
         def press(selector: str, number: int) -> None:
             page.click(selector)
             page.wait_for_function("true") if script else None
-            page.wait_for_selector(f"text={LANGUAGES[language]['item'].format(number=number)} >> nth=0")
+            page.wait_for_selector(f"text={LANGUAGES[language]['item of'].format(number=number, total=6)} >> nth=0")
 
         press("button[value=a3]", 2)
         page.click(".why summary")
