@@ -265,6 +265,17 @@ def test_by_default_steps_are_made_only_where_something_of_the_row_would_be_lost
     assert Rendering().earlier_turns == "auto"
 
 
+def test_one_response_that_would_lose_its_reasoning_decides_for_the_row() -> None:
+    bare, thought = (Response(TRAJECTORIES[kind][1:]) for kind in ("answers", "thoughts"))
+    other = Response((*bare.messages[:-1], say("Good bye.")))
+    for responses, steps, said in (((bare, other), [1, 1], SHOWN), ((bare, thought), [2, 2], STEPS)):
+        r = renderer(*WRITTEN["Qwen3"])
+        c = Comparison(TRAJECTORIES["answers"][:1], responses, ((0, 1),), row=1)
+        group = r.render(c).group
+        assert [len(x.steps) for x in group.continuations] == steps
+        assert [what for what in (SHOWN, STEPS) if what in r.warnings] == [said]
+
+
 def test_reasoning_of_the_prompt_that_sampling_shows_is_kept() -> None:
     called = (ask("Add 1 and 2."), call(1, "One call."), result(1))
     said = (say("Three."), ask("Bye."), say("See you."))
