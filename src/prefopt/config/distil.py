@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from prefopt.config.rollouts import RolloutOptions
 from prefopt.config.sft import LEARNING_RATE
 from prefopt.config.training import MethodOptions, ModelOptions, rate_option
 from prefopt.core.options import option
@@ -19,7 +20,7 @@ MAX_NEW_TOKENS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistilConfig(MethodOptions, ModelOptions):
+class DistilConfig(MethodOptions, RolloutOptions, ModelOptions):
     """One run of distillation. Construction raises ``ConfigError``."""
 
     model: str = option(help="model to train: a folder, or the name of one on the Hugging Face Hub", group="model")
@@ -60,5 +61,7 @@ class DistilConfig(MethodOptions, ModelOptions):
     def check(self) -> None:
         if self.jsd_weight is not None and self.divergence != "jsd":
             raise ConfigError("--jsd-weight is for --divergence jsd: leave one of them out")
+        if self.rollout_server is not None and not self.on_policy:
+            raise ConfigError("--rollout-server draws responses: give --on-policy, or leave it out")
         if self.max_new_tokens is not None and not self.on_policy:
             raise ConfigError("--max-new-tokens is for responses that are drawn: give --on-policy, or leave it out")

@@ -17,6 +17,7 @@ from prefopt.model.kernels.divergence import Divergence
 from prefopt.parallel.world import ALONE
 from prefopt.reference.identity import identity_of_name, tokenizer_of_name
 from prefopt.rl.models import weights_in_files
+from prefopt.rl.samplers import policy_sampler
 from prefopt.rl.student import StudentBatches, check_prompts
 from prefopt.train.data import DataBatches, load_data
 from prefopt.train.offline import OfflineRun
@@ -77,10 +78,12 @@ def run(
         say(policy.make_trainable(run.world, draws=config.on_policy > 0, others=others))
         source = _source(offline, policy)
         if isinstance(source, StudentBatches):
-            source.prepare(run.folder)
+            source.prepare(policy_sampler(run, policy, start.tokenizer, longest=start.limit))
             drawn = sum(map(source.is_drawn, range(offline.steps)))
             say(f"sampling: {drawn} of {offline.steps} steps learn from the model's own responses")
         trainer = offline.fit(objective, source, plan=plan)
+        if isinstance(source, StudentBatches):
+            source.close()
         return offline.finish(trainer, title="Distillation", tag="distil")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from prefopt.config.methods import method_of
 from prefopt.config.sample import SampleConfig
 from prefopt.config.tools import IMPLICIT, RULES, ScoreConfig, is_model_reward
+from prefopt.core.endpoint import Endpoint
 from prefopt.core.files import OVERWRITE, RESUME, expanded, is_path, one_below, refuse_existing
 from prefopt.core.hub import no_telemetry, why_not_read
 from prefopt.core.ranks import ranks_in, restarted
@@ -28,8 +29,11 @@ GPU_DRIVERS = ("libcuda.so.1", "libamdhip64.so", "nvcuda.dll", "amdhip64.dll")
 
 
 def check_before_torch(config: Any) -> None:
-    """Raise :class:`prefopt.errors.UserError` for a missing device, model, data file or reward, for an empty
-    data file, and for an output folder that is taken. Configs without a ``device`` pass: they need no torch."""
+    """Raise :class:`prefopt.errors.UserError` for a missing device, model, data file or reward, for an empty data file,
+    for an output folder that is taken, and for a rollout server that does not answer.
+
+    Configs without a ``device`` pass: they need no torch.
+    """
     if not hasattr(config, "device"):
         return
     _check_device(config.device)
@@ -49,6 +53,10 @@ def check_before_torch(config: Any) -> None:
             names = getattr(config, option, None)
             for name in names if isinstance(names, list) else [names]:
                 _check_model(name)
+    if not getattr(config, "resume", False):  # its checkpoint may hold the responses
+        for url in getattr(config, "rollout_server", None) or ():
+            key = config.rollout_key
+            Endpoint(url, key_variable=key, flag="--rollout-server", key_flag="--rollout-key").models("--rollout-model")
     reward = getattr(config, "reward", None)
     if isinstance(reward, str) and is_model_reward(reward):
         _check_model(reward)
