@@ -60,10 +60,9 @@ def final_scores(config: PpoConfig, rollouts: Rollouts) -> torch.Tensor:
     return without_end(rollouts.score_N, rollouts.finished_N, penalty=penalty, instead=instead)
 
 
-def targets_of(config: PpoConfig, rollouts: Rollouts, beta: float) -> Targets:
-    """Advantages and returns from token rewards, each whitened if configured. With ``importance_cap``, advantages are
-    multiplied by importance weights: the loss is linear in them, so that its gradient is weighted by row."""
-    targets = _targets(config, rollouts, beta)
+def corrected(config: PpoConfig, targets: Targets, rollouts: Rollouts) -> Targets:
+    """With ``importance_cap``, advantages are multiplied by truncated importance weights: the clipped loss is linear in
+    advantages, so that this weights every row of it."""
     if config.importance_cap is None:
         return targets
     weight = importance(config, rollouts, config.importance_cap)
@@ -91,7 +90,8 @@ def importance_metrics(config: PpoConfig, rollouts: Rollouts) -> Record:
     }
 
 
-def _targets(config: PpoConfig, rollouts: Rollouts, beta: float) -> Targets:
+def targets_of(config: PpoConfig, rollouts: Rollouts, beta: float) -> Targets:
+    """Advantages and returns from token rewards, each whitened if configured."""
     length_N = rollouts.length_N
     scores_N = final_scores(config, rollouts)
     reward_M = token_rewards(rollouts.logp_M, rollouts.ref_logp_M, scores_N, length_N, beta)

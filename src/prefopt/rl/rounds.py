@@ -31,7 +31,7 @@ from prefopt.model.costs import MEMORY_ERRORS, peak_memory
 from prefopt.model.load import base_and_adapter, local_folder
 from prefopt.model.save import add_end_tokens, repair_generation
 from prefopt.parallel.world import World
-from prefopt.rl.objective import Targets, final_scores, importance_metrics, rollout_metrics, targets_of
+from prefopt.rl.objective import Targets, corrected, final_scores, importance_metrics, rollout_metrics, targets_of
 from prefopt.rl.prompts import PtxTerm
 from prefopt.rl.rollouts import Collector, Rollouts
 from prefopt.runs.folder import RunFolder
@@ -82,7 +82,7 @@ class Rounds(BatchSource):
         step = trainer.state.step
         fresh = self.rollouts is None
         rollouts = self.rollouts = self.rollouts or self._collect(trainer)
-        targets = targets_of(self.config, rollouts, self.kl.coefficient)
+        targets = corrected(self.config, targets_of(self.config, rollouts, self.kl.coefficient), rollouts)
         score_N = final_scores(self.config, rollouts)
         self._measured = rollout_metrics(rollouts, score_N, targets, self.kl.coefficient)
         if self.config.importance_cap is not None:
