@@ -19,7 +19,7 @@ from methods.test_ppo import metrics, ppo, stopped
 from prefopt.config.ppo import PpoConfig
 from prefopt.data.group import Group
 from prefopt.errors import ConfigError, Interrupted, RunError
-from prefopt.generate.dispatch import ServersLost
+from prefopt.core.dispatch import ServersLost
 from prefopt.losses.rl import truncated_importance
 from prefopt.rl import objective
 from prefopt.rl.rollouts import Rollouts

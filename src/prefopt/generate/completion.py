@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from prefopt.core.dispatch import ServerFailed
 from prefopt.data.group import IntArray
-from prefopt.generate.dispatch import ServerFailed
 from prefopt.generate.sampler import FloatArray, SamplingParams
 
 HIGHEST_LOGP = 1e-3

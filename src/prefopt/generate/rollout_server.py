@@ -20,10 +20,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from prefopt.core.dispatch import ServerFailed
 from prefopt.core.endpoint import Endpoint, Reply, ServerRefusal, Unreachable
 from prefopt.errors import ConfigError, RunError
 from prefopt.generate.completion import Completion, Wanted, flawed, read_completion
-from prefopt.generate.dispatch import ServerFailed
 from prefopt.generate.sampler import SamplingParams
 
 FLAG = "--rollout-server"

@@ -2,7 +2,7 @@
 
 Requests are one response each, with a seed of the prompt and the response's number, so that what a server draws depends
 neither on the other requests nor on the server. As one ends the next is sent, whichever prompt it belongs to
-(:mod:`prefopt.generate.dispatch`), so that a fast server does more.
+(:mod:`prefopt.core.dispatch`), so that a fast server does more.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from prefopt.core.dispatch import PAUSE, Dispatch, ServerFailed, refuse_none_left
 from prefopt.errors import ConfigError, RunError, first_line
 from prefopt.generate.completion import Completion, Wanted, flawed
-from prefopt.generate.dispatch import PAUSE, Dispatch, ServerFailed, refuse_none_left
 from prefopt.generate.rollout_checks import RolloutChecks
 from prefopt.generate.rollout_server import FLAG, RolloutServer
 from prefopt.generate.sampler import Ids, ProgressCallback, Sample, SamplingParams, key_of, occurrences
@@ -52,7 +52,7 @@ class RolloutServers:
 
     def hand_over(self, version: str, folder: Path) -> list[tuple[str, str]]:
         """Have every server load the weights in ``folder``; also those that were lost. Returns of each its version and
-        why it is lost. Raises :class:`prefopt.generate.dispatch.ServersLost` where none is left, and
+        why it is lost. Raises :class:`prefopt.core.dispatch.ServersLost` where none is left, and
         :class:`ConfigError` for one that cannot load weights."""
         self.version, self._folder = version, folder
         unfit: list[ConfigError] = []
@@ -105,7 +105,7 @@ class RolloutServers:
         streams: Sequence[int] | None = None,
         progress: ProgressCallback | None = None,
     ) -> list[list[Sample]]:
-        """See the protocol. Raises :class:`prefopt.generate.dispatch.ServersLost` where no server is left, and
+        """See the protocol. Raises :class:`prefopt.core.dispatch.ServersLost` where no server is left, and
         :class:`RunError` where what they drew is not of the weights, or of the distribution, that was asked for."""
         assert self.version, "hand_over comes first"
         streams = occurrences(prompts) if streams is None else streams

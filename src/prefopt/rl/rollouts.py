@@ -163,7 +163,7 @@ class Collector:
         A sample depends on the seed, the step, its prompt and its number alone. Prompts are dealt to the ranks by
         length, and every rank gets the rollouts of all; what fails on one rank fails on all, so that they can repeat
         it. Raises :class:`prefopt.errors.RunError` where the reward fails or is too large to compute with, and
-        :class:`prefopt.generate.dispatch.ServersLost` where no rollout server is left.
+        :class:`prefopt.core.dispatch.ServersLost` where no rollout server is left.
         """
         self.sampler.refresh(step)
         ids = [self.prompts.ids[i] for i in prompts]

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 
 from prefopt.config.ppo import PpoConfig
+from prefopt.core.dispatch import ServersLost
 from prefopt.core.files import remove_folder
 from prefopt.core.terminal import Reporter
 from prefopt.data.sampler import BatchSampler
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import Diverged, ModelError, RunError
-from prefopt.generate.dispatch import ServersLost
 from prefopt.losses.rl import KlController, k1
 from prefopt.model.architectures import causal_model
 from prefopt.model.costs import MEMORY_ERRORS, peak_memory

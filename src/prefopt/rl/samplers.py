@@ -90,7 +90,7 @@ class ServedSampler:
     def refresh(self, step: int) -> None:
         """Hand the present weights to the servers, under the name of ``step``. All ranks call this.
 
-        Raises :class:`prefopt.generate.dispatch.ServersLost` where none is left.
+        Raises :class:`prefopt.core.dispatch.ServersLost` where none is left.
         """
         servers, world = self._connect(), self.run.world
         version = f"prefopt-{self._token}-{step}-{self._held}"  # a step may be drawn again with other weights

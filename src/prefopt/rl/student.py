@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from prefopt.core.dispatch import ServersLost
 from prefopt.data.group import Group
 from prefopt.data.sampler import BatchSampler
 from prefopt.data.table import GroupTable
 from prefopt.errors import DataError
-from prefopt.generate.dispatch import ServersLost
 from prefopt.generate.sampler import SamplingParams, group_of, occurrences
 from prefopt.model.scorer import Scorer
 from prefopt.parallel.balance import balanced
