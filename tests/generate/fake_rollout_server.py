@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from methods import small_world as world
 from prefopt.generate.sampler import SamplingParams
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.model.load import load_model
@@ -76,6 +77,9 @@ class FakeRollouts:
     most_in_flight: int = 0
     loads: list[str] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
+    scored: list[list[int]] = field(default_factory=list)
+    max_logprobs: int = 20
+    tokenizer: Any = None
     url: str = ""
 
     def __post_init__(self) -> None:
@@ -121,6 +125,9 @@ class FakeRollouts:
             if not (self.stale or self.lying):
                 self.scorers["base"] = loaded(folder, dtype=self.dtype)
             return 200, {"results": [None]}
+        if path == "/tokenize":
+            text, tokenizer = body["prompt"], self.tokenizer or world.tokenizer()
+            return 200, {"tokens": tokenizer.encode(text, add_special_tokens=body["add_special_tokens"])}
         if path == "/reset_prefix_cache":
             return 200, {}
         if path == "/update_weight_version":
@@ -136,7 +143,27 @@ class FakeRollouts:
             self.scorers[name] = self.scorers["base"] if self.lying else make()
         return 200, {}
 
+    def score(self, body: dict[str, Any]) -> tuple[int, Any]:
+        """The likeliest tokens at every place of the prompt, and the prompt's own; by the class's own forward."""
+        ids, many = body["prompt"], body["prompt_logprobs"]
+        if many > self.max_logprobs:
+            return 400, {"error": {"message": f"Requested prompt logprobs of {many}, the most is {self.max_logprobs}"}}
+        with MODELS, torch.no_grad():
+            scorer = self.scorers["base"]
+            scorer.detach_hook()
+            logp = scorer.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            scorer.attach_hook()
+        entries: list[dict[str, Any] | None] = [None]
+        for t in range(len(ids) - 1):
+            known = {*logp[t].topk(min(many, logp.shape[-1])).indices.tolist(), ids[t + 1]}
+            entries.append({str(i): {"logprob": float(logp[t, i]), "decoded_token": "?"} for i in known})
+        self.scored.append(ids)
+        choice = {"index": 0, "text": "", "prompt_logprobs": entries, "prompt_token_ids": ids, "token_ids": [0]}
+        return 200, {"id": f"cmpl-{len(self.scored)}", "model": "base", "choices": [choice]}
+
     def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
+        if "prompt_logprobs" in body:
+            return (500, {"error": {"message": "internal"}}) if self.fault("errors") else self.score(body)
         if body["model"] not in self.scorers and not (self.stale and len(self.loads)):
             return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
         if self.fault("errors"):

@@ -15,10 +15,10 @@ import torch
 
 from generate.fake_rollout_server import FakeRollouts, loaded, serving
 from methods import small_world as world
+from prefopt.core.dispatch import Dispatch, ServerFailed, ServersLost
 from prefopt.core.endpoint import Endpoint
 from prefopt.errors import ConfigError, RunError
 from prefopt.generate.completion import Completion, Wanted
-from prefopt.core.dispatch import Dispatch, ServerFailed, ServersLost
 from prefopt.generate.rollout_checks import RolloutChecks, bias_of
 from prefopt.generate.rollout_server import RolloutServer
 from prefopt.generate.rollout_servers import RolloutServers, Stale

@@ -17,9 +17,9 @@ from generate.fake_rollout_server import FakeRollouts, serving
 from methods import small_world as world
 from methods.test_ppo import metrics, ppo, stopped
 from prefopt.config.ppo import PpoConfig
+from prefopt.core.dispatch import ServersLost
 from prefopt.data.group import Group
 from prefopt.errors import ConfigError, Interrupted, RunError
-from prefopt.core.dispatch import ServersLost
 from prefopt.losses.rl import truncated_importance
 from prefopt.rl import objective
 from prefopt.rl.rollouts import Rollouts

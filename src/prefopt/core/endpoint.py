@@ -109,6 +109,15 @@ class Endpoint:
         return names[0]
 
 
+def is_url(name: str) -> bool:
+    """Whether a name is the address of a server.
+
+    >>> is_url("https://localhost:8000"), is_url("org/model")
+    (True, False)
+    """
+    return name.startswith(("http://", "https://"))
+
+
 def base_url(url: str, flag: str = "--url") -> str:
     """The URL of the interface without the path of a single call. Raises :class:`ConfigError`."""
     parts = urllib.parse.urlsplit(url)

@@ -11,7 +11,7 @@ from typing import Any
 from prefopt.config.methods import method_of
 from prefopt.config.sample import SampleConfig
 from prefopt.config.tools import IMPLICIT, RULES, ScoreConfig, is_model_reward
-from prefopt.core.endpoint import Endpoint
+from prefopt.core.endpoint import Endpoint, is_url
 from prefopt.core.files import OVERWRITE, RESUME, expanded, is_path, one_below, refuse_existing
 from prefopt.core.hub import no_telemetry, why_not_read
 from prefopt.core.ranks import ranks_in, restarted
@@ -52,7 +52,11 @@ def check_before_torch(config: Any) -> None:
         for option in MODELS:
             names = getattr(config, option, None)
             for name in names if isinstance(names, list) else [names]:
-                _check_model(name)
+                if name is not None and is_url(name):
+                    key = config.teacher_key
+                    Endpoint(name, key_variable=key, flag="--teacher", key_flag="--teacher-key").models()
+                else:
+                    _check_model(name)
     if not getattr(config, "resume", False):  # its checkpoint may hold the responses
         for url in getattr(config, "rollout_server", None) or ():
             key = config.rollout_key

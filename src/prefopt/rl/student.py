@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +21,9 @@ from prefopt.parallel.world import World
 from prefopt.rl.rollouts import seed_of_step
 from prefopt.rl.samplers import PolicySampler
 from prefopt.runs.metrics import Record
-from prefopt.train.batch import Batch
+from prefopt.train.batch import Batch, Column
 from prefopt.train.data import DataBatches, TrainingData
+from prefopt.train.remote_teacher import RemoteTeacher
 from prefopt.train.trainer import Trainer
 
 
@@ -52,8 +53,11 @@ class StudentBatches(DataBatches):
         world: World,
         *,
         longest: int,
+        columns: Callable[[Sequence[Group]], dict[str, Column]] = lambda groups: {},
+        teacher: RemoteTeacher | None = None,
     ) -> None:
-        super().__init__(data, sampler)
+        super().__init__(data, sampler, columns)
+        self.teacher = teacher
         self.settings, self.fraction, self.world, self.longest = settings, fraction, world, longest
         self._scorer = scorer
         prompts = [g.prefix for g in data.groups]
@@ -61,7 +65,7 @@ class StudentBatches(DataBatches):
         trained = np.arange(len(ids)) >= min(len(ids) - 1, max(map(len, prompts)))
         self._drawn_at_most = GroupTable.of([Group.from_sequences([(ids, trained)], row=0, pairs=())])
         self._drawn: Batch | None = None
-        self._restored: Batch | None = None
+        self._restored: list[Group] | None = None
         self._sampler: PolicySampler | None = None
 
     def prepare(self, sampler: PolicySampler) -> None:
@@ -82,7 +86,8 @@ class StudentBatches(DataBatches):
         known = len(self.data.groups)
         if all(i < known for i in indices):
             return super().of(indices)
-        return Batch([self.groups[i] for i in indices])
+        groups = [self.groups[i] for i in indices]  # among them one that stands for samples, of any tokens
+        return Batch(groups, self.teacher.placeholder(groups) if self.teacher is not None else {})
 
     def is_drawn(self, step: int) -> bool:
         """Whether a step learns from samples."""
@@ -91,19 +96,27 @@ class StudentBatches(DataBatches):
     def begin(self, trainer: Trainer) -> bool:
         assert self._sampler is not None
         step = trainer.state.step
-        self._drawn, self._restored = self._restored, None
-        if self._drawn is not None:
+        self._drawn, restored, self._restored = None, self._restored, None
+        if restored is not None:
+            self._drawn = self._taught(restored)
             return False
         if self.is_drawn(step):
             trainer.train_mode(False)
             groups = super().batch(step).groups
             try:
                 self._sampler.refresh(step)
-                self._drawn = Batch(self._draw(step, groups, trainer))
+                self._drawn = self._taught(self._draw(step, groups, trainer))
             except ServersLost:
                 trainer.keep()  # servers may be started again, and the run goes on from here
                 raise
         return self._sampler.remote  # of one in this process a checkpoint needs no samples: they are drawn again
+
+    def _taught(self, groups: Sequence[Group]) -> Batch:
+        """Samples with what a teacher behind a URL says of them."""
+        if self.teacher is None:
+            return Batch(groups)
+        self.teacher.ask_again(groups)
+        return Batch(groups, self.columns(groups))
 
     def batch(self, step: int, update: int = 0) -> Batch:
         return super().batch(step, update) if self._drawn is None else self._drawn
@@ -131,11 +144,10 @@ class StudentBatches(DataBatches):
             return
         cuts = np.cumsum(tensors["length"].numpy())[:-1]
         ids, trained = (np.split(tensors[name].numpy(), cuts) for name in ("ids", "trained"))
-        groups = [
+        self._restored = [
             Group.from_sequences([(i.astype(np.int32), t)], row=row, pairs=())
             for i, t, row in zip(ids, trained, tensors["row"].tolist(), strict=True)
         ]
-        self._restored = Batch(groups)
 
     def _draw(self, step: int, groups: Sequence[Group], trainer: Trainer) -> list[Group]:
         prompts, world = [g.prefix for g in groups], self.world
