@@ -19,7 +19,7 @@ from prefopt.core.dispatch import Dispatch, ServerFailed, ServersLost
 from prefopt.core.endpoint import Endpoint
 from prefopt.errors import ConfigError, RunError
 from prefopt.generate.completion import Completion, Wanted
-from prefopt.generate.rollout_checks import RolloutChecks, bias_of
+from prefopt.generate.rollout_checks import RolloutChecks, bias_of, largest_bias
 from prefopt.generate.rollout_server import RolloutServer
 from prefopt.generate.rollout_servers import RolloutServers, Stale
 from prefopt.generate.sampler import Sample, SamplingParams
@@ -301,7 +301,7 @@ def test_right_log_probabilities_of_tokens_drawn_from_elsewhere(
                     sampler.sample(PROMPTS[:2], 8, SamplingParams(13, seed=seed))
         else:
             sampler.sample(PROMPTS, 8, SamplingParams(12, seed=1))
-            assert sampler.checks.bias < 0.08
+            assert 0 < largest_bias([sampler.checks.places]) < 0.08
 
 
 def test_a_server_may_report_the_models_own_log_probabilities(folders: list[str], policies: list[Scorer]) -> None:

@@ -35,7 +35,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RolloutServers.__init__.__kwdefaults__, "pause", 0.01)
 
 
-NUMBERS = {False: (1, 2, 3), True: (1, 2)}
+NUMBERS = {False: (1, 3), True: (2,)}
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,10 @@ def test_ppo_is_the_same_with_any_number_of_servers(lora: bool, small: str, tmp_
         assert not (tmp_path / str(number) / "rollout-weights").exists()
     one, *others = ([line | {"rollouts/bias": 0} for line in metrics(tmp_path / str(n))] for n in NUMBERS[lora])
     assert all(other == one for other in others)
-    assert all(weights_are_the_same(tmp_path / "1", tmp_path / str(number)) for number in NUMBERS[lora])
-    last = metrics(tmp_path / "1")[-1]
+    assert all(
+        weights_are_the_same(tmp_path / str(NUMBERS[lora][0]), tmp_path / str(number)) for number in NUMBERS[lora]
+    )
+    last = metrics(tmp_path / str(NUMBERS[lora][0]))[-1]
     assert last["val/sampler_gap_max"] < 1e-6 and abs(last["objective/kl"]) > 1e-3
     assert last["rollouts/responses"] == 8 and last["rollouts/stale"] == last["rollouts/servers_lost"] == 0
 

@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -57,7 +57,8 @@ class RolloutChecks:
     def __init__(self, scorer: Scorer, *, tolerance: float | None = None) -> None:
         self.scorer = scorer
         self.tolerance = ROUNDING.get(scorer.dtype, 0.05) if tolerance is None else tolerance
-        self._places: dict[str, IndexArray] = {}
+        self.places: dict[str, IndexArray] = {}
+        """How often a token of each server, by its place, had one in each of :data:`BINS` bins, over the run."""
 
     def __call__(
         self, wanted: Sequence[Wanted], completions: Sequence[Completion], params: SamplingParams
@@ -93,7 +94,9 @@ class RolloutChecks:
             groups.append(group_of(prompt, [Sample(c.ids, c.reported, c.reported, c.finished) for _, c in many]))
         lengths = [len(c.ids) for c in completions]
         step_M = np.concatenate([np.arange(n) for n in lengths])
-        within_M = np.random.default_rng(params.seed).random(len(step_M))
+        within_M = np.concatenate(
+            [np.random.default_rng(w.seed).random(n) for w, n in zip(wanted, lengths, strict=True)]
+        )
         device = next(self.scorer.model.parameters()).device
         parts: list[tuple[FloatArray, FloatArray, FloatArray]] = []
         done = 0
@@ -145,9 +148,9 @@ class RolloutChecks:
             return
         for c, own in zip(completions, values, strict=True):
             if c.fresh:
-                counts = self._places.setdefault(c.place, np.zeros(BINS, np.int64))
+                counts = self.places.setdefault(c.place, np.zeros(BINS, np.int64))
                 np.add.at(counts, np.minimum((own.place_M * BINS).astype(np.int64), BINS - 1), 1)
-        for place, counts in self._places.items():
+        for place, counts in self.places.items():
             n, bias = int(counts.sum()), bias_of(counts)
             if bias > LEAST_BIAS and 2 * math.exp(-2 * n * bias**2) < CHANCE:
                 raise RunError(
@@ -157,10 +160,11 @@ class RolloutChecks:
                     " not asked for; start it with --generation-config vllm, without a penalty or sampler of its own"
                 )
 
-    @property
-    def bias(self) -> float:
-        """The largest deviation of a server's places from uniform; 0 before any."""
-        return max((bias_of(counts) for counts in self._places.values()), default=0.0)
+
+def largest_bias(places: Sequence[Mapping[str, IndexArray]]) -> float:
+    """The largest deviation of a server, from the ``places`` of several processes; 0 before any."""
+    names = sorted({name for counts in places for name in counts})
+    return max((bias_of(sum(counts[n] for counts in places if n in counts)) for n in names), default=0.0)  # type: ignore[arg-type]
 
 
 def bias_of(counts: IndexArray) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 from prefopt.core.endpoint import Endpoint
 from prefopt.core.files import output_errors, remove_folder
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.generate.rollout_checks import RolloutChecks
+from prefopt.generate.rollout_checks import RolloutChecks, largest_bias
 from prefopt.generate.rollout_server import FLAG, RolloutServer
 from prefopt.generate.rollout_servers import RolloutServers, Stale
 from prefopt.generate.sampler import Sample
@@ -122,9 +122,11 @@ class ServedSampler:
         servers = self._servers
         if servers is None:  # a resumed step, of which the checkpoint has the responses
             return {}
-        totals = self.run.world.totals(servers.metrics())
-        totals["rollouts/servers_lost"] /= self.run.world.size
-        return totals | {"rollouts/bias": servers.checks.bias}
+        mine, world = servers.metrics(), self.run.world
+        totals = world.totals(mine)
+        record = {name: totals[name] for name in mine}
+        record["rollouts/servers_lost"] /= world.size
+        return record | {"rollouts/bias": largest_bias(world.gather(servers.checks.places))}
 
     def close(self) -> None:
         """Remove the weights that were handed over. The last ones stay loaded in the servers."""
