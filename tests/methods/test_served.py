@@ -65,12 +65,11 @@ def test_ppo_is_the_same_with_any_number_of_servers(lora: bool, small: str, tmp_
             adapters = {name for fake in fakes for name in fake.scorers}
             assert len(adapters) == (2 if lora else 1)  # older ones are unloaded
         assert not (tmp_path / str(number) / "rollout-weights").exists()
-    one, *others = ([line | {"rollouts/bias": 0} for line in metrics(tmp_path / str(n))] for n in NUMBERS[lora])
+    runs = [tmp_path / str(number) for number in NUMBERS[lora]]
+    one, *others = ([line | {"rollouts/bias": 0} for line in metrics(run)] for run in runs)
     assert all(other == one for other in others)
-    assert all(
-        weights_are_the_same(tmp_path / str(NUMBERS[lora][0]), tmp_path / str(number)) for number in NUMBERS[lora]
-    )
-    last = metrics(tmp_path / str(NUMBERS[lora][0]))[-1]
+    assert all(weights_are_the_same(runs[0], run) for run in runs)
+    last = one[-1]
     assert last["val/sampler_gap_max"] < 1e-6 and abs(last["objective/kl"]) > 1e-3
     assert last["rollouts/responses"] == 8 and last["rollouts/stale"] == last["rollouts/servers_lost"] == 0
 

@@ -94,9 +94,8 @@ class RolloutChecks:
             groups.append(group_of(prompt, [Sample(c.ids, c.reported, c.reported, c.finished) for _, c in many]))
         lengths = [len(c.ids) for c in completions]
         step_M = np.concatenate([np.arange(n) for n in lengths])
-        within_M = np.concatenate(
-            [np.random.default_rng(w.seed).random(n) for w, n in zip(wanted, lengths, strict=True)]
-        )
+        fractions = [np.random.default_rng(w.seed).random(n) for w, n in zip(wanted, lengths, strict=True)]
+        within_M = np.concatenate(fractions)
         device = next(self.scorer.model.parameters()).device
         parts: list[tuple[FloatArray, FloatArray, FloatArray]] = []
         done = 0

@@ -52,15 +52,9 @@ def check_before_torch(config: Any) -> None:
         for option in MODELS:
             names = getattr(config, option, None)
             for name in names if isinstance(names, list) else [names]:
-                if name is not None and is_url(name):
-                    key = config.teacher_key
-                    Endpoint(name, key_variable=key, flag="--teacher", key_flag="--teacher-key").models()
-                else:
+                if not (option == "teacher" and name is not None and is_url(name)):
                     _check_model(name)
-    if not getattr(config, "resume", False):  # its checkpoint may hold the responses
-        for url in getattr(config, "rollout_server", None) or ():
-            key = config.rollout_key
-            Endpoint(url, key_variable=key, flag="--rollout-server", key_flag="--rollout-key").models("--rollout-model")
+    _check_servers(config)
     reward = getattr(config, "reward", None)
     if isinstance(reward, str) and is_model_reward(reward):
         _check_model(reward)
@@ -68,6 +62,19 @@ def check_before_torch(config: Any) -> None:
     known = (*RULES, *([IMPLICIT] if isinstance(config, ScoreConfig) else []))
     if isinstance(reward, str) and reward not in known:
         load_reward(reward)  # refuses the name, or an absent module
+
+
+def _check_servers(config: Any) -> None:
+    """Refuse servers that do not answer; not of a resumed run, whose checkpoint may hold what they would be asked."""
+    if getattr(config, "resume", False):
+        return
+    teacher = getattr(config, "teacher", None)
+    named = {"rollout": getattr(config, "rollout_server", None) or [], "teacher": [teacher] if teacher else []}
+    for what, names in named.items():
+        flag = "--rollout-server" if what == "rollout" else "--teacher"
+        for url in filter(is_url, names):
+            key = getattr(config, f"{what}_key")
+            Endpoint(url, key_variable=key, flag=flag, key_flag=f"--{what}-key").models(f"--{what}-model")
 
 
 def _check_device(name: str | None) -> None:
