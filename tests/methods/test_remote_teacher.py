@@ -14,6 +14,7 @@ import prefopt
 from generate.fake_rollout_server import FakeRollouts, loaded, serving
 from methods import small_world as world
 from methods.test_distil import KINDS
+from prefopt.cli import main
 from prefopt.config.distil import DistilConfig
 from prefopt.core.cache_folder import cache_root
 from prefopt.core.dispatch import ServersLost
@@ -198,3 +199,14 @@ def test_options_of_a_server_are_for_one() -> None:
         with pytest.raises(ConfigError, match=line):
             DistilConfig(**given, teacher=teacher, **more)
     assert DistilConfig(**given, teacher="http://here:1").teacher_top_k == 20
+
+
+def test_an_absent_teacher_is_said_at_once(
+    folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    words = ["distil", "--model", folders[0], "--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "o")]
+    assert main([*words, "--teacher", "http://127.0.0.1:9"]) == 2
+    assert "127.0.0.1:9/v1 cannot be reached" in capsys.readouterr().err
+    assert main(["dpo", *words[1:], "--reference", "http://127.0.0.1:9"]) == 2
+    assert "http://127.0.0.1:9: no such folder" in capsys.readouterr().err

@@ -79,8 +79,10 @@ def test_what_is_in_a_checkpoint_needs_no_server(small: str, tmp_path: Path) -> 
     with servers(small) as fakes:
         ppo(small, tmp_path / "whole", **by(fakes))
         stopped(7, small, tmp_path / "parts", **by(fakes))
+        assert list((tmp_path / "parts" / "rollout-weights").iterdir())
     ppo(small, tmp_path / "parts", resume=True, **by(fakes))
     assert weights_are_the_same(tmp_path / "parts", tmp_path / "whole")
+    assert not (tmp_path / "parts" / "rollout-weights").exists()
 
 
 def weights_are_the_same(one: Path, other: Path) -> bool:

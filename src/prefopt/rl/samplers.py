@@ -96,10 +96,8 @@ class ServedSampler:
         version = f"prefopt-{self._token}-{step}-{self._held}"  # a step may be drawn again with other weights
         folder = self._base / version
         if world.first and not self._held:
+            self._remove()  # what an earlier start of this run left
             with output_errors(self._base):
-                if before := self.run.folder.record.get("rollout_weights"):
-                    for old in self._base.glob(f"prefopt-{before}-*"):
-                        remove_folder(old)
                 self._base.mkdir(parents=True, exist_ok=True)
             self.run.folder.remember(rollout_weights=self._token)
         self.policy.save(folder, self.tokenizer, writes=world.first)
@@ -108,9 +106,14 @@ class ServedSampler:
             servers.adopt(version, folder, states)
         self._held += 1
         if world.first:
-            with output_errors(self._base):
-                for old in self._base.glob(f"prefopt-{self._token}-*"):
-                    if old != folder:
+            self._remove(but=folder)
+
+    def _remove(self, but: Path | None = None) -> None:
+        """Remove weights of this run, of all its starts."""
+        with output_errors(self._base):
+            for token in {self._token, self.run.folder.record.get("rollout_weights", self._token)}:
+                for old in self._base.glob(f"prefopt-{token}-*"):
+                    if old != but:
                         remove_folder(old)
 
     def sample(self, *args: Any, **kwargs: Any) -> list[list[Sample]]:
@@ -130,11 +133,10 @@ class ServedSampler:
 
     def close(self) -> None:
         """Remove the weights that were handed over. The last ones stay loaded in the servers."""
-        if self.run.world.first and self._held:
-            with output_errors(self._base):
-                for old in self._base.glob(f"prefopt-{self._token}-*"):
-                    remove_folder(old)
-                if self.run.config.rollout_folder is None:
+        if self.run.world.first:
+            self._remove()
+            if self.run.config.rollout_folder is None:
+                with output_errors(self._base):
                     remove_folder(self._base)
 
 
