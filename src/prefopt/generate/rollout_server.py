@@ -117,7 +117,7 @@ class RolloutServer:
             if "already" not in error.what:  # a name is given to one adapter alone
                 raise RunError(f"{FLAG} {self.endpoint.url}: it cannot load {folder} ({error.what})") from error
         if before and before != version:
-            with suppress(ServerRefusal, Unreachable):  # it may have been started anew
+            with suppress(ServerRefusal, Unreachable):  # it may have been started again
                 self.endpoint.ask("unload_lora_adapter", {"lora_name": before})
 
     def _load_model(self, version: str, folder: Path) -> None:

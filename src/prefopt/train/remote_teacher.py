@@ -69,7 +69,7 @@ class RemoteTeacher:
         self._cache: TeacherCache | None = None
 
     def identity(self, groups: GroupTable) -> str:
-        """What stands for the server's present weights; ``groups`` are what it will be asked about first."""
+        """The name of the server's present weights; ``groups`` are what it will be asked about first."""
 
         def found() -> str:
             self._cache = TeacherCache(self.server, groups, concurrency=self._concurrency)
