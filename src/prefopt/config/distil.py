@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from prefopt.config.evaluation import SampleOptions
 from prefopt.config.sft import LEARNING_RATE
-from prefopt.config.training import MethodOptions, ModelOptions, rate_option
+from prefopt.config.training import ModelOptions, rate_option
 from prefopt.core.options import option
 from prefopt.errors import ConfigError
 
@@ -19,7 +20,7 @@ MAX_NEW_TOKENS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistilConfig(MethodOptions, ModelOptions):
+class DistilConfig(SampleOptions, ModelOptions):
     """One run of distillation. Construction raises ``ConfigError``."""
 
     model: str = option(help="model to train: a folder, or the name of one on the Hugging Face Hub", group="model")

@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from prefopt.config.training import MethodOptions, ModelOptions, rate_option
+from prefopt.config.evaluation import PreferenceOptions, SampleOptions
+from prefopt.config.training import ModelOptions, rate_option
 from prefopt.core.options import beside, flag, nearest, option
 from prefopt.core.plugins import plugins
 from prefopt.errors import ConfigError
@@ -30,7 +31,7 @@ FILLED = (*OF_LOSSES, "pairs")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoConfig(MethodOptions, ModelOptions):
+class DpoConfig(PreferenceOptions, SampleOptions, ModelOptions):
     """One run of DPO, or of another loss. Construction raises ``ConfigError``.
 
     Defaults that depend on the loss (:data:`FILLED`) are None here and filled in when the run begins, since losses

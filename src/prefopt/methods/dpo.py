@@ -107,7 +107,7 @@ def _held_out_precision(
     Raises :class:`ConfigError` where ``--eval-dtype float32`` cannot be had.
     """
     asked, name = run.config.eval_dtype, str(run.dtype).removeprefix("torch.")
-    if not run.config.evaluates or asked == "run" or run.dtype not in (torch.bfloat16, torch.float16):
+    if not len(plan.held_out) or asked == "run" or run.dtype not in (torch.bfloat16, torch.float16):
         return None
     if why := _not_in_float32(policy, plan):
         if asked == "float32":
