@@ -25,14 +25,9 @@ def read_samples(folder: Path) -> list[Row]:
 
 
 def _is_row(row: object) -> bool:
-    if (
-        not isinstance(row, dict)
-        or not isinstance(row.get("prompt"), str)
-        or not isinstance(row.get("source_row"), int)
-    ):
+    if not isinstance(row, dict) or row.get("models") not in ([BEFORE], [BEFORE, AFTER]):
         return False
-    models, responses, finish = row.get("models"), row.get("responses"), row.get("finish")
-    if models not in ([BEFORE], [BEFORE, AFTER]):
-        return False
-    texts = isinstance(responses, list) and all(isinstance(text, str) for text in responses)
-    return texts and len(responses) == len(models) and isinstance(finish, list) and len(finish) == len(models)
+    count = len(row["models"])
+    lists = [row.get(name) for name in ("responses", "finish")]
+    whole = all(isinstance(x, list) and len(x) == count and all(isinstance(s, str) for s in x) for x in lists)
+    return whole and isinstance(row.get("prompt"), str) and isinstance(row.get("source_row"), int)

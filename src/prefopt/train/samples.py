@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from prefopt.core.files import replace_file
-from prefopt.core.terminal import duration
+from prefopt.core.terminal import duration, visible
 from prefopt.data.chat.spans import trained_ends
 from prefopt.data.group import IntArray
 from prefopt.data.layouts import LAYOUTS
@@ -165,7 +165,7 @@ def excerpt(row: Row) -> list[str]:
 
 def _cut(text: str, *, from_end: bool) -> str:
     """One line; of a prompt the end, where the question is."""
-    line = text.replace("\n", "↵")
+    line = visible(text.replace("\n", "↵"))
     if len(line) <= EXCERPT:
         return line
     return f"…{line[1 - EXCERPT :]}" if from_end else f"{line[: EXCERPT - 1]}…"
