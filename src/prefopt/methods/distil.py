@@ -22,7 +22,8 @@ from prefopt.train.data import DataBatches, load_data
 from prefopt.train.offline import OfflineRun
 from prefopt.train.policy import Policy
 from prefopt.train.reference import ReferenceChoice, ReferenceRun
-from prefopt.train.run import ModelStart, TrainingResult, open_run, read_model
+from prefopt.train.result import TrainingResult
+from prefopt.train.run import ModelStart, open_run, read_model
 from prefopt.train.teacher import DistillationObjective, TeacherPlan
 
 WORDS = {

@@ -25,7 +25,8 @@ from prefopt.train.objective import PreferenceObjective, check_rows, inspect_fir
 from prefopt.train.offline import OfflineRun
 from prefopt.train.policy import Policy
 from prefopt.train.reference import ReferenceChoice, ReferencePlan, ReferenceRun, choose_reference
-from prefopt.train.run import Run, TrainingResult, open_run, read_model
+from prefopt.train.result import TrainingResult
+from prefopt.train.run import Run, open_run, read_model
 
 
 def run(

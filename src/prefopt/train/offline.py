@@ -30,8 +30,9 @@ from prefopt.train.objective import Objective
 from prefopt.train.optim import Network
 from prefopt.train.policy import Trained
 from prefopt.train.reference import check_vocabulary
+from prefopt.train.result import TrainingResult
 from prefopt.train.routing import describe_routing, routed
-from prefopt.train.run import EXAMPLE_TEXT, ModelStart, Run, TrainingResult, steps_of
+from prefopt.train.run import EXAMPLE_TEXT, ModelStart, Run, steps_of
 from prefopt.train.samples import HeldOutSamples
 from prefopt.train.step import Differentiator, InMemoryColumns
 from prefopt.train.trainer import Inspect, Trainer
