@@ -1,5 +1,7 @@
-"""Writes the stubs of prefopt, prefopt.data and prefopt.collect, from which editors and type checkers know every keyword
-argument: python docs/make_stubs.py."""
+"""Writes the stubs of prefopt, prefopt.data and prefopt.collect: python docs/make_stubs.py.
+
+From them editors and type checkers know every keyword argument.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from prefopt import api
 from prefopt.api.functions import in_stub
 
 SOURCE = Path(prefopt.__file__).parent
-HEAD = '# Written by docs/make_stubs.py; test_stubs.py keeps it current.\n"""{}"""\n\n{}\n'
+HEAD = '# Written by docs/make_stubs.py; tests/test_stubs.py keeps it current.\n"""{}"""\n\n{}\n'
 RESULTS = {
     "TrainingResult": "prefopt.train.result",
     "RewardResult": "prefopt.train.result",
@@ -60,7 +62,7 @@ TOP += "from prefopt.runs.callbacks import Callback as Callback\n\n__version__: 
 
 
 def _stub(package: Any, functions: Mapping[str, Callable[..., Any]], more: str = "") -> str:
-    body = "\n".join(text for name in sorted(functions) for text in _function(name, functions[name]))
+    body = "\n".join(text for name in sorted(functions) for text in _function(name, functions[name], package.__name__))
     used = [name for name in RESULTS if re.search(rf"\b{name}\b", body)]
     lines: dict[str, list[str]] = {}
     for name in used:
@@ -69,11 +71,11 @@ def _stub(package: Any, functions: Mapping[str, Callable[..., Any]], more: str =
     return HEAD.format(package.__doc__.rstrip(), imports) + more + "\n" + body
 
 
-def _function(name: str, function: Any) -> list[str]:
+def _function(name: str, function: Any, package: str) -> list[str]:
     """The stub of a function; two where a dry run returns None."""
     signature = inspect.signature(function)
     returns = str(signature.return_annotation)
-    doc = str(function.__doc__).partition("\n")[0]
+    doc = str(function.__doc__).partition("\n")[0] + f" ``help({package}.{name})`` lists all options."
     whole = returns.removesuffix(" | None")
     if "dry_run" not in signature.parameters:
         return [_definition(name, signature.parameters, returns, doc)]
@@ -93,9 +95,7 @@ def _definition(name: str, parameters: Mapping[str, Parameter], returns: str, do
         default = "" if p.default is Parameter.empty else f" = {p.default!r}"
         lines.append(f"{p.name}: {in_stub(p.annotation)}{default}")
     inside = "".join(f"    {line},\n" for line in lines)
-    return (
-        f'def {name}(\n{inside}) -> {returns}:\n    """{doc} ``help(prefopt.{name})`` lists all options."""\n    ...\n'
-    )
+    return f'def {name}(\n{inside}) -> {returns}:\n    """{doc}"""\n    ...\n'
 
 
 if __name__ == "__main__":

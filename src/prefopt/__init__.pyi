@@ -1,4 +1,4 @@
-# Written by docs/make_stubs.py; test_stubs.py keeps it current.
+# Written by docs/make_stubs.py; tests/test_stubs.py keeps it current.
 """prefopt aligns a language model with preferences on the hardware you have.
 
 ``prefopt.dpo(model=..., data=..., output=...)`` runs what ``prefopt dpo`` runs, and so do the other functions.

@@ -1,4 +1,4 @@
-# Written by docs/make_stubs.py; test_stubs.py keeps it current.
+# Written by docs/make_stubs.py; tests/test_stubs.py keeps it current.
 """Studies in which people compare responses.
 
 ``prefopt.collect.new``, ``invite``, ``stats`` and so on are the commands of ``prefopt collect`` as functions; the page
@@ -13,13 +13,13 @@ def backup(
     study: Name,
     output: Name,
 ) -> Path:
-    """Copy a study, also while it is served; returns the copy. ``help(prefopt.backup)`` lists all options."""
+    """Copy a study, also while it is served; returns the copy. ``help(prefopt.collect.backup)`` lists all options."""
     ...
 
 def check(
     study: Name,
 ) -> list[str]:
-    """Check a study against its digests; returns a line for each damage. ``help(prefopt.check)`` lists all options."""
+    """Check a study against its digests; returns a line for each damage. ``help(prefopt.collect.check)`` lists all options."""
     ...
 
 def export(
@@ -37,7 +37,7 @@ def export(
     eval_fraction: float = 0.0,
     seed: int = 0,
 ) -> Path:
-    """Write votes as pairs, rankings or soft labels to train on; returns the file. ``help(prefopt.export)`` lists all options."""
+    """Write votes as pairs, rankings or soft labels to train on; returns the file. ``help(prefopt.collect.export)`` lists all options."""
     ...
 
 def import_(
@@ -52,7 +52,7 @@ def import_(
     responses: Names | None = None,
     gold: Names | None = None,
 ) -> Path:
-    """Add items to a study; returns its file. ``help(prefopt.import_)`` lists all options."""
+    """Add items to a study; returns its file. ``help(prefopt.collect.import_)`` lists all options."""
     ...
 
 def invite(
@@ -64,7 +64,7 @@ def invite(
     revoke: bool = False,
     url: Name = 'http://127.0.0.1:8700',
 ) -> None:
-    """Create an invitation for one annotator, and print the link. ``help(prefopt.invite)`` lists all options."""
+    """Create an invitation for one annotator, and print the link. ``help(prefopt.collect.invite)`` lists all options."""
     ...
 
 def new(
@@ -94,11 +94,11 @@ def new(
     device: Name | None = None,
     threads: int | None = None,
 ) -> Path:
-    """Create a study in which people compare responses; returns its file. ``help(prefopt.new)`` lists all options."""
+    """Create a study in which people compare responses; returns its file. ``help(prefopt.collect.new)`` lists all options."""
     ...
 
 def stats(
     study: Name,
 ) -> StudySummary:
-    """Progress and agreement of a study. ``help(prefopt.stats)`` lists all options."""
+    """Progress and agreement of a study. ``help(prefopt.collect.stats)`` lists all options."""
     ...

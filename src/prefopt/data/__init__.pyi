@@ -1,4 +1,4 @@
-# Written by docs/make_stubs.py; test_stubs.py keeps it current.
+# Written by docs/make_stubs.py; tests/test_stubs.py keeps it current.
 """Files of any layout, as tables of token ids. ``prefopt.data.check``, ``convert`` and ``split`` are the commands of
 ``prefopt data`` as functions."""
 
@@ -24,7 +24,7 @@ def check(
     want: Literal['pairs', 'scored', 'ranking', 'labels', 'demonstrations', 'prompts'] | None = None,
     show: int = 0,
 ) -> DataReport:
-    """Count rows and find every problem, as ``prefopt data check`` does. The result prints as that report. ``help(prefopt.check)`` lists all options."""
+    """Count rows and find every problem, as ``prefopt data check`` does. The result prints as that report. ``help(prefopt.data.check)`` lists all options."""
     ...
 
 def convert(
@@ -40,7 +40,7 @@ def convert(
     overwrite: bool = False,
     layout: Name = 'canonical',
 ) -> Path:
-    """Write rows in another layout, or as parquet, as ``prefopt data convert`` does; returns the file. ``help(prefopt.convert)`` lists all options."""
+    """Write rows in another layout, or as parquet, as ``prefopt data convert`` does; returns the file. ``help(prefopt.data.convert)`` lists all options."""
     ...
 
 def split(
@@ -58,5 +58,5 @@ def split(
     seed: int = 0,
     overwrite: bool = False,
 ) -> tuple[Path, Path]:
-    """Split rows by prompt into two files, as ``prefopt data split`` does; returns them. ``help(prefopt.split)`` lists all options."""
+    """Split rows by prompt into two files, as ``prefopt data split`` does; returns them. ``help(prefopt.data.split)`` lists all options."""
     ...
