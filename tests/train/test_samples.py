@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,23 @@ ROWS = pairs(24)
 OPTIONS: dict[str, Any] = {"eval_fraction": 0.4, "samples": 3, "learning_rate": 1e-2}
 
 
+TOKENS = 24
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prefopt.train.samples.MAX_NEW_TOKENS", TOKENS)
+        yield
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=256)
 
 
 @pytest.fixture(scope="module")
-def whole(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(model: str, _short: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that shows three prompts."""
     output = tmp_path_factory.mktemp("run") / "out"
     dpo(model, ROWS, output, **OPTIONS)
@@ -40,7 +51,7 @@ def test_both_are_what_prefopt_sample_draws(model: str, whole: Path) -> None:
     held_out = {row["prompt"] for row in rows}
     assert held_out == {ROWS[row["source_row"] - 1]["prompt"] for row in rows} and len(held_out) == 3
     prompts = [{"prompt": row["prompt"]} for row in rows]
-    given: dict[str, Any] = {"max_new_tokens": 128, "device": "cpu", "dtype": "float32", "progress": "none"}
+    given: dict[str, Any] = {"max_new_tokens": TOKENS, "device": "cpu", "dtype": "float32", "progress": "none"}
     for k, name in enumerate((model, whole)):
         found = prefopt.sample(name, prompts, **given).rows
         assert [row["responses"][0] for row in found] == [row["responses"][k] for row in rows]
@@ -86,7 +97,7 @@ def test_a_run_without_samples_says_why_and_ends(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = write_model(tmp_path / "short", max_position_embeddings=64)
-    long = [{"prompt": f"{'klm' * 17}{i:02}: ", "chosen": "a", "rejected": "x"} for i in range(9)]
+    long = [{"prompt": f"{'klm' * 19}{i:02}: ", "chosen": "a", "rejected": "x"} for i in range(9)]
     dpo(short, long, tmp_path / "long", **OPTIONS, progress="plain")
     assert "samples: none: no held-out row has a prompt that leaves room for an answer" in capsys.readouterr().out
 

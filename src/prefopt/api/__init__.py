@@ -5,11 +5,13 @@ Their signatures are those of the options, for ``help``, completion and the stub
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from prefopt.api import methods, models, runs
 from prefopt.config.methods import METHODS
+from prefopt.core.notebook import in_notebook
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{name: methods.method_function(name) for name in METHODS},
@@ -19,3 +21,6 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 """What ``prefopt.NAME`` may be; those of ``prefopt.data`` and ``prefopt.collect`` are in modules of these names."""
 globals().update(FUNCTIONS)
+
+if in_notebook():  # said by the bars of other libraries, which prefopt keeps quiet
+    warnings.filterwarnings("ignore", message="IProgress not found")

@@ -74,13 +74,13 @@ def plot(
     given = {"run": folders, "metrics": metrics, "x": x, "output": None if output is None else os.fspath(output)}
     config = PlotConfig.from_dict({name: value for name, value in given.items() if value is not None})
 
-    from prefopt.runs.plot import figure_of, plot_runs
+    from prefopt.runs.plot import figure_of, plot_runs, shown_in_notebooks
     from prefopt.runs.table import runs_of
 
     found = [run for folder in config.run for run in runs_of(folder)]
     if output is not None:
         plot_runs(found, config.output, metrics=config.metrics, x=config.x)
-    return figure_of(found, metrics=config.metrics, x=config.x)
+    return shown_in_notebooks(figure_of(found, metrics=config.metrics, x=config.x))
 
 
 class RunList(Shown):

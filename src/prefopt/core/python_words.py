@@ -4,6 +4,8 @@
 'holds an unfinished run; go on with it by resume=True, or name another folder'
 >>> to_python("lower --learning-rate, or try --dtype float32", {"dtype": ("float32", "bfloat16")})
 "lower learning_rate, or try dtype='float32'"
+>>> to_python("run prefopt launch --gpus 2, or leave --shard out", {})
+'run prefopt launch --gpus 2, or leave shard out'
 >>> to_python("--beta is -1; it must be above 0; --eval-fraction 0 trains on all", {})
 'beta is -1; it must be above 0; eval_fraction=0 trains on all'
 """
@@ -18,7 +20,7 @@ from prefopt.core.options import Config, options
 Values = Sequence[str] | None
 """The words that an option takes; none for a switch, None for any value."""
 
-_OPTION = re.compile(r"(?<![\w-])--([a-z][a-z0-9]*(?:-[a-z0-9]+)*)(?:[ =]([\w.+-]*\w))?")
+_OPTION = re.compile(r"(\bprefopt [a-z][^;:,()\n]*)|(?<![\w-])--([a-z][a-z0-9]*(?:-[a-z0-9]+)*)(?:[ =]([\w.+-]*\w))?")
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?")
 
 
@@ -31,10 +33,12 @@ def to_python(text: str, known: Mapping[str, Values]) -> str:
     """``text`` with options as keyword arguments; ``known``: the values of some."""
 
     def argument(found: re.Match[str]) -> str:
-        name, value = found[1].replace("-", "_"), found[2]
+        if found[1]:  # a command, which is for a shell
+            return found[0]
+        name, value = found[2].replace("-", "_"), found[3]
         if name == "help":
             return "help()" + found[0][len("--help") :]
-        rest = found[0][len(found[1]) + 2 :]
+        rest = found[0][len(found[2]) + 2 :]
         words = known.get(name)
         if words is not None and not words:  # a switch
             if value in ("true", "false"):

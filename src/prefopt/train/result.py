@@ -17,7 +17,7 @@ from prefopt.model.precision import resolve_device, resolve_dtype
 from prefopt.model.scalar import load_scalar
 from prefopt.runs.diagnose import held_out_accuracy
 from prefopt.runs.history import read_history
-from prefopt.runs.plot import figure_of
+from prefopt.runs.plot import figure_of, shown_in_notebooks
 from prefopt.runs.samples import read_samples
 from prefopt.runs.table import as_number
 from prefopt.train.reliability import Reliability
@@ -72,7 +72,7 @@ class RunResult(Shown):
         """A matplotlib figure of the run's curves, as ``prefopt plot`` draws them. ``metrics``: names of
         ``metrics.jsonl``; ``x``: step or epoch. Raises :class:`prefopt.errors.ConfigError` without matplotlib, and for
         metrics that the run does not have."""
-        return figure_of([read_history(self.output)], metrics=metrics, x=x)
+        return shown_in_notebooks(figure_of([read_history(self.output)], metrics=metrics, x=x))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
