@@ -96,8 +96,9 @@ def test_the_screen_shows_one_and_the_report_all(
 def test_a_run_without_samples_says_why_and_ends(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("prefopt.train.samples.MAX_NEW_TOKENS", 128)
     short = write_model(tmp_path / "short", max_position_embeddings=64)
-    long = [{"prompt": f"{'klm' * 19}{i:02}: ", "chosen": "a", "rejected": "x"} for i in range(9)]
+    long = [{"prompt": f"{'klm' * 17}{i:02}: ", "chosen": "a", "rejected": "x"} for i in range(9)]
     dpo(short, long, tmp_path / "long", **OPTIONS, progress="plain")
     assert "samples: none: no held-out row has a prompt that leaves room for an answer" in capsys.readouterr().out
 
