@@ -91,7 +91,7 @@ prefopt.dpo("m", "d", output="o", betaa=0.1)
 prefopt.dpo("m", "d", output="o", schedule="steep")
 prefopt.score("s.jsonl", reward="length")
 """
-WRONG = (12, 13, 14)
+WRONG = (11, 12, 13)
 """Lines of it with a misspelt option, a value that is none, and without what is required."""
 
 
