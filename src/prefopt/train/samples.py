@@ -7,6 +7,7 @@ between two samples is due to training.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from prefopt.errors import ModelError, RunError
 from prefopt.generate.model_io import continuation, decode, without_stop
 from prefopt.generate.sampler import Sample, SamplingParams
 from prefopt.generate.transformers_sampler import TransformersSampler
-from prefopt.model.architectures import context_length
+from prefopt.model.architectures import causal_model, context_length
 from prefopt.model.save import ids_of
 from prefopt.records import Comparison, Message, Response
 from prefopt.runs.samples import AFTER, BEFORE, SAMPLES, Row, read_samples
@@ -33,6 +34,8 @@ from prefopt.train.policy import Trained
 from prefopt.train.run import ModelStart, Run
 
 MAX_NEW_TOKENS = 128
+LOOKED_AT = 8
+"""Prompts that are looked at for each that is wanted, since some may be too long."""
 EXCERPT = 100
 """Characters of each text on the screen."""
 
@@ -64,11 +67,9 @@ class HeldOutSamples:
         wanted: int = getattr(self.run.config, "samples", 0)
         if not wanted or not self.data.held_out:
             return
-        self.prompts = prompts_of(self.data, wanted, context_length(self.policy.scorer.model.config))
+        self.prompts = prompts_of(self.data, wanted, context_length(causal_model(self.policy.scorer.model).config))
         if not self.prompts:
             self.why_not = "no held-out row has a prompt that leaves room for an answer"
-        elif self.policy.sharded:
-            self.why_not = "the weights are in shards; prefopt sample draws them from the saved model"
 
     @property
     def path(self) -> Path:
@@ -77,6 +78,8 @@ class HeldOutSamples:
     def before(self) -> None:
         """Draw samples of the model as it is, before training, and write them; not where an earlier start of this run
         did."""
+        if self.policy.sharded and self.prompts:
+            self.why_not = "the weights are in shards; prefopt sample draws them from the saved model"
         if self.prompts and self.why_not is None and self.run.world.on_first(self._known) is None:
             self._add([])
 
@@ -143,11 +146,17 @@ class HeldOutSamples:
 def prompts_of(data: TrainingData, count: int, context: int | None) -> list[Prompt]:
     """``count`` different prompts of held-out groups, spread evenly over those that leave room in the ``context`` for
     an answer of some words."""
-    keys, longest = data.groups.prompt_key_G, (context or MAX_NEW_TOKENS**3) - MAX_NEW_TOKENS // 8
-    first = {keys[i].tobytes(): int(i) for i in reversed(data.held_out)}
-    fitting = [(i, p) for i in sorted(first.values()) if 0 < len(p := prompt_of(data, i)) <= longest]
-    chosen = np.unique(np.linspace(0, len(fitting) - 1, min(count, len(fitting))).round().astype(int)).tolist()
-    return [Prompt(data.groups[fitting[n][0]].row, fitting[n][1]) for n in chosen]
+    held_out = np.asarray(data.held_out, np.int64)
+    first = np.sort(np.unique(data.groups.prompt_key_G[held_out], return_index=True)[1])
+    longest = math.inf if context is None else context - MAX_NEW_TOKENS // 8
+    some = [int(held_out[first[n]]) for n in _spread(len(first), LOOKED_AT * count)]
+    fitting = [i for i in some if 0 < len(prompt_of(data, i)) <= longest]
+    return [Prompt(data.groups[i].row, prompt_of(data, i)) for i in (fitting[n] for n in _spread(len(fitting), count))]
+
+
+def _spread(size: int, count: int) -> list[int]:
+    """``count`` of the numbers below ``size``, evenly spaced; all where they are fewer."""
+    return [int(n) for n in np.unique(np.linspace(0, size - 1, min(count, size)).round())]
 
 
 def prompt_of(data: TrainingData, index: int) -> IntArray:
