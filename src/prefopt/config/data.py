@@ -119,7 +119,7 @@ class DataOptions(RenderOptions, RowOptions):
         "how often an epoch repeats the rows of each --data, in their order: 2 is twice, 0.5 another half every epoch",
         default_text="once each",
     )
-    eval_data: list[str] | None = option(None, "data to evaluate on, named as --data is")
+    eval_data: list[str] | None = option(None, "evaluation data, named like --data")
     eval_fraction: float | None = option(
         0.0, "fraction of the prompts to hold out for evaluation; no prompt is on both sides", at_least=0, below=1
     )

@@ -88,7 +88,7 @@ class DpoConfig(PreferenceOptions, SampleOptions, ModelOptions):
         None, "alpha of --divergence alpha: 0 is reverse_kl, 1 is forward_kl", default_text="0.5", at_least=0, at_most=1
     )
     weighting: Literal["wpo"] | None = option(
-        None, "weight of each pair in the loss, see prefopt losses", default_text="all pairs count alike"
+        None, "weight of each pair in the loss, see prefopt losses", default_text="all pairs have equal weight"
     )
     pairs: Literal["all", "best-worst"] | None = option(
         None,

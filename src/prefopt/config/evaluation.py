@@ -36,7 +36,7 @@ class PreferenceOptions(MethodOptions):
         None,
         "fraction of the prompts to hold out for evaluation; no prompt is on both sides, and 0 trains on all",
         group="data",
-        default_text=f"{HELD_OUT:g} from {LEAST_PROMPTS} prompts on, without --eval-data; 0 with fewer",
+        default_text=f"{HELD_OUT:g} with {LEAST_PROMPTS} prompts or more and no --eval-data, else 0",
         at_least=0,
         below=1,
     )

@@ -22,7 +22,7 @@ class RewardConfig(PreferenceOptions):
     """One run that trains a reward model. Construction raises ``ConfigError``."""
 
     model: str = option(
-        help="model to start from: a language model, best the fine-tuned one, or a reward model to continue training",
+        help="model to start from: a language model, preferably fine-tuned, or a reward model to continue training",
         group="model",
     )
     batch_size: int = option(16, "prompts per optimiser step, each with all its pairs", group="optimiser", at_least=1)

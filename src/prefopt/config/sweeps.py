@@ -45,7 +45,7 @@ class SweepOptions(MachineOptions, ProgressOptions, PromptOptions):
         default_text="prompts are not truncated",
         at_least=1,
     )
-    prefix_max: int | None = option(None, "and to this many at most; the number is drawn for each prompt", at_least=1)
+    prefix_max: int | None = option(None, "and to this many at most; the length is drawn for each prompt", at_least=1)
     held_out: int = option(
         32, "distinct prompts to evaluate on, drawn by the seed; the others are trained on", at_least=2
     )

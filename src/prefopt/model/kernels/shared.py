@@ -9,7 +9,7 @@ Given ``out'`` and ``lse'``, the kernel's own backward is exact, since it recomp
 ``exp(score - lse')``. The log-sum-exp itself is never differentiated: the kernels would drop its gradient.
 
 To the compiler the operator ``prefopt::attention`` is one opaque node. The row's segments reach it as a tensor: as
-numbers they would be constants of the graph, and every batch would be compiled anew.
+numbers they would be constants of the graph, and every batch would be compiled again.
 """
 
 from __future__ import annotations
