@@ -74,7 +74,7 @@ def compare(
     """Compare two or more models on prompts, as ``prefopt compare`` does.
 
     Models are folders, Hub names, ``.jsonl`` files of samples, or transformers models, which all have ``tokenizer``.
-    ``prompts`` are as for :func:`sample`. ``judge`` is what ``--judge`` names, or a function of prompts and responses
+    ``prompts`` are as for :func:`sample`. ``judge`` is a name as listed below, or a function of prompts and responses
     (two lists of text) that gives a number for each: the higher one wins. With
     ``votes`` alone, votes of people are counted. Returns a
     ``prefopt.evaluate.result.CompareResult``. Raises ``prefopt.errors.UserError`` where ``prefopt compare`` prints one
