@@ -88,7 +88,8 @@ def _words(method: Method) -> str:
         " place.",
         f"``data``{rows} is one or more files, or rows as such files hold them.",
         "``callbacks`` are objects with the hooks of ``prefopt.Callback``.",
-        f"A mapping is taken for NAME=VALUE{more if name == 'ppo' else ''}.",
+        f"The options are the fields of ``{method.config.__name__}``; a mapping is taken for NAME=VALUE"
+        f"{more if name == 'ppo' else ''}.",
         f"Raises ``prefopt.errors.UserError`` where ``prefopt {name}`` prints one line.",
     ]
     result = "The result prints as a table; ``result.load()`` gives the model, ``result.plot()`` the curves."
