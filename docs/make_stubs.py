@@ -28,6 +28,8 @@ RESULTS = {
     "CompareResult": "prefopt.evaluate.result",
     "ScoreResult": "prefopt.evaluate.score",
     "MergeReport": "prefopt.model.merge",
+    "Exported": "prefopt.export.serving",
+    "RewardBenchReport": "prefopt.evaluate.reward_bench",
     "RunList": "prefopt.api.runs",
     "Frontier": "prefopt.sweeps.points",
     "MethodsTable": "prefopt.sweeps.methods",

@@ -27,6 +27,8 @@ EVERY: dict[str, Any] = {
 }
 OTHER_NAMES = {
     "runs": "list_runs",
+    "export": "export_model",
+    "reward-bench": "reward_bench",
     "losses": "list_losses",
     "methods": "compare_methods",
     "collect import": "collect.import_",

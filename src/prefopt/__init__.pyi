@@ -9,7 +9,9 @@ from pathlib import Path
 from prefopt.api.runs import RunList
 from prefopt.api.types import Data, Model, Name, Names, Scores, Tokenizer
 from prefopt.evaluate.result import CompareResult
+from prefopt.evaluate.reward_bench import RewardBenchReport
 from prefopt.evaluate.score import ScoreResult
+from prefopt.export.serving import Exported
 from prefopt.methods.ppo import PpoResult
 from prefopt.methods.rlhf import RlhfResult
 from prefopt.methods.sample import SampleResult
@@ -263,6 +265,20 @@ def dpo(model: Model, data: Data | None = None, *, dry_run: bool, **options: Any
 def env(
 ) -> dict[str, dict[str, str]]:
     """Versions, devices, folders and missing packages, as ``prefopt env`` prints them. ``help(prefopt.env)`` lists all options."""
+    ...
+
+def export_model(
+    model: Name,
+    output: Name,
+    *,
+    adapter: Name | None = None,
+    to: Literal['merged', 'gguf', 'vllm-lora', 'reward-server', 'ollama'],
+    dtype: Literal['float32', 'bfloat16', 'float16', 'q8_0'] | None = None,
+    converter: Name | None = None,
+    prompts: Names | None = None,
+    device: Name | None = None,
+) -> Exported:
+    """Write a model for a server or another runtime, as ``prefopt export`` does. ``help(prefopt.export_model)`` lists all options."""
     ...
 
 def frontier(
@@ -528,6 +544,30 @@ def reward(
 
 @overload
 def reward(model: Model, data: Data | None = None, *, dry_run: bool, **options: Any) -> RewardResult | None: ...
+
+def reward_bench(
+    *,
+    chat_template: Name | None = None,
+    template_variables: Names | None = None,
+    max_length: int | None = None,
+    reasoning: Literal['keep', 'strip'] = 'keep',
+    data: Names,
+    on_bad_row: Literal['refuse', 'skip'] = 'refuse',
+    reward: Name,
+    model: Name | None = None,
+    adapter: Name | None = None,
+    reference: Name | None = None,
+    quantise: Literal['nf4', 'int8', 'none'] | None = None,
+    beta: float | None = None,
+    output: Name | None = None,
+    html: Name | None = None,
+    overwrite: bool = False,
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float64'] = 'auto',
+    device: Name | None = None,
+    threads: int | None = None,
+) -> RewardBenchReport:
+    """Measure a reward on published benchmarks, as ``prefopt reward-bench`` does. ``help(prefopt.reward_bench)`` lists all options."""
+    ...
 
 def rlhf(
     model: Name,

@@ -1,4 +1,5 @@
-"""The functions that use models: sample, compare, score, merge and push."""
+"""The functions that use models: sample, compare, score, merge, push, export_model and
+reward_bench."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from prefopt.api.functions import Command, command_function, public
 from prefopt.api.objects import NAME, check_tokenizer, function_name, labelled, name_of, names_or_rows, refuse
 from prefopt.config.compare import CompareConfig
+from prefopt.config.export import ExportConfig
+from prefopt.config.reward_bench import RewardBenchConfig
 from prefopt.config.sample import SampleConfig
 from prefopt.config.tools import MergeConfig, PushConfig, ScoreConfig
 from prefopt.core.model_folder import require_adapter
@@ -19,6 +22,7 @@ from prefopt.rewards import Reward
 if TYPE_CHECKING:
     from prefopt.api.types import Data, Model, Name, Scores, Tokenizer
     from prefopt.evaluate.result import CompareResult
+    from prefopt.evaluate.reward_bench import RewardBenchReport
     from prefopt.methods.sample import SampleResult
     from prefopt.model.merge import MergeReport
 
@@ -132,6 +136,19 @@ def pushed(config: PushConfig) -> str | None:
     return push(planned, config.repo, private=config.private) if confirmed(config.yes) else None
 
 
+def _reward_bench(config: RewardBenchConfig) -> RewardBenchReport:
+    from prefopt.evaluate.reward_bench import run
+    from prefopt.reports.bench import write_page
+    from prefopt.runs.plot import require_matplotlib
+
+    if config.html is not None:
+        require_matplotlib()
+    report = run(config)
+    if config.html is not None:
+        write_page(report, config.html)
+    return report
+
+
 COMMANDS = {
     "score": Command(
         ScoreConfig,
@@ -152,5 +169,20 @@ COMMANDS = {
         "Upload a finished model to the Hugging Face Hub, as ``prefopt push`` does; returns its address, or None where"
         " the question was answered with no. ``yes=True`` asks none.",
     ),
+    "export_model": Command(
+        ExportConfig,
+        lambda config: imported("prefopt.export.run:run")(config),
+        "Exported",
+        "Write a model for a server or another runtime, as ``prefopt export`` does.",
+    ),
+    "reward_bench": Command(
+        RewardBenchConfig,
+        _reward_bench,
+        "RewardBenchReport",
+        "Measure a reward on published benchmarks, as ``prefopt reward-bench`` does.",
+        ("json",),
+    ),
 }
-score, merge, push = (command_function(name, __name__, command) for name, command in COMMANDS.items())
+score, merge, push, export_model, reward_bench = (
+    command_function(name, __name__, command) for name, command in COMMANDS.items()
+)
