@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prefopt.config.data import PromptOptions, RowOptions, TemplateOptions
+from prefopt.config.rewards import RewardOptions
 from prefopt.config.training import ModelOptions, RouterOptions, RunOptions, TrainingOptions, rate_option
 from prefopt.core.options import Config, beside, flag, option
 from prefopt.errors import ConfigError
@@ -51,21 +52,11 @@ def of_critic(default: Any, help: str, **limits: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardOptions(Config):
-    """What is maximised, and the KL penalty."""
+class KlOptions(Config):
+    """The KL penalty, and the term of PPO-ptx."""
 
-    reward: str = option(
-        help="score of a response: a rule (vader, length), MODULE:FUNCTION of prompts and responses, or the folder or"
-        " Hub name of a reward model with one label and this model's tokenizer",
-        group="reward",
-    )
-    missing_eos_penalty: float | None = option(
-        None, "subtracted from the score of a response without an end token", above=0
-    )
-    missing_eos_score: float | None = option(
-        None, "score of a response without an end token, instead of its own; -1 is usual"
-    )
     beta: float = option(
+        group="reward",
         help="KL penalty coefficient: each token costs beta times its log-ratio; with --kl-target its initial value",
         computed=lambda c: KL_FIXED if c.kl_target is None else KL_ADAPTIVE,
         default_text=f"{KL_FIXED}, with --kl-target {KL_ADAPTIVE}",
@@ -100,14 +91,18 @@ class RewardOptions(Config):
         at_least=1,
     )
 
-    def check(self) -> None:
-        if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
-            raise ConfigError("--missing-eos-penalty and --missing-eos-score exclude each other: give one of them")
-
 
 @dataclass(frozen=True, kw_only=True)
 class PpoConfig(
-    TrainingOptions, RouterOptions, RunOptions, RewardOptions, TemplateOptions, PromptOptions, RowOptions, ModelOptions
+    TrainingOptions,
+    RouterOptions,
+    RunOptions,
+    KlOptions,
+    RewardOptions,
+    TemplateOptions,
+    PromptOptions,
+    RowOptions,
+    ModelOptions,
 ):
     """One run of PPO or RLOO. Construction raises ``ConfigError``."""
 
@@ -135,7 +130,18 @@ class PpoConfig(
     warmup: float = option(0.0, "fraction of the steps with a rising learning rate", at_least=0, below=1)
     adam_epsilon: float = option(1e-5, "AdamW's epsilon; PPO needs more than the usual 1e-8", above=0)
     clip: float = option(0.2, "PPO clip range: probability ratios are clipped to [1 - eps, 1 + eps]", above=0, below=1)
-    whiten_advantages: bool = option(True, "scale the advantages of a batch to mean 0 and deviation 1")
+    max_update_kl: float | None = option(
+        None,
+        "KL in nats per token from the policy that drew the responses at which the updates of a step end; the rest of"
+        " them are skipped and counted. 0.01 to 0.05 is usual",
+        default_text="all updates are made",
+        above=0,
+    )
+    whiten_advantages: bool = option(
+        help="scale the advantages of a batch to mean 0 and deviation 1; the authors of RLOO do not",
+        computed=lambda c: c.algorithm == "ppo",
+        default_text="true, with --algorithm rloo false",
+    )
     whiten_rewards: bool = option(False, "scale the rewards of a batch to deviation 1, mean kept")
     gamma: float = option(1.0, "discount of later rewards", above=0, at_most=1)
 

@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 
 from prefopt.config.ppo import PpoConfig
-from prefopt.config.tools import is_model_reward
 from prefopt.core.terminal import size
 from prefopt.data.group import Group, shortened
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import Diverged
 from prefopt.generate.model_io import PromptSet, SampledModel
-from prefopt.generate.rewards import TextRewardScorer
 from prefopt.generate.sampler import SamplingParams, group_of
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.losses.rl import KlController
@@ -25,10 +23,10 @@ from prefopt.model.card import portable
 from prefopt.model.check import CheckReport, check_scoring
 from prefopt.model.costs import peak_memory
 from prefopt.reference.identity import identity_of_name
-from prefopt.rewards import Reward, load_reward
 from prefopt.rl.models import PpoModels, build_models, bytes_of_others
 from prefopt.rl.objective import PpoObjective
 from prefopt.rl.prompts import PtxTerm, order_of, plan_of, read_ptx, read_rollout_prompts, too_few
+from prefopt.rl.rewards import Rewards
 from prefopt.rl.rollouts import Collector
 from prefopt.rl.rounds import Rounds, keep_last_good
 from prefopt.runs.folder import digest_of, fingerprint
@@ -70,11 +68,7 @@ def run(
     None for a dry run. Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop:
     the run can be resumed.
     """
-    function = None  # of texts; None for a reward model
-    if reward is not None:
-        function = Reward(config.reward, reward)
-    elif not is_model_reward(config.reward):
-        function = load_reward(config.reward)
+    rewards = Rewards.of(config, reward)
     with open_run(config, model=model, callbacks=callbacks) as run:
         config, say = run.config, run.say
         start = SampledModel(
@@ -95,9 +89,9 @@ def run(
         say(policy.leftover())
         for line in describe_routing(policy.scorer, config):
             say(line)
-        say(policy.make_trainable(run.world, draws=True, others=lambda: bytes_of_others(config, policy, start.source)))
-        judge = TextRewardScorer(function, start.tokenizer, settings.stop) if function is not None else None
-        models = build_models(config, policy, start.source, start.tokenizer, settings.stop, longest, judge, run.world)
+        others = partial(bytes_of_others, config, policy, start.source, rewards)
+        say(policy.make_trainable(run.world, draws=True, others=others))
+        models = build_models(config, policy, start.source, start.tokenizer, settings.stop, longest, rewards, run.world)
         for line in models.words():
             say(line)
         memory = _memory(run, models)
@@ -105,7 +99,7 @@ def run(
         if config.dry_run:
             _preview(run, start, prompts, ptx, memory, tokens)
             return None
-        same = _same(config, start, prompts, ptx, function)
+        same = _same(config, start, prompts, ptx, rewards)
         run.take_folder(same, algorithm=config.algorithm, memory=models.memory())
         say(memory.line(_largest(run, prompts, ptx), tokens))
         _say_plan(run, prompts, tokens)
@@ -172,7 +166,7 @@ def _check(policy: Policy, prompts: PromptSet, settings: SamplingParams) -> Chec
 
 
 def _same(
-    config: PpoConfig, start: SampledModel, prompts: PromptSet, ptx: PtxTerm | None, reward: Reward | None
+    config: PpoConfig, start: SampledModel, prompts: PromptSet, ptx: PtxTerm | None, rewards: Rewards
 ) -> dict[str, tuple[Any, str]]:
     """What a resumed run must not change: names in ``run.json`` to (value, words)."""
     found: dict[str, tuple[Any, str]] = {
@@ -184,11 +178,7 @@ def _same(
     if config.reference is not None:
         reference = identity_of_name(config.reference, quantise=config.quantise)
         found["reference"] = (reference.digest, "the reference model")
-    if reward is None:
-        found["reward"] = (identity_of_name(config.reward).digest, "the reward model")
-    elif (code := reward.digest()) is not None:
-        found["reward"] = (code, f"the code of --reward {reward.name}")
-    return found
+    return found | rewards.same()
 
 
 def _preview(
@@ -225,7 +215,7 @@ def _memory(run: Run, models: PpoModels) -> TrainingMemory:
     critic = models.critic
     if critic is not None and critic.scorer is not None:
         trainees.append(Trainee(critic.scorer, critic.weights, critic.blueprint))
-    others = {name: count for name, count in models.memory().items() if name in ("reference", "reward")}
+    others = models.beside_training()
     return TrainingMemory(trainees, run.config, run.device, others, run.world.ranks.local_size)
 
 
@@ -268,11 +258,19 @@ def _finish(run: Run, models: PpoModels, prompts: PromptSet, steps: int, seconds
         seconds=seconds,
         title=_TITLES[config.algorithm],
         tag=config.algorithm,
-        data=f"{len(prompts.ids)} prompts, from {files}. The reward is `{portable(config.reward)}`.",
+        data=f"{len(prompts.ids)} prompts, from {files}. The reward is {_reward_words(config)}.",
         licence="The licences of the base model, of the reward model and of the data apply.",
         closing=lambda: [closing],
     )
     return PpoResult(folder, steps, last)
+
+
+def _reward_words(config: PpoConfig) -> str:
+    """The components of the reward, without folders of this machine."""
+    terms = config.reward_terms
+    if len(terms) == 1:
+        return f"`{portable(terms[0].source)}`"
+    return " + ".join(f"{term.weight:g} times `{portable(term.source)}` ({term.name})" for term in terms)
 
 
 _TITLES = {"ppo": "Proximal Policy Optimization", "rloo": "REINFORCE with a leave-one-out baseline"}
