@@ -123,6 +123,10 @@ class RewardOptions(Config):
         at_least=1,
     )
 
+    keep_samples: int = option(
+        4, "prompts of every step whose responses are kept with their scores in samples.jsonl of the output", at_least=0
+    )
+
     @property
     def reward_terms(self) -> list[RewardTerm]:
         """The components of ``reward``."""

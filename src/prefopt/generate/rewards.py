@@ -82,10 +82,12 @@ class RewardModelScorer:
 class WeightedRewards:
     """The weighted sum of several rewards, each with the name of its metrics."""
 
-    def __init__(self, parts: Mapping[str, tuple[float, TextRewardScorer | RewardModelScorer]]) -> None:
+    def __init__(self, parts: Mapping[str, tuple[float, RewardScorer]]) -> None:
         """``parts``: weight and scorer of each component, by name."""
         self._parts = dict(parts)
-        self.words = " + ".join(f"{weight:g} {name} ({part.words})" for name, (weight, part) in self._parts.items())
+        self.words: str = " + ".join(
+            f"{weight:g} {name} ({part.words})" for name, (weight, part) in self._parts.items()
+        )
 
     @property
     def models(self) -> list[ScalarScorer]:

@@ -86,6 +86,7 @@ class Rewards:
                 )
             return loaded[term.source]
 
+        parts: dict[str, tuple[float, RewardScorer]]
         parts = {term.name: (term.weight, scorer(term, "--reward")) for term in self.terms}
         single = len(self.terms) == 1 and self.terms[0].weight == 1
         training: RewardScorer = parts[self.terms[0].name][1] if single else WeightedRewards(parts)

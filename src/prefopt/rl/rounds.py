@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,16 @@ from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import Diverged, ModelError, RunError
 from prefopt.losses.rl import KlController, k1
 from prefopt.model.architectures import causal_model
-from prefopt.model.costs import MEMORY_ERRORS, peak_memory
+from prefopt.model.costs import peak_memory
 from prefopt.model.load import base_and_adapter, local_folder
 from prefopt.model.save import add_end_tokens, repair_generation
 from prefopt.parallel.world import World
 from prefopt.rl.objective import Targets, final_scores, rollout_metrics, targets_of
 from prefopt.rl.prompts import PtxTerm
 from prefopt.rl.rollouts import Collector, Rollouts
+from prefopt.rl.sample_log import SampleLog
+from prefopt.rl.scores import ScoreScale
+from prefopt.rl.watch import Watch, collect, reference_scale
 from prefopt.runs.folder import RunFolder
 from prefopt.runs.metrics import Record
 from prefopt.train import checkpoint
@@ -50,7 +54,8 @@ OTHERWISE = "a lower --learning-rate or a higher --beta"
 
 class Rounds(BatchSource):
     """Minibatches of rollouts. ``order``: which prompts a step takes. ``ratio_tolerance``: the root mean square of
-    log-ratios per token that rounding explains before any weight moves."""
+    log-ratios per token that rounding explains before any weight moves. ``reference`` draws from the reference, where
+    that is not the model before training. ``scale``: of the scores, where they are normalised."""
 
     draws = True
 
@@ -63,10 +68,15 @@ class Rounds(BatchSource):
         *,
         steps: int,
         ratio_tolerance: float,
+        watch: Watch,
+        samples: SampleLog,
+        reference: Collector | None = None,
         ptx: PtxTerm | None = None,
     ) -> None:
         self.config, self.collector, self.order, self.kl, self.ptx = config, collector, order, kl, ptx
+        self.watch, self.samples, self.reference = watch, samples, reference or collector
         self.steps, self.ratio_tolerance = steps, ratio_tolerance
+        self.scale = ScoreScale() if config.normalise_scores != "none" else None
         self.steps_per_epoch = order.steps_per_epoch
         self.episodes = 0
         self.rollouts: Rollouts | None = None
@@ -80,10 +90,17 @@ class Rounds(BatchSource):
         """
         step = trainer.state.step
         fresh = self.rollouts is None
-        rollouts = self.rollouts = self.rollouts or self._collect(trainer)
+        if fresh and step == 0:
+            self.watch.before(trainer)
+            if self.scale is not None and self.config.normalise_scores == "reference":
+                self._scale_by_reference(trainer)
+        self.rollouts = self.rollouts or self._collect(trainer)
+        rollouts = self._scaled(self.rollouts, fresh)
         targets = targets_of(self.config, rollouts, self.kl.coefficient)
         score_N = final_scores(self.config, rollouts)
-        self._measured = rollout_metrics(rollouts, score_N, targets, self.kl.coefficient)
+        self._measured = rollout_metrics(self.rollouts, score_N, targets, self.kl.coefficient)
+        if self.scale is not None:
+            self._measured |= {"objective/scale_mean": self.scale.mean, "objective/scale_std": self.scale.deviation}
         if fresh:
             kl = self._measured["objective/kl"]
             if not (math.isfinite(kl) and kl <= self.config.max_kl):
@@ -95,21 +112,37 @@ class Rounds(BatchSource):
         self._batch = targets.batch(rollouts)
         # The last batch of an epoch may have fewer prompts.
         self._parts = min(self.config.minibatches, len(rollouts.groups))
-        self.updates = self.config.ppo_epochs * self._parts
+        self.updates, self._skipped = self.config.ppo_epochs * self._parts, 0
         return fresh
 
     def _collect(self, trainer: Trainer) -> Rollouts:
         step = trainer.state.step
-        prompts = self.order.batch(step).tolist()
-        while True:
-            try:
-                trainer.train_mode(False)
-                rollouts, trainer.state.times = self.collector.collect(
-                    step, prompts, trainer.token_budget, lambda ended, drawn: trainer.pause()
-                )
-                return rollouts
-            except MEMORY_ERRORS as error:
-                trainer.halve(error, "scoring the responses")
+        rollouts, trainer.state.times = collect(trainer, self.collector, step, self.order.batch(step).tolist())
+        return rollouts
+
+    def _scaled(self, rollouts: Rollouts, fresh: bool) -> Rollouts:
+        """With scores on the scale, which counts each step's scores once."""
+        if self.scale is None:
+            return rollouts
+        if fresh and self.config.normalise_scores == "running":
+            self.scale = self.scale.with_scores(rollouts.score_N)
+        return replace(rollouts, score_N=self.scale.of(rollouts.score_N))
+
+    def _scale_by_reference(self, trainer: Trainer) -> None:
+        self.scale = scale = reference_scale(trainer, self.reference)
+        trainer.reporter.say(
+            f"scores of the reference: mean {scale.mean:.4g}, deviation {scale.deviation:.4g}, over {scale.count}"
+            " responses; scores are scaled by these"
+        )
+
+    def applies(self, update: int, record: Record) -> bool:
+        """Whether the policy is still near the one that drew the responses. If not, the step ends with this update."""
+        limit = self.config.max_update_kl
+        if limit is None or record["policy/approxkl_avg"] <= limit:
+            return True
+        self._skipped = self.updates - update
+        self.updates = update + 1
+        return False
 
     def batch(self, step: int, update: int) -> Batch:
         """A minibatch. Its prompts depend on the seed, the step and the pass over the rollouts alone."""
@@ -132,11 +165,15 @@ class Rounds(BatchSource):
         times, drawn = trainer.state.times, len(self.rollouts.score_N)
         seconds = sum(times.values())
         self.episodes += drawn
-        record = record | self._measured
+        record = record | self._measured | {"policy/updates_skipped": float(self._skipped)}
         record |= {"episode": self.episodes, "eps": drawn / seconds, "step_seconds": seconds, **times}
         record["peak_memory_bytes"] = float(peak_memory(trainer.device))
         self.kl = self.kl.after(self._measured["objective/kl"], drawn)
+        step = trainer.state.step
+        if trainer.world.first:
+            self.samples.write(step + 1, self.order.batch(step).tolist(), self.rollouts)
         self.rollouts = self._batch = None
+        self.watch.after(trainer, step + 1)
         return record
 
     def saves(self, step: int) -> bool:
@@ -144,7 +181,8 @@ class Rounds(BatchSource):
         return step % max(1, self.steps // CHECKPOINTS) == 0 or step.bit_count() == 1
 
     def state(self) -> dict[str, Any]:
-        return {"episodes": self.episodes, "beta": self.kl.coefficient}
+        scale = self.scale.state() if self.scale is not None else None
+        return {"episodes": self.episodes, "beta": self.kl.coefficient, "scale": scale, "said": [*self.watch.said]}
 
     def tensors(self) -> dict[str, torch.Tensor] | None:
         """The rollouts of the step at hand."""
@@ -153,6 +191,9 @@ class Rounds(BatchSource):
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None) -> None:
         self.episodes, self.kl = state["episodes"], self.kl.at(state["beta"])
         self.rollouts = Rollouts.from_tensors(tensors) if tensors is not None else None
+        self.watch.said = list(state.get("said", ()))
+        if self.scale is not None and state.get("scale"):
+            self.scale = ScoreScale.from_state(state["scale"])
 
     def inspect(self, reporter: Reporter, step: int, update: int, record: Record, batch: Batch, values: Values) -> None:
         """Raises :class:`RunError` where ratios of new to old probabilities are not 1 before any weight moves."""
