@@ -1,7 +1,7 @@
 """What ``prefopt dpo`` reads. The command line, a YAML file and ``prefopt.dpo(...)`` fill it.
 
 >>> DpoConfig(model="m", data="pairs.jsonl", output="out", lora=True).learning_rate
-2e-05
+'auto'
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from prefopt.config.training import MethodOptions, ModelOptions, rate_option
+from prefopt.config.rates import SMALL_RATE
+from prefopt.config.training import MethodOptions, ModelOptions, auto_rate_option
 from prefopt.core.options import beside, flag, nearest, option
 from prefopt.core.plugins import plugins
 from prefopt.errors import ConfigError
@@ -37,7 +38,14 @@ class DpoConfig(MethodOptions, ModelOptions):
     need torch.
     """
 
-    learning_rate: float = rate_option(LEARNING_RATE, "; 3e-7 to 1e-6 is usual, with LoRA 5e-6 to 5e-5")
+    learning_rate: float | Literal["auto"] = auto_rate_option(
+        LEARNING_RATE, "; 3e-7 to 1e-6 is usual, with LoRA 5e-6 to 5e-5"
+    )
+    find_learning_rate: bool | Literal["stop"] = option(
+        False,
+        "before training, try rates around --learning-rate in short branches from the same weights, and take the one"
+        " with the lowest held-out loss; stop: print the table and train nothing",
+    )
     reference: str | None = option(
         None, "reference model of the log-ratios", group="model", default_text="the model before training"
     )
@@ -102,8 +110,29 @@ class DpoConfig(MethodOptions, ModelOptions):
         group="evaluation",
     )
 
+    @property
+    def published_rate(self) -> float:
+        """The learning rate that is usual for models of billions of weights."""
+        return LEARNING_RATE[self.lora]
+
+    @property
+    def small_rate(self) -> float:
+        """The most that is suggested for a small model."""
+        return SMALL_RATE[self.lora]
+
     def check(self) -> None:
         self._check_loss()
+        if self.find_learning_rate:
+            if not self.evaluates:
+                raise ConfigError(
+                    "--find-learning-rate compares held-out losses: give --eval-data or --eval-fraction, or leave it"
+                    " out"
+                )
+            if self.ref_model_sync_steps is not None:
+                raise ConfigError(
+                    "--find-learning-rate compares losses, and --ref-model-sync-steps changes the reference between"
+                    " them: leave one of them out"
+                )
         if self.eval_dtype != "auto" and not self.evaluates:
             raise ConfigError(
                 f"--eval-dtype {self.eval_dtype} needs rows to evaluate on: give --eval-data or --eval-fraction"

@@ -1,7 +1,7 @@
 """What ``prefopt ppo`` reads. The command line, a YAML file and ``prefopt.ppo(...)`` fill it.
 
 >>> PpoConfig(model="m", prompts="prompts.txt", reward="vader", output="out").learning_rate
-3e-06
+'auto'
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prefopt.config.data import PromptOptions, RowOptions, TemplateOptions
+from prefopt.config.rates import AUTO, SMALL_RATE
 from prefopt.config.rewards import RewardOptions
-from prefopt.config.training import ModelOptions, RouterOptions, RunOptions, TrainingOptions, rate_option
+from prefopt.config.training import ModelOptions, RouterOptions, RunOptions, TrainingOptions, auto_rate_option
 from prefopt.core.options import Config, beside, flag, option
 from prefopt.errors import ConfigError
 
@@ -38,6 +39,11 @@ def by_algorithm(values: dict[str, int], help: str, group: str = "") -> Any:
         default_text=f"{values['ppo']}, with --algorithm rloo {values['rloo']}",
         at_least=1,
     )
+
+
+def _critic_rate(config: PpoConfig) -> float | None:
+    given = config.algorithm == "ppo" and config.critic != "head" and config.learning_rate != AUTO
+    return float(config.learning_rate) if given else None
 
 
 def of_critic(default: Any, help: str, **limits: Any) -> Any:
@@ -126,7 +132,7 @@ class PpoConfig(
     batch_size: int = option(64, "prompts per step", at_least=1)
     ppo_epochs: int = by_algorithm(PPO_EPOCHS, "passes over the responses of a step")
     minibatches: int = option(1, "optimiser steps per pass; each gets its share of prompts", at_least=1)
-    learning_rate: float = rate_option(LEARNING_RATE)
+    learning_rate: float | Literal["auto"] = auto_rate_option(LEARNING_RATE)
     warmup: float = option(0.0, "fraction of the steps with a rising learning rate", at_least=0, below=1)
     adam_epsilon: float = option(1e-5, "AdamW's epsilon; PPO needs more than the usual 1e-8", above=0)
     clip: float = option(0.2, "PPO clip range: probability ratios are clipped to [1 - eps, 1 + eps]", above=0, below=1)
@@ -152,7 +158,7 @@ class PpoConfig(
     )
     critic_learning_rate: float | None = option(
         help="the critic's peak learning rate",
-        computed=lambda c: c.learning_rate if c.algorithm == "ppo" and c.critic != "head" else None,
+        computed=_critic_rate,
         default_text="--learning-rate",
         above=0,
     )
@@ -161,6 +167,16 @@ class PpoConfig(
     )
     value_clip: float | None = of_critic(0.2, "clip range of values around those before the update", above=0)
     value_coefficient: float | None = of_critic(0.1, "weight of the critic's loss", above=0)
+
+    @property
+    def published_rate(self) -> float:
+        """The learning rate that is usual for models of billions of weights."""
+        return LEARNING_RATE[self.lora]
+
+    @property
+    def small_rate(self) -> float:
+        """The most that is suggested for a small model."""
+        return SMALL_RATE[self.lora]
 
     def check(self) -> None:
         if self.lora_dropout:

@@ -19,11 +19,13 @@ from prefopt.runs.metrics import Record
 from prefopt.train.batch import Batch
 from prefopt.train.columns import Values, columns_of
 from prefopt.train.data import DataBatches, load_data
+from prefopt.train.find_rate import find_rate
 from prefopt.train.held_out import NO_ROOM, TOO_LARGE, Choice, HeldOutPrecision, no_room, widened
 from prefopt.train.loss_options import Losses, data_kind, describe, losses_of, needs_reference
 from prefopt.train.objective import PreferenceObjective, check_rows, inspect_first
 from prefopt.train.offline import OfflineRun
 from prefopt.train.policy import Policy
+from prefopt.train.rate import settle_rate
 from prefopt.train.reference import ReferenceChoice, ReferencePlan, ReferenceRun, choose_reference
 from prefopt.train.run import Run, TrainingResult, open_run, read_model
 
@@ -58,6 +60,7 @@ def run(
         policy = run.loading(Policy(config, start.source, run.dtype, run.device, model, run.world))
         offline = OfflineRun(run=run, start=start, data=data, policy=policy)
         check = offline.check(check_scoring)
+        settle_rate(run, policy.scorer, updates=offline.steps)
         say(f"loss: {describe(terms)}")
         plan = _reference_plan(offline, terms, choice)
         objective = PreferenceObjective(terms, device=policy.device)
@@ -73,6 +76,8 @@ def run(
         source = batches(reference=plan.values(policy.scorer))
         precision = _held_out_precision(run, policy, plan, batches)
         say(policy.make_trainable(run.world))
+        if config.find_learning_rate and not find_rate(offline, objective, source, plan):
+            return None
 
         def inspect(step: int, update: int, record: Record, batch: Batch, values: Values) -> bool:
             if step:

@@ -36,6 +36,7 @@ from prefopt.rl.prompts import (
     read_ptx,
     read_rollout_prompts,
     too_few,
+    updates_of,
 )
 from prefopt.rl.rewards import Rewards
 from prefopt.rl.rollouts import Collector
@@ -48,6 +49,7 @@ from prefopt.runs.history import averages_of, read_history
 from prefopt.train.memory import Trainee, TrainingMemory
 from prefopt.train.optim import Network
 from prefopt.train.policy import Policy
+from prefopt.train.rate import settle_rate
 from prefopt.train.routing import describe_routing, routed
 from prefopt.train.run import EXAMPLE_TEXT, Run, open_run, steps_of
 from prefopt.train.trainer import TrainerState
@@ -98,6 +100,8 @@ def run(
         held_out = read_held_out(config, start, prompts, run.reporter)
         longest = max(map(len, [*prompts.ids, *(held_out.ids if held_out else ())])) + config.max_new_tokens
         policy = run.loading(Policy(config, start.source, run.dtype, run.device, model))
+        settle_rate(run, policy.scorer, updates=updates_of(config, len(prompts.ids)))
+        config = run.config
         check = _check(policy, prompts, settings)
         run.say_scoring(policy, check)
         ptx = read_ptx(config, start.tokenizer, start.context, policy.scorer, run.reporter)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefopt.config.ppo import PpoConfig
+from prefopt.config.rates import AUTO
 from prefopt.config.sample import SampleConfig
 from prefopt.core.terminal import Reporter
 from prefopt.data.chat.template import Rendering, parse_variables, read_template
@@ -102,6 +103,12 @@ def order_of(config: PpoConfig, prompts: int) -> BatchSampler:
     return BatchSampler(prompts, config.batch_size, seed=config.seed, shuffle=config.shuffle)
 
 
+def updates_of(config: PpoConfig, prompts: int) -> int:
+    """Optimiser updates of a run, if none is skipped."""
+    steps = steps_of(config, order_of(config, prompts).steps_per_epoch)
+    return steps * config.ppo_epochs * config.minibatches
+
+
 def plan_of(config: PpoConfig, prompts: int, tokens: int) -> str:
     """A line on the steps of a run. ``tokens``: the token budget."""
     size = min(config.batch_size, prompts)
@@ -131,10 +138,11 @@ def too_few(config: PpoConfig, prompts: int) -> str | None:
     steps = steps_of(config, order_of(config, prompts).steps_per_epoch)
     if steps >= FEW or steps == config.max_steps:
         return None
+    rate = config.published_rate if config.learning_rate == AUTO else float(config.learning_rate)
     made = "1 step" if steps == 1 else f"{steps} steps"
     return (
         f"{made} of {config.algorithm.upper()}, from {prompts} prompts, will change little at --learning-rate"
-        f" {config.learning_rate:g}: give more --epochs (runs take tens of steps and more), or a smaller --batch-size"
+        f" {rate:g}: give more --epochs (runs take tens of steps and more), or a smaller --batch-size"
     )
 
 

@@ -137,7 +137,7 @@ class Trainer:
             self.saver.around(),
         ):
             while state.step < self.steps and not state.stopped_early:
-                record = self._step()
+                record = self.make_step()
                 self.metrics.write({"step": state.step, **record})
                 bar.update(state.step, note(record), first=state.step == 1 and not self._said)
                 evaluation = self.evaluate() if self._evaluation_due() else None
@@ -174,7 +174,7 @@ class Trainer:
         within = f", {done} of the updates of the next one made" if done else ""
         self.stop.check(f" after step {self.state.step} of {self.steps}{within}")
 
-    def _step(self) -> Record:
+    def make_step(self) -> Record:
         state, source, started = self.state, self.source, time.monotonic()
         if source.begin(self) and self._save_due(state.step):
             self.keep(due=True)
@@ -338,7 +338,7 @@ class Trainer:
     def evaluate(self) -> Record:
         """Metrics on the held-out batch. The weights are saved if its loss is the lowest so far."""
         state = self.state
-        assert self._held_out is not None
+        assert self._evaluates and self._held_out is not None
         self.train_mode(False)
         differentiator = self._differentiator(self.objective)
         evaluate = differentiator.evaluate if self.precision is None else partial(self.precision.sums, differentiator)
