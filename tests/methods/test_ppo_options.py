@@ -127,5 +127,6 @@ def test_an_option_moves_the_weights(name: str, places: Any) -> None:
 def test_every_option_is_in_a_table() -> None:
     assert {f.name for f in dataclasses.fields(PpoConfig)} == set(MOVES) | set(SHOWN_HERE) | SHOWN_ELSEWHERE
     here = Path(__file__)
-    text = "".join(here.with_name(f"test_{x}.py").read_text("utf-8") for x in ("ppo", "ppo_details", "ppo_rewards", "last_good"))
+    files = ("ppo", "ppo_details", "ppo_rewards", "last_good")
+    text = "".join(here.with_name(f"test_{x}.py").read_text("utf-8") for x in files)
     assert all(f"def {test}" in text for test in SHOWN_HERE.values())

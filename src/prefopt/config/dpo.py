@@ -21,6 +21,7 @@ from prefopt.errors import ConfigError
 # Full training: the DPO paper's 1e-6, at the upper end of the 3e-7 to 1e-6 that the field reports. LoRA: 5e-6 to 5e-5
 # is usual, of which 2e-5 is about the geometric mean.
 LEARNING_RATE = {False: 1e-6, True: 2e-5}
+KL_SAMPLES, MAX_NEW_TOKENS = 64, 128
 MIXUP_ALPHA = 0.6  # TR-DPO's soft update
 
 
@@ -103,6 +104,25 @@ class DpoConfig(MethodOptions, ModelOptions):
         default_text="all",
     )
 
+    max_kl: float | None = option(
+        None,
+        "KL from the reference in nats per response at which the run stops, measured on samples of the policy; the last"
+        " good weights are saved as a model",
+        group="evaluation",
+        default_text="not measured",
+        above=0,
+    )
+    kl_every: int | None = option(
+        None,
+        "steps between measurements for --max-kl",
+        needs="max_kl",
+        default_text="20 measurements, evenly",
+        at_least=1,
+    )
+    kl_samples: int | None = beside(
+        "max_kl", KL_SAMPLES, "samples of a measurement, of held-out prompts if any", at_least=2
+    )
+    max_new_tokens: int | None = beside("max_kl", MAX_NEW_TOKENS, "most tokens of such a sample", at_least=1)
     eval_dtype: Literal["auto", "float32", "run"] = option(
         "auto",
         "type to compute held-out losses in: run is that of training; auto is float32 where the rounding of a narrower"

@@ -13,6 +13,7 @@ from prefopt.errors import ConfigError, RunError
 from prefopt.model.check import check_scoring
 from prefopt.model.costs import MEMORY_ERRORS
 from prefopt.model.quantised import is_quantised
+from prefopt.rl.kl_guard import GuardedBatches, kl_guard
 from prefopt.runs.diagnose import diagnose, in_words
 from prefopt.runs.history import read_history
 from prefopt.runs.metrics import Record
@@ -66,7 +67,7 @@ def run(
         objective = PreferenceObjective(terms, device=policy.device)
         merge = any("label_P" in (*term.inputs, *term.loss.optional_inputs) for term in terms)
         columns = partial(columns_of, kind=terms[0].loss.kind, which=which, merge=merge)
-        batches = partial(DataBatches, data, offline.sampler, columns, mismatched=plan.mismatched)
+        batches = partial(GuardedBatches, data, offline.sampler, columns, mismatched=plan.mismatched)
 
         if config.dry_run:
             offline.preview(objective, batches(reference=plan.placeholder()), plan=plan)
@@ -79,6 +80,8 @@ def run(
         if config.find_learning_rate and not find_rate(offline, objective, source, plan):
             return None
 
+        source.guard = guard = kl_guard(offline, plan)
+
         def inspect(step: int, update: int, record: Record, batch: Batch, values: Values) -> bool:
             if step:
                 return False
@@ -87,8 +90,10 @@ def run(
             return line is not None
 
         trainer = offline.fit(objective, source, plan=plan, inspect=inspect, precision=precision)
+        measured = guard.measure_saved(trainer) if guard is not None else {}
         return offline.finish(
             trainer,
+            measured=measured,
             title=_TITLES.get(config.loss, f"Preference optimisation ({describe(terms)})"),
             tag=terms[0].loss.name.rpartition(":")[2],
             closing=lambda: in_words(diagnose(read_history(run.folder.path))),

@@ -11,26 +11,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from prefopt.config.ppo import PpoConfig
-from prefopt.core.files import remove_folder
 from prefopt.core.terminal import Reporter
 from prefopt.data.sampler import BatchSampler
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.errors import Diverged, ModelError, RunError
+from prefopt.errors import Diverged, RunError
 from prefopt.losses.rl import KlController, k1
-from prefopt.model.architectures import causal_model
 from prefopt.model.costs import peak_memory
-from prefopt.model.load import base_and_adapter, local_folder
-from prefopt.model.save import add_end_tokens, repair_generation
 from prefopt.parallel.world import World
+from prefopt.rl.last_good import OTHERWISE, going_on, write_last_good
 from prefopt.rl.objective import Targets, final_scores, rollout_metrics, targets_of
 from prefopt.rl.prompts import PtxTerm
 from prefopt.rl.rollouts import Collector, Rollouts
@@ -49,7 +44,6 @@ from prefopt.train.trainer import Trainer
 
 CHECKPOINTS = 10
 """Number of checkpoints without --save-every: a run that diverges leaves good weights."""
-OTHERWISE = "a lower --learning-rate or a higher --beta"
 
 
 class Rounds(BatchSource):
@@ -242,19 +236,13 @@ def keep_last_good(
     failed = None
     try:
         policy.masters.load(checkpoint.part_of("actor", found.weights))
-        repair_generation(causal_model(policy.scorer.model))
-        world.on_first(lambda: remove_folder(path))
-        policy.save(path, tokenizer, writes=world.first)
-        if world.first:
-            add_end_tokens(path, ends, tokenizer, policy.scorer.model)
+        write_last_good(policy, path, tokenizer, ends, world)
     except RunError as error:
         failed = str(error)
     if (failed := world.from_first(failed)) is not None:
         return f"the weights after step {step} were good, but {failed}"
-    return (
-        f"the last good weights that were kept, after step {step}, are a model: go on from them, into another --output,"
-        f" with {_named(config, path, named=named)} and {OTHERWISE}"
-    )
+    how = going_on(config, path, named=named)
+    return f"the last good weights that were kept, after step {step}, are a model: {how}"
 
 
 def _is_good(kept: Checkpoint, max_kl: float) -> bool:
@@ -265,23 +253,3 @@ def _is_good(kept: Checkpoint, max_kl: float) -> bool:
     rollouts = Rollouts.from_tensors(kept.rollouts)
     divergence = float(k1(rollouts.logp_M - rollouts.ref_logp_M).sum()) / len(rollouts.score_N)
     return divergence <= max_kl
-
-
-def _named(config: PpoConfig, path: Path, *, named: bool) -> str:
-    """Options of a run from the model in ``path``, with the reference of this run."""
-    start = f"--model {path}"
-    if config.lora and named:
-        start = f"--model {config.model} --adapter {path}"
-    reference = config.reference or (_start(config) if named else None)
-    return f"{start} --reference {reference}" if reference else start
-
-
-def _start(config: PpoConfig) -> str | None:
-    """What ``--reference`` calls the model before training; None for an adapter that was put on a model of another name
-    than its own, which no name stands for."""
-    if config.adapter is None:
-        return config.model
-    with suppress(ModelError):  # its own model cannot be found
-        if base_and_adapter(config.adapter)[0] == local_folder(config.model):
-            return config.adapter
-    return None
