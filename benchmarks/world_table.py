@@ -5,7 +5,8 @@ so the optimum pi* = ref exp(r / beta) / Z in closed form. Told is the fraction 
 (J(pi) - J(ref)) / (J(pi*) - J(ref)), and the total variation from pi*, over seeds that draw other samples.
 
 - ``defaults``: no options but beta and what makes ``--samples`` samples in all. ``published``: the same at the learning
-  rate that is published for models of billions of weights. ``tuned``: the options of ``TUNED``, and ``--tuned`` samples.
+  rate that is published for models of billions of weights. ``tuned``: the options of ``TUNED``, and ``--tuned``
+  samples.
 - PPO and RLOO draw their samples from the policy. DPO learns from pairs of samples of the reference, each pair with one
   label that is drawn by Bradley-Terry: as many samples in all, so half as many labels.
 - ``--labels 10000 3200`` trains DPO, tuned, on these numbers of labels instead of ``--tuned``; ``exact`` stands for
@@ -37,7 +38,7 @@ from prefopt.runs.diagnose import diagnose
 from prefopt.runs.history import read_history
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from methods import small_world as world  # noqa: E402
+from methods import small_world as world
 
 BETA = 0.5
 MACHINE: dict[str, Any] = {"device": "cpu", "dtype": "float32", "threads": 1, "progress": "none", "beta": BETA}
