@@ -161,8 +161,10 @@ def train(start: str, output: str, method: str, kind: str, ref: Any, asked: argp
         return
     many = None if labels == "exact" else int(labels) if labels else samples // 2
     rows = labelled(ref, many, seed)
-    if labels:
-        options["eval_fraction"] = 0.1
+    if labels:  # held out: as many more labels again as a tenth
+        more = labelled(ref, max(200, (many or 10_000) // 10), seed + 1000)
+        Path(f"{output}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more), "utf-8")
+        options["eval_data"] = [f"{output}.jsonl"]
     paired(start, output, rows, seed, **options)
 
 
