@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from prefopt.config.tools import is_model_reward
+from prefopt.config.scoring import is_model_reward
 from prefopt.core.files import expanded
 from prefopt.core.options import Config, flag, option
 from prefopt.errors import ConfigError

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from prefopt.config.dpo import DpoConfig
-from prefopt.data.chat.spans import trained_ends
+from prefopt.data.chat.ends import trained_ends
 from prefopt.errors import ConfigError, Diverged
 from prefopt.generate.model_io import PromptSet
 from prefopt.generate.rewards import TextRewardScorer
