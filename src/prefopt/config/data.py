@@ -122,6 +122,7 @@ class CompareOptions(RenderOptions):
         "responses",
         "what is compared: whole responses, or each assistant turn of them that has a label or a rejected alternative,"
         " behind the turns before it",
+        group="data",
     )
 
 

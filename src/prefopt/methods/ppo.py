@@ -42,6 +42,7 @@ from prefopt.rl.rewards import Rewards
 from prefopt.rl.rollouts import Collector
 from prefopt.rl.rounds import Rounds, keep_last_good
 from prefopt.rl.sample_log import SAMPLES, SampleLog
+from prefopt.rl.samplers import LocalSampler, policy_sampler
 from prefopt.rl.watch import Watch, with_true_reward
 from prefopt.runs.folder import digest_of, fingerprint
 from prefopt.runs.hacking import BEFORE
@@ -125,6 +126,7 @@ def run(
         run.folder.remember(token_budget=tokens, checkpointed=memory.trainees[0].checkpointed)
         rounds = _rounds(run, models, start, prompts, held_out, settings, check, ptx)
         state = _train(run, models, rounds, tokens, start.tokenizer, settings.stop)
+        rounds.collector.sampler.close()
         run.save(policy, start.tokenizer, settings.stop)
         return _finish(run, models, prompts, state.step, state.seconds)
 
@@ -139,13 +141,10 @@ def _rounds(
     check: CheckReport,
     ptx: PtxTerm | None,
 ) -> Rounds:
-    """The sampler, and the rounds that are learned from; the number of rows at once is kept for a resume."""
-    config, known, scorer = run.config, run.folder.record, models.actor.apart
+    """The sampler, and the rounds that are learned from."""
+    config, scorer = run.config, models.actor.apart
     longest = max(map(len, [*prompts.ids, *(held_out.ids if held_out else ())])) + config.max_new_tokens
-    with scorer.gathered():
-        sampler = TransformersSampler(scorer)
-        sampler.rows = known.get("sampled_at_once") or known.get("rows") or sampler.estimate_rows(longest)
-    run.folder.remember(sampled_at_once=sampler.rows)
+    sampler = policy_sampler(run, models.actor, start.tokenizer, longest=longest, stale=config.stale)
     order = order_of(config, len(prompts.ids))
     critic = models.critic.of_rollouts if models.critic is not None else None
     collector = Collector(
@@ -182,9 +181,9 @@ def _watch(run: Run, models: PpoModels, collector: Collector, held_out: PromptSe
     )
 
 
-def _sampler_of(scorer: Scorer) -> TransformersSampler:
+def _sampler_of(scorer: Scorer) -> LocalSampler:
     with scorer.gathered():
-        return TransformersSampler(scorer)
+        return LocalSampler(scorer)
 
 
 def _train(

@@ -20,13 +20,13 @@ from prefopt.errors import ConfigError, Diverged
 from prefopt.generate.model_io import PromptSet
 from prefopt.generate.rewards import TextRewardScorer
 from prefopt.generate.sampler import SamplingParams
-from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.losses.rl import k1, per_response
 from prefopt.records import Comparison, Message
 from prefopt.reference.in_memory import InMemoryReference, SwappedWeights
 from prefopt.rewards import Reward
 from prefopt.rl.last_good import OTHERWISE, going_on, write_last_good
 from prefopt.rl.rollouts import Collector
+from prefopt.rl.samplers import LocalSampler
 from prefopt.rl.watch import NO_STEP, collect
 from prefopt.runs.metrics import Record
 from prefopt.train.data import DataBatches
@@ -141,7 +141,7 @@ def kl_guard(offline: OfflineRun, plan: ReferencePlan) -> KlGuard | None:
     prompts = PromptSet(rows=[nothing] * len(fitting), ids=fitting)
     unread = TextRewardScorer(Reward("none", lambda asked, said: [0.0] * len(said)), offline.start.tokenizer, ends)
     num = -(-config.kl_samples // len(fitting))
-    sampler = TransformersSampler(policy.scorer)
+    sampler = LocalSampler(policy.scorer)
     known = run.folder.record.get("sampled_at_once")
     sampler.rows = known or sampler.estimate_rows(max(map(len, fitting)) + config.max_new_tokens)
     run.folder.remember(sampled_at_once=sampler.rows)

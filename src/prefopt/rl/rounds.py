@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from prefopt.config.ppo import PpoConfig
+from prefopt.core.dispatch import ServersLost
 from prefopt.core.terminal import Reporter
 from prefopt.data.sampler import BatchSampler
 from prefopt.data.tokenizer import Tokenizer
@@ -26,7 +27,7 @@ from prefopt.losses.rl import KlController, k1
 from prefopt.model.costs import peak_memory
 from prefopt.parallel.world import World
 from prefopt.rl.last_good import OTHERWISE, going_on, write_last_good
-from prefopt.rl.objective import Targets, final_scores, rollout_metrics, targets_of
+from prefopt.rl.objective import Targets, corrected, final_scores, importance_metrics, rollout_metrics, targets_of
 from prefopt.rl.prompts import PtxTerm
 from prefopt.rl.rollouts import Collector, Rollouts
 from prefopt.rl.sample_log import SampleLog
@@ -90,11 +91,13 @@ class Rounds(BatchSource):
                 self._scale_by_reference(trainer)
         self.rollouts = self.rollouts or self._collect(trainer)
         rollouts = self._scaled(self.rollouts, fresh)
-        targets = targets_of(self.config, rollouts, self.kl.coefficient)
+        targets = corrected(self.config, targets_of(self.config, rollouts, self.kl.coefficient), rollouts)
         score_N = final_scores(self.config, rollouts)
         self._measured = rollout_metrics(self.rollouts, score_N, targets, self.kl.coefficient)
         if self.scale is not None:
             self._measured |= {"objective/scale_mean": self.scale.mean, "objective/scale_std": self.scale.deviation}
+        if self.config.importance_cap is not None:
+            self._measured |= importance_metrics(self.config, rollouts)
         if fresh:
             kl = self._measured["objective/kl"]
             if not (math.isfinite(kl) and kl <= self.config.max_kl):
@@ -111,7 +114,11 @@ class Rounds(BatchSource):
 
     def _collect(self, trainer: Trainer) -> Rollouts:
         step = trainer.state.step
-        rollouts, trainer.state.times = collect(trainer, self.collector, step, self.order.batch(step).tolist())
+        try:
+            rollouts, trainer.state.times = collect(trainer, self.collector, step, self.order.batch(step).tolist())
+        except ServersLost:
+            trainer.keep()  # servers may be started again, and the run goes on from here
+            raise
         return rollouts
 
     def _scaled(self, rollouts: Rollouts, fresh: bool) -> Rollouts:
@@ -161,6 +168,7 @@ class Rounds(BatchSource):
         self.episodes += drawn
         record = record | self._measured | {"policy/updates_skipped": float(self._skipped)}
         record |= {"episode": self.episodes, "eps": drawn / seconds, "step_seconds": seconds, **times}
+        record |= self.collector.sampler.metrics()
         record["peak_memory_bytes"] = float(peak_memory(trainer.device))
         self.kl = self.kl.after(self._measured["objective/kl"], drawn)
         step = trainer.state.step
