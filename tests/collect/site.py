@@ -16,10 +16,10 @@ from urllib.parse import urlencode
 import uvicorn
 
 from prefopt.collect.app import Site, build_app
-from prefopt.collect.security import RateLimit
-from prefopt.collect.serve import settings_of
 from prefopt.studies.annotators import invite
 from prefopt.studies.study import Study
+from prefopt.web.security import RateLimit
+from prefopt.web.server import settings_of
 
 FAST = RateLimit(per_second=10_000, burst=10_000)
 
