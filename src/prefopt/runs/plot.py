@@ -14,10 +14,10 @@ from prefopt.core.files import output_errors
 from prefopt.core.options import nearest
 from prefopt.core.plugins import how_to_install
 from prefopt.errors import ConfigError
-from prefopt.runs.diagnose import loss_at_start
+from prefopt.runs.diagnose import change_of, loss_at_start
 from prefopt.runs.history import Curve, History
 from prefopt.runs.settings import differing, shown
-from prefopt.runs.table import PER_KIND, what_differs
+from prefopt.runs.table import PER_KIND, as_number, labels, what_differs
 
 # Okabe and Ito's colours for any colour vision, without yellow, which is too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -246,6 +246,32 @@ def _title(runs: Sequence[History], width: int) -> str:
         fits = len(lines[-1]) + len(part) + 7 <= width
         lines[-1:] = [f"{lines[-1]}   ·   {part}"] if fits else [lines[-1], part]
     return "\n".join(lines)
+
+
+def in_words(panel: Panel, runs: Sequence[History]) -> list[str]:
+    """A line for each curve of a panel: its start, its end, and whether it changed beyond noise."""
+    lines = []
+    for run, name in zip(runs, labels(runs), strict=True):
+        for side in SIDES if panel.sides else ("",):
+            metric = f"{panel.name}/{side}" if side else panel.name
+            of = ", ".join(part for part in (name if len(runs) > 1 else "", side) if part)
+            if words := _curve_words(run, metric):
+                lines.append(f"{of}: {words}" if of else words)
+    return lines
+
+
+def _curve_words(run: History, metric: str) -> str:
+    parts = []
+    if (found := change_of(run, metric)) is not None:
+        verb = {1: "rose", -1: "fell", 0: "did not change beyond noise:"}[found.direction]
+        parts.append(f"{verb} from {as_number(found.first)} to {as_number(found.last)} (noise {found.noise:.2g})")
+    if held := run.curve(metric, held_out=True):
+        if len(held.steps) > 1:
+            first, last = as_number(held.values[0]), as_number(held.values[-1])
+            parts.append(f"on held-out rows from {first} at step {held.steps[0]} to {last} at step {held.steps[-1]}")
+        else:
+            parts.append(f"on held-out rows {as_number(held.values[0])} at step {held.steps[0]}")
+    return "; ".join(parts)
 
 
 def shortened(text: str, width: int) -> str:

@@ -17,7 +17,7 @@ from prefopt.data.chat.template import Rendering
 from prefopt.data.chat.truncate import sequence_limit
 from prefopt.data.check.audit import CONTRADICTION, SEVERITIES, Audit, AuditOptions, Issue, audit, compare_prompts
 from prefopt.data.check.statistics import Lengths
-from prefopt.data.group import show, show_words
+from prefopt.data.group import parts, parts_of_words, show, show_words
 from prefopt.data.tokenizer import load_tokenizer
 from prefopt.data.validate import NAMED_ROWS
 from prefopt.records import Comparison
@@ -54,7 +54,10 @@ def run_check(config: DataCheckConfig, context: int | None = None) -> int:
         compare_prompts(*audits)
     examples = [{"file": c.file, "row": c.row, "text": _show(c, options)} for c in audits[0].examples]
     if config.json:
-        tell_json(_values(audits, limit) | {"examples": examples}, indent=1)
+        whole = [
+            example | {"parts": _parts(c, options)} for example, c in zip(examples, audits[0].examples, strict=True)
+        ]
+        tell_json(_values(audits, limit) | {"examples": whole}, indent=1)
     else:
         report = _Report(Screen())
         for a, title in zip(audits, TITLES if len(audits) == 2 else ["data"], strict=True):
@@ -75,6 +78,16 @@ def _show(c: Comparison, options: AuditOptions) -> str:
         return show_words(c, most=EXAMPLE_CHARACTERS)
     group = Renderer(options.tokenizer, options.rendering).render(c).group
     return show(group, options.tokenizer, most=EXAMPLE_CHARACTERS)
+
+
+def _parts(c: Comparison, options: AuditOptions) -> list[dict[str, object]]:
+    """The same for programs, whole: the name of each part, and its spans, each with its text and whether it is
+    trained."""
+    if options.tokenizer is None or not c.responses:
+        found = parts_of_words(c)
+    else:
+        found = parts(Renderer(options.tokenizer, options.rendering).render(c).group, options.tokenizer)
+    return [{"name": name, "spans": [[text, trained] for text, trained in spans]} for name, spans in found]
 
 
 def _values(audits: Sequence[Audit], limit: int | None) -> dict[str, object]:
