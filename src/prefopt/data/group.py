@@ -177,8 +177,8 @@ def parts(group: Group, tokenizer: Tokenizer) -> list[tuple[str, list[tuple[str,
 
 
 def parts_of_words(c: Comparison) -> list[tuple[str, list[tuple[str, bool]]]]:
-    """The same for a row without a tokenizer: a part for each turn of the prompt and each response, with a span for each
-    message. Nothing is known to be trained."""
+    """The same for a row without a tokenizer: a part for each turn of the prompt and each response, with a span for
+    each message. Nothing is known to be trained."""
     found = [("prompt" if c.text else m.role, [(m.content, False)]) for m in c.prompt]
     for k, response in enumerate(c.responses):
         found.append((_name(c, len(c.responses), k), [(m.content, False) for m in response.messages]))

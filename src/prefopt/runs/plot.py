@@ -105,9 +105,7 @@ def figure_of(
     all_axes: list[Any] = list(figure.subplots(down, across, squeeze=False).flat)
     colours = {id(run): COLOURS[i % len(COLOURS)] for i, run in enumerate(among or runs)}
     for axes, (panel, several) in zip(all_axes, panels, strict=False):
-        known_start = any(loss_at_start(run) is not None for run in several if run.training)
-        panel = panel if panel.name != "loss" or known_start else replace(panel, line=None)
-        _draw(axes, panel, several, [colours[id(run)] for run in several], x)
+        _draw(axes, with_line(panel, several), several, [colours[id(run)] for run in several], x)
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
     if names:
@@ -115,6 +113,12 @@ def figure_of(
         lines = [Line2D([], [], color=colours[id(run)], linewidth=2.5, label=name) for run, name in drawn]
         figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
     return figure
+
+
+def with_line(panel: Panel, runs: Sequence[History]) -> Panel:
+    """The panel without its thin line where that is the loss before training and no run started there."""
+    known_start = any(loss_at_start(run) is not None for run in runs if run.training)
+    return panel if panel.name != "loss" or known_start else replace(panel, line=None)
 
 
 def panels_of(runs: Sequence[History], metrics: Sequence[str]) -> list[Panel]:
@@ -172,8 +176,8 @@ def _draw(axes: Any, panel: Panel, runs: Sequence[History], colours: Sequence[st
             if curve:
                 smooth = curve.values if panel.name in EXACT else smoothed(curve.values)
                 if smooth != curve.values:
-                    axes.plot(_along(run, curve, x), curve.values, color=colour, alpha=0.18, linewidth=0.8)
-                axes.plot(_along(run, curve, x), smooth, color=colour, linestyle=style, linewidth=1.6)
+                    axes.plot(along(run, curve, x), curve.values, color=colour, alpha=0.18, linewidth=0.8)
+                axes.plot(along(run, curve, x), smooth, color=colour, linestyle=style, linewidth=1.6)
                 low, high = min(smooth), max(smooth)  # values beyond them by more than their height are outliers
                 shown_values += [*smooth, *(v for v in curve.values if 2 * low - high <= v <= 2 * high - low)]
             if marks:
@@ -181,7 +185,7 @@ def _draw(axes: Any, panel: Panel, runs: Sequence[History], colours: Sequence[st
                 edge, face = (colour, "white") if side == "rejected" else ("white", colour)
                 marker = {"marker": "o", "markersize": 5, "markeredgecolor": edge, "markerfacecolor": face}
                 every = math.ceil(len(marks.steps) / MOST_MARKERS)
-                x_values, y_values = _along(run, marks, x)[::every], marks.values[::every]
+                x_values, y_values = along(run, marks, x)[::every], marks.values[::every]
                 axes.plot(x_values, y_values, linestyle="none", markeredgewidth=0.9, zorder=3, **marker)
                 shown_values += marks.values
     _frame(axes, panel, shown_values, x)
@@ -279,7 +283,7 @@ def shortened(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def _along(run: History, curve: Curve, x: str) -> list[float]:
+def along(run: History, curve: Curve, x: str) -> list[float]:
     """The x values of a curve."""
     if x == "step":
         return [float(step) for step in curve.steps]
