@@ -23,8 +23,11 @@ VERBS: Mapping[str, type[Any]] = {name: method.config for name, method in METHOD
 HELPS = {name: method.help for name, method in METHODS.items()} | {CHAIN: "run the chain SFT, reward model, PPO"}
 OF_THE_PAGE = ("dry_run", "resume", "overwrite", "progress")
 """Options that its buttons give."""
-OPEN = ("model", "data", "output", "loss", "evaluation")
-"""Groups that are unfolded."""
+MAIN = (
+    *("model", "data", "prompts", "reward", "teacher", "output", "loss", "beta", "lora", "learning_rate", "epochs"),
+    *("batch_size", "max_steps", "eval_fraction", "max_length", "max_new_tokens"),
+)
+"""Options that come first, with those that are required; the groups of the others are folded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +72,15 @@ class Filled:
 
 
 def groups_of(verb: str, texts: Mapping[str, str], problems: Mapping[str, str]) -> list[Group]:
-    """The fields of a command by group, with what stands in them."""
-    found: dict[str, list[Field]] = {}
+    """The fields of a command by group, with what stands in them: first, in a group without a name, the main ones."""
+    found: dict[str, list[Field]] = {"": []}
     for o in options(VERBS[verb]):
         if o.name not in OF_THE_PAGE:
-            found.setdefault(o.group, []).append(Field(o, texts.get(o.name, ""), problems.get(o.name, "")))
+            group = "" if o.required or o.name in MAIN else o.group
+            found.setdefault(group, []).append(Field(o, texts.get(o.name, ""), problems.get(o.name, "")))
+    found[""].sort(key=lambda f: (not f.option.required, MAIN.index(f.option.name) if f.option.name in MAIN else -1))
     return [
-        Group(name, tuple(many), name in OPEN or any(f.value or f.problem for f in many))
-        for name, many in found.items()
+        Group(name, tuple(many), not name or any(f.value or f.problem for f in many)) for name, many in found.items()
     ]
 
 

@@ -1,8 +1,9 @@
 // Curves of runs, laid over each other: a panel for each metric, and for each kind of loss.
 import { follow, make, on, say } from "/static/page.js";
 
-const WIDTH = 560, HEIGHT = 250, LEFT = 58, RIGHT = 12, TOP = 8, BOTTOM = 26;
 const panels = document.getElementById("panels");
+const WIDTH = panels && panels.parentElement.clientWidth < 560 ? 340 : 560; // so that letters stay legible on a phone
+const HEIGHT = 250, LEFT = 52, RIGHT = 12, TOP = 8, BOTTOM = 26;
 const axis = document.getElementById("x");
 const drawn = new Map();
 let names = [];
@@ -89,7 +90,7 @@ function begin(panel) {
   const slider = make("input", { type: "range", min: 0, max: 1000, value: 1000, "aria-label": `${panel.title}: ${say("chart keys")}` });
   const output = make("output");
   const list = make("ul", { lang: "en" });
-  const caption = make("figcaption", { lang: "en" }, panel.title, " ", make("small", { class: "hint" }, panel.unit));
+  const caption = make("figcaption", { lang: "en" }, panel.title, " ", make("small", { class: "hint" }, panel.title.toLowerCase().endsWith(panel.unit) ? "" : panel.unit));
   const words = make("details", {}, make("summary", {}, say("in words")), list);
   const figure = { panel, svg, slider, output, list, scale: null, element: make("figure", {}, caption, svg, slider, output, words) };
   const place = () => figure.scale.left + (slider.value / 1000) * (figure.scale.right - figure.scale.left);

@@ -14,7 +14,7 @@ on("log", ({ id, text }) => {
 });
 on("job", (job) => {
   if (job.id !== card.dataset.job) return;
-  const words = say(`state ${job.state}`) + (job.status === null ? "" : ` (${job.status})`);
+  const words = say(`state ${job.state}`) + (job.status ? ` (${job.status})` : "");
   if (state.textContent !== words) state.textContent = words;
   // Buttons and results are made by the server. A form that may have been edited meanwhile stays as it is.
   if (job.state !== first && job.state === "ended" && !document.getElementById("options")) location.reload();
