@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -58,6 +60,9 @@ def served(base: Path) -> Iterator[Served]:
                 yield found
             finally:
                 found.closing.append(site.feed.close)
+                for job in site.jobs.all():  # none outlives its test
+                    if site.jobs.alive(job):
+                        os.kill(job.pid, signal.SIGKILL)
 
 
 def write_run(folder: Path, method: str = "dpo", steps: int = 30, upto: int | None = None, **options: Any) -> Path:
