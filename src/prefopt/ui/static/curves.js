@@ -90,7 +90,7 @@ function begin(panel) {
   const slider = make("input", { type: "range", min: 0, max: 1000, value: 1000, "aria-label": `${panel.title}: ${say("chart keys")}` });
   const output = make("output");
   const list = make("ul", { lang: "en" });
-  const caption = make("figcaption", { lang: "en" }, panel.title, " ", make("small", { class: "hint" }, panel.title.toLowerCase().endsWith(panel.unit) ? "" : panel.unit));
+  const caption = make("figcaption", { lang: "en" }, panel.title, " ", make("small", { class: "hint" }, panel.title.toLowerCase().includes(panel.unit) ? "" : panel.unit));
   const words = make("details", {}, make("summary", {}, say("in words")), list);
   const figure = { panel, svg, slider, output, list, scale: null, element: make("figure", {}, caption, svg, slider, output, words) };
   const place = () => figure.scale.left + (slider.value / 1000) * (figure.scale.right - figure.scale.left);
