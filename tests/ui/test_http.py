@@ -16,14 +16,18 @@ from typing import Any
 
 import psutil
 import pytest
+from filelock import FileLock
 
 from collect.site import Client
+from prefopt.config.tools import UiConfig
 from prefopt.core.yaml_file import read_document
 from prefopt.errors import ConfigError, RunError
+from prefopt.studies.study import Study, StudySettings
 from prefopt.ui.chats import ChatTopic, Room, Side
 from prefopt.ui.jobs import Job, Jobs
 from prefopt.ui.run_pages import PREFIX
 from prefopt.ui.runs import Runs, panels_of, rows_of
+from prefopt.ui.serve import _leading_to, serve
 from prefopt.ui.site import LANGUAGES
 from prefopt.web.security import HEADERS
 from ui.site import Served, append_steps, served, some_runs, token, write_rows, write_run
@@ -306,6 +310,7 @@ def jobs(tmp_path: Path) -> Iterator[Jobs]:
 def test_a_command_outlives_its_server_and_is_found_again(jobs: Jobs, tmp_path: Path) -> None:
     job = jobs.start("layouts", ["data", "layouts"])
     wait_for(lambda: job.ended)
+    assert (tmp_path / ".prefopt-ui").stat().st_mode & 0o077 == 0  # logs hold links of voting pages
     assert job.status == 0 and "canonical" in jobs.log(job, 0)[1]
     running = sleeping(jobs)
     assert os.getsid(running.pid) == running.pid != os.getsid(0)
@@ -320,8 +325,6 @@ def test_a_command_outlives_its_server_and_is_found_again(jobs: Jobs, tmp_path: 
 
 def sleeping(jobs: Jobs) -> Job:
     """A command that runs until it is stopped."""
-    from prefopt.studies.study import Study, StudySettings
-
     Study.create(jobs.base / "s.db", StudySettings(title="T")).close()
     job = jobs.start("collect serve", ["collect", "serve", str(jobs.base / "s.db"), "--port", "0"])
     wait_for(lambda: "/join/" in jobs.log(job, 0)[1])
@@ -338,8 +341,6 @@ def test_a_number_that_went_to_another_process_is_not_stopped(jobs: Jobs) -> Non
 
 
 def test_runs_of_others_have_no_stop(site: Served) -> None:
-    from filelock import FileLock
-
     client = site.signed_in()
     with FileLock(site.site.base / "nested" / "sft" / ".lock"):
         wait_for(lambda: "not started here" in client.get("/run?name=nested/sft").text)
@@ -371,10 +372,15 @@ def test_the_server_stops_while_pages_listen(tmp_path: Path) -> None:
     process.stdout.close()
 
 
-def test_what_cannot_be_served_is_told_in_one_line(tmp_path: Path) -> None:
-    from prefopt.config.tools import UiConfig
-    from prefopt.ui.serve import serve
+def test_the_browser_is_opened_without_telling_others_the_link(tmp_path: Path) -> None:
+    link = "http://127.0.0.1:1/enter/secret"
+    address = _leading_to(link, tmp_path)
+    assert address.startswith("file://") and "secret" not in address
+    path = Path(address.removeprefix("file://"))
+    assert f"url={link}" in path.read_text() and path.parent.stat().st_mode & 0o077 == 0
 
+
+def test_what_cannot_be_served_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no such folder"):
         serve(UiConfig(folder=str(tmp_path / "no")))
     with served(tmp_path) as site, pytest.raises(ConfigError, match=f"port {site.port}: is unavailable"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import logging
 import random
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from prefopt.errors import ConfigError, UserError
 from prefopt.records import Message
 from prefopt.ui.feed import Event
 
+log = logging.getLogger("prefopt.ui")
 LONGEST = 32_000
 """Characters of a message."""
 
@@ -50,7 +53,8 @@ class Room:
     def open(self, config: ChatConfig) -> None:
         """Load the models, in a thread. Raises :class:`ConfigError` while the chat is busy."""
         self._claim("opening", "empty", "ready")
-        self.sides, self.notes, self.system = [], [], config.system
+        self._release()
+        self.system = config.system
         threading.Thread(target=self._guarded, args=(lambda: self._load(config), "empty"), daemon=True).start()
 
     def say(self, text: str) -> None:
@@ -90,9 +94,14 @@ class Room:
     def close(self) -> None:
         """Give the models' memory back."""
         self._claim("empty", "ready")
+        self._release()
+        self._changed()
+
+    def _release(self) -> None:
         self.sides, self.notes = [], []
         gc.collect()
-        self._changed()
+        if "torch" in sys.modules:
+            sys.modules["torch"].cuda.empty_cache()
 
     def save(self, path: Path) -> None:
         """Append each conversation to a file of JSON lines. Raises :class:`UserError`."""
@@ -127,7 +136,9 @@ class Room:
         try:
             work()
             self.state = "ready"
-        except (UserError, MemoryError, RuntimeError) as error:  # torch tells of memory by a RuntimeError
+        except Exception as error:  # whatever a model raises, the chat has to be usable after it
+            if not isinstance(error, UserError):
+                log.exception("the chat failed")
             self.problem, self.state = " ".join(str(error).split()) or type(error).__name__, after_error
             for side in self.sides:
                 side.streaming = False

@@ -87,8 +87,8 @@ class Jobs:
         job = Job(id=_new_id(), kind=kind, words=list(words), run=run, about=about or {})
         job.started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         place = self.place(job)
+        private_folder(self.base)
         place.mkdir(parents=True)
-        (self.base / FOLDER / ".gitignore").write_text("*\n")
         if config is not None:
             (place / "options.yaml").write_text(config, "utf-8")
             job.words += ["--config", str(place / "options.yaml")]
@@ -187,6 +187,14 @@ class Jobs:
         for job in old:
             del self._jobs[job.id]
             remove_folder(self.place(job))
+
+
+def private_folder(base: Path) -> Path:
+    """The folder of the page below ``base``: nobody else may read logs, which hold links to voting pages."""
+    folder = base / FOLDER
+    folder.mkdir(mode=0o700, exist_ok=True)
+    (folder / ".gitignore").write_text("*\n")
+    return folder
 
 
 def _new_id() -> str:

@@ -59,6 +59,7 @@ class Runs:
     _looked: float = -PACE
     version: int = 0
     """Grows with every change that a look has found."""
+    _table: tuple[int, float, list[dict[str, Any]]] = (-1, 0.0, [])
 
     def look(self) -> dict[str, Facts]:
         """The runs as they are, at most :data:`PACE` seconds old."""
@@ -75,6 +76,16 @@ class Runs:
     def damaged(self) -> list[str]:
         """A line for each run that cannot be read."""
         return [known.problem for known in self._known.values() if known.problem]
+
+    def table(self) -> tuple[int, list[dict[str, Any]]]:
+        """The rows of the table, and the version that they show: of many runs they may be a few seconds old."""
+        found, now = self.look(), time.monotonic()
+        with self._turn:
+            shown, after, rows = self._table
+            if shown != self.version and now >= after:
+                shown, rows = self.version, rows_of(found)
+                self._table = shown, now + PATIENCE * (time.monotonic() - now), rows
+            return shown, rows
 
     def _read(self) -> None:
         there = {}
@@ -155,11 +166,11 @@ class TableTopic:
     _sent: int = -1
 
     def changes(self) -> list[Event]:
-        found = self.runs.look()
-        if self._sent == self.runs.version:
+        version, rows = self.runs.table()
+        if self._sent == version:
             return []
-        self._sent = self.runs.version
-        return [("runs", {"rows": rows_of(found), "damaged": self.runs.damaged()})]
+        self._sent = version
+        return [("runs", {"rows": rows, "damaged": self.runs.damaged()})]
 
 
 # -- curves --------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from prefopt.core.terminal import tell
 from prefopt.errors import RunError
 from prefopt.ui.app import build_app
 from prefopt.ui.feed import Feed
+from prefopt.ui.jobs import private_folder
 from prefopt.ui.site import Site
 from prefopt.web.server import listen, settings_of, stopping
 
@@ -47,5 +48,13 @@ def serve(config: UiConfig) -> None:
         tell(f"{base}: open {link}")
         tell("Ctrl-C stops the page; runs that were started go on", flush=True)
         if config.open:
-            threading.Timer(0.5, webbrowser.open, [link]).start()
+            threading.Timer(0.5, webbrowser.open, [_leading_to(link, base)]).start()
         Server(settings_of(build_app(site, origins), None), site.feed).run(sockets=[listening])
+
+
+def _leading_to(link: str, base: Path) -> str:
+    """The address of a file that leads to ``link``: the words of a command, such as a browser's, are seen by all users
+    of a machine."""
+    path = private_folder(base).resolve() / "open.html"
+    path.write_text(f'<meta charset="utf-8"><meta http-equiv="refresh" content="0; url={link}">', "utf-8")
+    return path.as_uri()
