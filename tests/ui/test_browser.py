@@ -78,7 +78,7 @@ def test_a_run_from_the_form_to_a_chat(opened: Open, tmp_path: Path) -> None:
         page.wait_for_selector("#resume", timeout=LONG)
         run = read_history(base / "run-1")
         assert run.status == "interrupted" and run.steps is not None and 0 < run.step < run.steps
-        assert "continue with --resume" in page.inner_text("#log")
+        page.wait_for_selector("#log:has-text('continue with --resume')")
 
         page.click("#resume")
         page.wait_for_selector("#stop")
