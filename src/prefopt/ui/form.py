@@ -32,7 +32,7 @@ MAIN = (
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """An option on the page. ``kind`` is its control: choice, list, number or text; ``value`` is what stands in it."""
+    """An option on the page. ``kind`` is its control: choice, list, number or text; ``value`` is its text."""
 
     option: Option
     value: str
@@ -72,7 +72,7 @@ class Filled:
 
 
 def groups_of(verb: str, texts: Mapping[str, str], problems: Mapping[str, str]) -> list[Group]:
-    """The fields of a command by group, with what stands in them: first, in a group without a name, the main ones."""
+    """The fields of a command by group, with their texts: first, in a group without a name, the main ones."""
     found: dict[str, list[Field]] = {"": []}
     for o in options(VERBS[verb]):
         if o.name not in OF_THE_PAGE:
