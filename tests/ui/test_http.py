@@ -328,6 +328,9 @@ def sleeping(jobs: Jobs) -> Job:
     Study.create(jobs.base / "s.db", StudySettings(title="T")).close()
     job = jobs.start("collect serve", ["collect", "serve", str(jobs.base / "s.db"), "--port", "0"])
     wait_for(lambda: "/join/" in jobs.log(job, 0)[1])
+    with served(jobs.base) as site:
+        address = jobs.log(job, 0)[1].partition("/join/")[0].rpartition(" ")[2]
+        assert f'href="{address}"' in site.signed_in().get("/more").text
     return job
 
 

@@ -20,7 +20,8 @@ from prefopt.collect.markdown import as_html
 from prefopt.collect.views import LANGUAGES, REASONS, Form, Lead, field_of, number, read_ballot, view_of
 from prefopt.errors import StudyError
 from prefopt.studies.annotators import DAY, SESSION_DAYS, Annotator, close_session, invited, open_session, session_of
-from prefopt.studies.items import items_seen, next_item
+from prefopt.studies.items import items_left, items_seen, next_item
+from prefopt.studies.quality import FAST_SECONDS, FAST_SHARE, FEWEST, ONE_SIDE
 from prefopt.studies.study import Study
 from prefopt.studies.votes import RefusedVote, latest_ticket, record, shown_order, undo
 from prefopt.web.language import language_of
@@ -32,6 +33,7 @@ THEMES = ("auto", "light", "dark")
 PREFERENCES = {"language": tuple(LANGUAGES), "theme": THEMES, "keys": ("on", "off")}
 STATIC = ("style.css", "vote.js", "icon.svg")
 PAGES = ("/", "/lead")
+LIMITS = {"seconds": f"{FAST_SECONDS:g}", "share": f"{FAST_SHARE:.0%}", "level": f"{ONE_SIDE:.1%}", "votes": FEWEST}
 NOTICES = ("saved", "undone", "nothing to undo", "already stored", "left")
 
 
@@ -135,7 +137,8 @@ class _Pages:
             values: dict[str, Any] = {
                 "annotator": annotator,
                 "last": latest_ticket(connection, annotator),
-                "number": items_seen(connection, annotator),
+                "number": (seen := items_seen(connection, annotator)),
+                "total": seen + items_left(connection, annotator),
                 "instructions": self.instructions,
             }
         if found is None:
@@ -228,7 +231,7 @@ class _Pages:
 
     def lead(self, request: Request) -> Response:
         annotator = self._lead(request)
-        return self.render(request, "lead.html", annotator=annotator, s=self.statistics.summary())
+        return self.render(request, "lead.html", annotator=annotator, s=self.statistics.summary(), limits=LIMITS)
 
     def lead_item(self, request: Request) -> Response:
         annotator = self._lead(request)

@@ -13,6 +13,7 @@ from prefopt.config.tools import DataCheckConfig
 from prefopt.core.options import options
 from prefopt.core.words import from_words
 from prefopt.errors import StudyError, UserError
+from prefopt.studies.served import address_of
 from prefopt.studies.study import Study
 from prefopt.studies.summary import summarise
 from prefopt.ui.jobs import Job
@@ -114,7 +115,8 @@ class FilePages:
             except StudyError as error:
                 found.append({"name": str(path.relative_to(self.site.base)), "problem": str(error)})
                 continue
-            about = {"name": str(path.relative_to(self.site.base)), "title": s.title, "problem": ""}
+            about: dict[str, Any] = {"name": str(path.relative_to(self.site.base)), "title": s.title, "problem": ""}
+            about["address"] = address_of(path) or ""
             found.append(about | {"items": s.items, "complete": s.complete, "votes": s.votes})
         return found
 

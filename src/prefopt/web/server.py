@@ -42,7 +42,9 @@ def stopping(what: str) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def settings_of(app: ASGIApp, trusted_proxies: Sequence[str] | None) -> uvicorn.Config:
+def settings_of(
+    app: ASGIApp, trusted_proxies: Sequence[str] | None, certfile: str | None = None, keyfile: str | None = None
+) -> uvicorn.Config:
     """The settings of uvicorn. X-Forwarded-For is accepted from ``trusted_proxies`` alone."""
     return uvicorn.Config(
         app,
@@ -52,6 +54,8 @@ def settings_of(app: ASGIApp, trusted_proxies: Sequence[str] | None) -> uvicorn.
         proxy_headers=bool(trusted_proxies),
         forwarded_allow_ips=list(trusted_proxies or ()),
         http=Connection,
+        ssl_certfile=certfile,
+        ssl_keyfile=keyfile,
         ws="none",
         lifespan="off",
         timeout_keep_alive=10,
