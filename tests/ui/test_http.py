@@ -22,6 +22,7 @@ from collect.site import Client
 from prefopt.config.tools import UiConfig
 from prefopt.core.yaml_file import read_document
 from prefopt.errors import ConfigError, RunError
+from prefopt.studies.served import lock_of, note_address
 from prefopt.studies.study import Study, StudySettings
 from prefopt.ui.chats import ChatTopic, Room, Side
 from prefopt.ui.jobs import Job, Jobs
@@ -328,9 +329,6 @@ def sleeping(jobs: Jobs) -> Job:
     Study.create(jobs.base / "s.db", StudySettings(title="T")).close()
     job = jobs.start("collect serve", ["collect", "serve", str(jobs.base / "s.db"), "--port", "0"])
     wait_for(lambda: "/join/" in jobs.log(job, 0)[1])
-    with served(jobs.base) as site:
-        address = jobs.log(job, 0)[1].partition("/join/")[0].rpartition(" ")[2]
-        assert f'href="{address}"' in site.signed_in().get("/more").text
     return job
 
 
@@ -341,6 +339,16 @@ def test_a_number_that_went_to_another_process_is_not_stopped(jobs: Jobs) -> Non
             assert not jobs.alive(job) and not jobs.stop(job) and other.poll() is None
         finally:
             other.kill()
+
+
+def test_a_study_that_is_served_has_a_link(site: Served) -> None:
+    client, study = site.signed_in(), site.site.base / "votes.db"
+    Study.create(study, StudySettings(title="T")).close()
+    assert 'action="/serve"' in client.get("/more").text
+    with lock_of(study):
+        note_address(study, "http://127.0.0.1:8700")
+        page = client.get("/more").text
+        assert 'href="http://127.0.0.1:8700"' in page and 'action="/serve"' not in page
 
 
 def test_runs_of_others_have_no_stop(site: Served) -> None:
