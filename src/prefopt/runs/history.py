@@ -26,7 +26,7 @@ from prefopt.core.files import parsed, printable, read_json
 from prefopt.core.options import RENAMED
 from prefopt.errors import RunError
 
-RECORD, METRICS, SAMPLES = "run.json", "metrics.jsonl", "samples.jsonl"
+RECORD, METRICS = "run.json", "metrics.jsonl"
 LARGEST_COUNT = 2**53
 """Of steps, rows, tokens, bytes: floats cannot tell larger neighbours apart."""
 LARGEST = 1e100

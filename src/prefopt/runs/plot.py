@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import statistics
 from collections.abc import Sequence
@@ -119,6 +120,18 @@ def with_line(panel: Panel, runs: Sequence[History]) -> Panel:
     """The panel without its thin line where that is the loss before training and no run started there."""
     known_start = any(loss_at_start(run) is not None for run in runs if run.training)
     return panel if panel.name != "loss" or known_start else replace(panel, line=None)
+
+
+def shown_in_notebooks(figure: Any) -> Any:
+    """The figure, which a notebook shows also without pyplot."""
+
+    def png() -> bytes:
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=100)
+        return file.getvalue()
+
+    figure._repr_png_ = png
+    return figure
 
 
 def panels_of(runs: Sequence[History], metrics: Sequence[str]) -> list[Panel]:

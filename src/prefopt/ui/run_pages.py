@@ -15,7 +15,8 @@ from prefopt.core.options import options
 from prefopt.core.yaml_file import write_document
 from prefopt.errors import ConfigError, UserError
 from prefopt.runs.diagnose import diagnose
-from prefopt.runs.history import SAMPLES, History
+from prefopt.runs.history import History
+from prefopt.runs.samples import SAMPLES
 from prefopt.runs.settings import set_options, shown
 from prefopt.runs.table import summary
 from prefopt.ui import form as forms
