@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from prefopt.config.training import MethodOptions, ModelOptions, rate_option
-from prefopt.core.options import beside, flag, nearest, option
+from prefopt.core.options import Config, beside, flag, nearest, option
 from prefopt.core.plugins import plugins
 from prefopt.errors import ConfigError
 
@@ -30,20 +30,12 @@ FILLED = (*OF_LOSSES, "pairs")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoConfig(MethodOptions, ModelOptions):
-    """One run of DPO, or of another loss. Construction raises ``ConfigError``.
+class LossOptions(Config):
+    """The loss on preferences, and a reference that moves.
 
-    Defaults that depend on the loss (:data:`FILLED`) are None here and filled in when the run begins, since losses
-    need torch.
+    Defaults that depend on the loss (:data:`FILLED`) are None here and filled in when the run begins, since losses need
+    torch.
     """
-
-    learning_rate: float = rate_option(LEARNING_RATE, "; 3e-7 to 1e-6 is usual, with LoRA 5e-6 to 5e-5")
-    reference: str | None = option(
-        None, "reference model of the log-ratios", group="model", default_text="the model before training"
-    )
-    reference_adapter: str | None = option(
-        None, "adapter on the reference (on --reference, else on the model without its own adapter)"
-    )
 
     ref_model_sync_steps: int | None = option(
         None,
@@ -95,6 +87,33 @@ class DpoConfig(MethodOptions, ModelOptions):
         default_text="all",
     )
 
+    @property
+    def own_losses(self) -> tuple[str, ...]:
+        """Further names that ``loss`` may have, of losses that are not on preferences."""
+        return ()
+
+    def check(self) -> None:
+        """Refuse a misspelt name; a sum and its options are parsed with the losses themselves."""
+        known = {*loss_names(), *plugins("prefopt.losses"), *self.own_losses}
+        for part in self.loss.split(",") if loss_names() else ():
+            name, _, weight = (word.strip() for word in part.partition(":"))
+            of_module = weight and not _NUMBER.fullmatch(weight)  # module:function, read with the losses themselves
+            if not of_module and name not in known and name.replace("-", "_") not in known:
+                guess = nearest(name, sorted(known)) or "; prefopt losses lists them"
+                raise ConfigError(f"--loss {self.loss}: there is no loss {name!r}{guess}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoConfig(LossOptions, MethodOptions, ModelOptions):
+    """One run of DPO, or of another loss. Construction raises ``ConfigError``."""
+
+    learning_rate: float = rate_option(LEARNING_RATE, "; 3e-7 to 1e-6 is usual, with LoRA 5e-6 to 5e-5")
+    reference: str | None = option(
+        None, "reference model of the log-ratios", group="model", default_text="the model before training"
+    )
+    reference_adapter: str | None = option(
+        None, "adapter on the reference (on --reference, else on the model without its own adapter)"
+    )
     eval_dtype: Literal["auto", "float32", "run"] = option(
         "auto",
         "type to compute held-out losses in: run is that of training; auto is float32 where the rounding of a narrower"
@@ -103,7 +122,6 @@ class DpoConfig(MethodOptions, ModelOptions):
     )
 
     def check(self) -> None:
-        self._check_loss()
         if self.eval_dtype != "auto" and not self.evaluates:
             raise ConfigError(
                 f"--eval-dtype {self.eval_dtype} needs rows to evaluate on: give --eval-data or --eval-fraction"
@@ -126,16 +144,6 @@ class DpoConfig(MethodOptions, ModelOptions):
                     f"{flag(name)}: with --ref-model-sync-steps the reference starts as a copy of the policy; leave one"
                     " of them out"
                 )
-
-    def _check_loss(self) -> None:
-        """Refuse a misspelt name; a sum and its options are parsed with the losses themselves."""
-        known = {*loss_names(), *plugins("prefopt.losses")}
-        for part in self.loss.split(",") if loss_names() else ():
-            name, _, weight = (word.strip() for word in part.partition(":"))
-            of_module = weight and not _NUMBER.fullmatch(weight)  # module:function, read with the losses themselves
-            if not of_module and name not in known and name.replace("-", "_") not in known:
-                guess = nearest(name, sorted(known)) or "; prefopt losses lists them"
-                raise ConfigError(f"--loss {self.loss}: there is no loss {name!r}{guess}")
 
 
 _NUMBER = re.compile(r"[-+.\deE]+")

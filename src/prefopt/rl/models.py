@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from prefopt.config.online import OnlineConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.tools import is_model_reward
 from prefopt.config.training import LORA_ALPHA_PER_RANK, LORA_RANK
@@ -162,12 +163,12 @@ def build_models(
             config.reward, tokenizer, stop, dtype=dtype, device=device, attention=config.attention, longest=longest
         )
     if isinstance(judge, RewardModelScorer):
-        _cut_frozen(judge.scorer, actor, world)
-    reference, critic = _reference(config, actor, longest, world), _critic(config, actor, source, tokenizer, world)
+        cut_frozen(judge.scorer, actor, world)
+    reference, critic = reference_of(config, actor, longest, world), _critic(config, actor, source, tokenizer, world)
     return PpoModels(actor, reference, judge, critic, config.reference is None)
 
 
-def _cut_frozen(scorer: PackedModel, actor: Policy, world: World) -> None:
+def cut_frozen(scorer: PackedModel, actor: Policy, world: World) -> None:
     """Cut a frozen model into shards if the actor is in shards."""
     if actor.sharded:
         from prefopt.parallel.gathered import cut
@@ -175,13 +176,20 @@ def _cut_frozen(scorer: PackedModel, actor: Policy, world: World) -> None:
         cut(scorer, actor.masters, world)
 
 
-def _reference(config: PpoConfig, actor: Policy, longest: int, world: World) -> InMemoryReference:
+def reference_of(
+    config: PpoConfig | OnlineConfig, actor: Policy, longest: int, world: World, *, moves: bool = False
+) -> InMemoryReference:
+    """The reference of a run: ``config.reference``, else the actor as it is. ``longest`` and ``world``: see
+    :func:`build_models`. ``moves``: its values will follow the actor's. Raises :class:`ModelError` where the two do not
+    fit together, and :class:`ConfigError` for one in shards that moves."""
+    if config.reference is None and actor.sharded and moves:
+        raise ConfigError("--ref-model-sync-steps does not work with weights in shards: give --shard none")
     if config.reference is None and actor.sharded:
         from prefopt.parallel.gathered import copy_as_it_is
 
         return InMemoryReference(copy_as_it_is(actor.apart, world))
     if config.reference is None:
-        return InMemoryReference(actor.scorer, SwappedWeights(actor.masters))
+        return InMemoryReference(actor.scorer, SwappedWeights(actor.masters, moves=moves))
     source = local_folder(config.reference)
     model = load_model(source, dtype=actor.dtype, device=actor.device, quantise=config.quantise).requires_grad_(False)
     other = causal_model(model)
@@ -196,7 +204,7 @@ def _reference(config: PpoConfig, actor: Policy, longest: int, world: World) -> 
             f" {longest}; lower --max-new-tokens"
         )
     scorer = Scorer(model, attention=config.attention)
-    _cut_frozen(scorer, actor, world)
+    cut_frozen(scorer, actor, world)
     return InMemoryReference(scorer)
 
 

@@ -15,7 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from prefopt.config.ppo import PpoConfig
@@ -26,10 +25,10 @@ from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import Diverged, ModelError, RunError
 from prefopt.losses.rl import KlController, k1
 from prefopt.model.architectures import causal_model
-from prefopt.model.costs import MEMORY_ERRORS, peak_memory
 from prefopt.model.load import base_and_adapter, local_folder
 from prefopt.model.save import add_end_tokens, repair_generation
 from prefopt.parallel.world import World
+from prefopt.rl.drawn import DrawnRounds
 from prefopt.rl.objective import Targets, final_scores, rollout_metrics, targets_of
 from prefopt.rl.prompts import PtxTerm
 from prefopt.rl.rollouts import Collector, Rollouts
@@ -40,19 +39,15 @@ from prefopt.train.batch import Batch
 from prefopt.train.checkpoint import Checkpoint
 from prefopt.train.columns import Values
 from prefopt.train.policy import Policy
-from prefopt.train.source import AuxiliaryLoss, BatchSource
+from prefopt.train.source import AuxiliaryLoss
 from prefopt.train.trainer import Trainer
 
-CHECKPOINTS = 10
-"""Number of checkpoints without --save-every: a run that diverges leaves good weights."""
 OTHERWISE = "a lower --learning-rate or a higher --beta"
 
 
-class Rounds(BatchSource):
-    """Minibatches of rollouts. ``order``: which prompts a step takes. ``ratio_tolerance``: the root mean square of
-    log-ratios per token that rounding explains before any weight moves."""
-
-    draws = True
+class Rounds(DrawnRounds):
+    """Rounds of PPO and RLOO. ``ratio_tolerance``: the root mean square of log-ratios per token that rounding explains
+    before any weight moves."""
 
     def __init__(
         self,
@@ -65,12 +60,11 @@ class Rounds(BatchSource):
         ratio_tolerance: float,
         ptx: PtxTerm | None = None,
     ) -> None:
-        self.config, self.collector, self.order, self.kl, self.ptx = config, collector, order, kl, ptx
-        self.steps, self.ratio_tolerance = steps, ratio_tolerance
-        self.steps_per_epoch = order.steps_per_epoch
-        self.episodes = 0
+        super().__init__(
+            collector, order, steps=steps, seed=config.seed, passes=config.ppo_epochs, minibatches=config.minibatches
+        )
+        self.config, self.kl, self.ptx, self.ratio_tolerance = config, kl, ptx, ratio_tolerance
         self.rollouts: Rollouts | None = None
-        self._batch: Batch | None = None
         self._measured: Record = {}
 
     def begin(self, trainer: Trainer) -> bool:
@@ -80,7 +74,7 @@ class Rounds(BatchSource):
         """
         step = trainer.state.step
         fresh = self.rollouts is None
-        rollouts = self.rollouts = self.rollouts or self._collect(trainer)
+        rollouts = self.rollouts = self.rollouts or self.draw(trainer)
         targets = targets_of(self.config, rollouts, self.kl.coefficient)
         score_N = final_scores(self.config, rollouts)
         self._measured = rollout_metrics(rollouts, score_N, targets, self.kl.coefficient)
@@ -92,32 +86,8 @@ class Rounds(BatchSource):
                     f" --max-kl {self.config.max_kl:g}: the policy has run away from its reference"
                 )
             _refuse_not_finite(step, rollouts, targets)
-        self._batch = targets.batch(rollouts)
-        # The last batch of an epoch may have fewer prompts.
-        self._parts = min(self.config.minibatches, len(rollouts.groups))
-        self.updates = self.config.ppo_epochs * self._parts
+        self.learn_from(targets.batch(rollouts))
         return fresh
-
-    def _collect(self, trainer: Trainer) -> Rollouts:
-        step = trainer.state.step
-        prompts = self.order.batch(step).tolist()
-        while True:
-            try:
-                trainer.train_mode(False)
-                rollouts, trainer.state.times = self.collector.collect(
-                    step, prompts, trainer.token_budget, lambda ended, drawn: trainer.pause()
-                )
-                return rollouts
-            except MEMORY_ERRORS as error:
-                trainer.halve(error, "scoring the responses")
-
-    def batch(self, step: int, update: int) -> Batch:
-        """A minibatch. Its prompts depend on the seed, the step and the pass over the rollouts alone."""
-        assert self._batch is not None
-        epoch, number = divmod(update, self._parts)
-        generator = np.random.Generator(np.random.PCG64([self.config.seed, step, epoch]))
-        order = generator.permutation(len(self._batch))
-        return self._batch.select(np.array_split(order, self._parts)[number].tolist())
 
     def auxiliary(self, step: int, update: int) -> AuxiliaryLoss | None:
         """The pre-training term, if there is one."""
@@ -129,19 +99,10 @@ class Rounds(BatchSource):
     def end(self, trainer: Trainer, record: Record) -> Record:
         """Add metrics of the rollouts, and times; the KL controller takes its step."""
         assert self.rollouts is not None
-        times, drawn = trainer.state.times, len(self.rollouts.score_N)
-        seconds = sum(times.values())
-        self.episodes += drawn
-        record = record | self._measured
-        record |= {"episode": self.episodes, "eps": drawn / seconds, "step_seconds": seconds, **times}
-        record["peak_memory_bytes"] = float(peak_memory(trainer.device))
+        drawn = len(self.rollouts.score_N)
         self.kl = self.kl.after(self._measured["objective/kl"], drawn)
-        self.rollouts = self._batch = None
-        return record
-
-    def saves(self, step: int) -> bool:
-        """Every tenth of the run, and after 1, 2, 4, 8, ... steps: a policy may diverge early."""
-        return step % max(1, self.steps // CHECKPOINTS) == 0 or step.bit_count() == 1
+        self.rollouts = None
+        return record | self._measured | self.costs(trainer, drawn)
 
     def state(self) -> dict[str, Any]:
         return {"episodes": self.episodes, "beta": self.kl.coefficient}
