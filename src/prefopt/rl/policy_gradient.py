@@ -1,4 +1,4 @@
-"""Policy gradients on groups of responses: RLOO, GRPO with its corrections, DAPO and GSPO, as one objective on columns."""
+"""Policy gradients on groups of responses: RLOO, GRPO with its corrections, DAPO and GSPO, as one objective."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from prefopt.config.online import OnlineConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.sample import SampleConfig
 from prefopt.core.terminal import Reporter
@@ -25,7 +26,12 @@ from prefopt.train.run import steps_of
 
 
 def read_prompts(
-    config: PpoConfig | SampleConfig, start: SampledModel, rows: Any, reporter: Reporter, *, room: int = 1
+    config: PpoConfig | OnlineConfig | SampleConfig,
+    start: SampledModel,
+    rows: Any,
+    reporter: Reporter,
+    *,
+    room: int = 1,
 ) -> tuple[PromptSet, tuple[int, ...]]:
     """The prompts of ``config``, or ``rows``, and the tokens that end a response.
 
@@ -51,7 +57,7 @@ def read_prompts(
 
 
 def read_rollout_prompts(
-    config: PpoConfig, start: SampledModel, rows: Any, reporter: Reporter
+    config: PpoConfig | OnlineConfig, start: SampledModel, rows: Any, reporter: Reporter
 ) -> tuple[PromptSet, SamplingParams]:
     """Prompts that leave room for a whole response, and the sampling settings.
 
@@ -73,7 +79,7 @@ FEW = 10
 """Runs of fewer steps get a warning: useful ones take tens to hundreds."""
 
 
-def order_of(config: PpoConfig, prompts: int) -> BatchSampler:
+def order_of(config: PpoConfig | OnlineConfig, prompts: int) -> BatchSampler:
     """The prompts of each step."""
     return BatchSampler(prompts, config.batch_size, seed=config.seed, shuffle=config.shuffle)
 
@@ -90,14 +96,15 @@ def plan_of(config: PpoConfig, prompts: int, tokens: int) -> str:
     )
 
 
-def too_few(config: PpoConfig, prompts: int) -> str | None:
+def too_few(config: PpoConfig | OnlineConfig, prompts: int) -> str | None:
     """A warning for a run of few steps, unless ``--max-steps`` limits them."""
     steps = steps_of(config, order_of(config, prompts).steps_per_epoch)
     if steps >= FEW or steps == config.max_steps:
         return None
     made = "1 step" if steps == 1 else f"{steps} steps"
+    what = config.loss if isinstance(config, OnlineConfig) else config.algorithm.upper()
     return (
-        f"{made} of {config.algorithm.upper()}, from {prompts} prompts, will change little at --learning-rate"
+        f"{made} of {what}, from {prompts} prompts, will change little at --learning-rate"
         f" {config.learning_rate:g}: give more --epochs (runs take tens of steps and more), or a smaller --batch-size"
     )
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from prefopt.config.online import OnlineConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.core.files import remove_folder
 from prefopt.core.terminal import Reporter
@@ -139,7 +140,7 @@ def _refuse_not_finite(step: int, rollouts: Rollouts, targets: Targets) -> None:
 
 
 def keep_last_good(
-    config: PpoConfig,
+    config: PpoConfig | OnlineConfig,
     folder: RunFolder,
     policy: Policy,
     tokenizer: Tokenizer,
@@ -187,7 +188,7 @@ def _is_good(kept: Checkpoint, max_kl: float) -> bool:
     return divergence <= max_kl
 
 
-def _named(config: PpoConfig, path: Path, *, named: bool) -> str:
+def _named(config: PpoConfig | OnlineConfig, path: Path, *, named: bool) -> str:
     """Options of a run from the model in ``path``, with the reference of this run."""
     start = f"--model {path}"
     if config.lora and named:
@@ -196,7 +197,7 @@ def _named(config: PpoConfig, path: Path, *, named: bool) -> str:
     return f"{start} --reference {reference}" if reference else start
 
 
-def _start(config: PpoConfig) -> str | None:
+def _start(config: PpoConfig | OnlineConfig) -> str | None:
     """What ``--reference`` calls the model before training; None for an adapter that was put on a model of another name
     than its own, which no name stands for."""
     if config.adapter is None:
