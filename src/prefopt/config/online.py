@@ -15,7 +15,7 @@ from prefopt.config import dpo, sft
 from prefopt.config.data import PromptOptions, RowOptions, TemplateOptions
 from prefopt.config.dpo import LossOptions
 from prefopt.config.training import ModelOptions, RouterOptions, RunOptions, TrainingOptions
-from prefopt.core.options import Config, flag, option
+from prefopt.core.options import Config, beside, flag, option
 from prefopt.errors import ConfigError
 
 
@@ -181,6 +181,13 @@ class OnlineConfig(
         group="loss",
         default_text="the reference is fixed",
         at_least=1,
+    )
+    ref_model_mixup_alpha: float | None = beside(
+        "ref_model_sync_steps",
+        1.0,
+        "reference = alpha * policy + (1 - alpha) * reference at every update; 1 copies the policy",
+        above=0,
+        at_most=1,
     )
     max_kl: float = option(
         MAX_KL, "KL from the reference in nats per response at which the run stops; its checkpoints are kept", above=0

@@ -274,7 +274,8 @@ def _train(
     try:
         return trainer.fit()
     except Diverged as error:
-        kept = keep_last_good(config, run.folder, policy, tokenizer, ends, run.world, named=run.given is None)
+        named = run.given is None
+        kept = keep_last_good(config, run.folder, policy, tokenizer, ends, run.world, named=named, network="policy")
         raise Diverged(error.reason, f"{error.remedy}; {kept}" if error.remedy else kept) from error
 
 

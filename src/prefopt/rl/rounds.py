@@ -148,11 +148,12 @@ def keep_last_good(
     world: World,
     *,
     named: bool,
+    network: str = "actor",
 ) -> str:
     """Write ``last-good`` into the folder of a run that diverged. Returns how to continue from it, in words.
 
     ``policy`` gets those weights too; ``ends`` are the tokens that ended its responses. ``named``: the model was not
-    given in Python. All ranks of ``world`` call this.
+    given in Python; ``network``: its name in checkpoints. All ranks of ``world`` call this.
     """
     newest = checkpoint.newest(folder.checkpoints, world, lambda kept: _is_good(kept, config.max_kl))
     found = newest[1] if newest is not None else None
@@ -162,7 +163,7 @@ def keep_last_good(
     path = folder.last_good
     failed = None
     try:
-        policy.masters.load(checkpoint.part_of("actor", found.weights))
+        policy.masters.load(checkpoint.part_of(network, found.weights))
         repair_generation(causal_model(policy.scorer.model))
         world.on_first(lambda: remove_folder(path))
         policy.save(path, tokenizer, writes=world.first)
