@@ -1,6 +1,6 @@
 """The Python functions: one per command, with names or objects.
 
-``prefopt.dpo``, ``sft``, ``distil``, ``reward`` and ``ppo`` are made from the table of methods by
+``prefopt.dpo``, ``sft``, ``distil``, ``reward``, ``ppo`` and ``online`` are made from the table of methods by
 :func:`method_function`.
 """
 

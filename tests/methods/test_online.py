@@ -41,8 +41,7 @@ QUICK: dict[str, Any] = {
 
 
 def online(model: str, output: Path, rows: Any = ROWS, **options: Any) -> OnlineResult:
-    given = {} if "judge" in options else {"reward": world.reward}
-    result = prefopt.online(model, rows, output=output, **{**given, **QUICK, **options})
+    result = prefopt.online(model, rows, output=output, **{"reward": world.reward, **QUICK, **options})
     assert result is not None
     return result
 
@@ -276,7 +275,7 @@ def test_a_language_model_judges_in_both_orders(small: str, tmp_path: Path, monk
         yield "[[1]]" if len(first) >= len(second) else "[[2]]"
 
     monkeypatch.setattr(RemoteChatModel, "answer", answer)
-    options: dict[str, Any] = {"judge": "llm", "judge_url": "http://localhost:1/v1", "judge_model": "big", "num": 3}
+    options: dict[str, Any] = {"reward": "llm", "judge_url": "http://localhost:1/v1", "judge_model": "big", "num": 3}
     online(small, tmp_path / "out", batch_size=8, beta=0.5, **options)
     (line,) = metrics(tmp_path / "out")
     ties = 0
@@ -315,7 +314,7 @@ def vote_on_all(path: Path, done: threading.Event, prefer: Callable[[list[str]],
 def test_people_judge_while_the_run_waits(small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped while it waits, and gone on when the votes are there; the same as a run that never stopped."""
     monkeypatch.setattr(comparers, "POLL_SECONDS", 0.02)
-    options: dict[str, Any] = {"judge": "people", "num": 3, "labels": "soft"}
+    options: dict[str, Any] = {"reward": "people", "num": 3, "labels": "soft"}
     prefer = lambda texts: max(range(len(texts)), key=lambda k: (len(texts[k]), texts[k]))  # noqa: E731
 
     def with_anna(output: Path, study: Path, **more: Any) -> None:
@@ -399,11 +398,11 @@ def test_several_votes_of_people_are_fractions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"reward": None}, "give one of the two"),
-        ({"judge": "people"}, "give one of the two"),
-        ({"reward": None, "judge": "llm"}, "--judge llm needs --judge-url"),
-        ({"judge_url": "http://x"}, "--judge-url belongs to --judge llm"),
-        ({"study": "s.db"}, "--study belongs to --judge people"),
+        ({"reward": "peple"}, "no reward is called 'peple'"),
+        ({"reward": "llm"}, "--reward llm needs --judge-url"),
+        ({"judge_url": "http://x"}, "--judge-url belongs to --reward llm"),
+        ({"study": "s.db"}, "--study belongs to --reward people"),
+        ({"reward": "people", "missing_eos_score": -1.0}, "--missing-eos-score is about scores"),
         ({"loss": "grppo"}, "did you mean grpo"),
         ({"loss": "dpo", "clip": 0.1}, "--clip is of policy gradients"),
         ({"loss": "grpo", "label_smoothing": 0.1}, "--label-smoothing is of losses on preferences"),
@@ -417,7 +416,7 @@ def test_several_votes_of_people_are_fractions(tmp_path: Path) -> None:
         ({"loss": "aot", "num": 3}, "sorts the pairs"),
         ({"loss": "tdpo", "temperature": 0.5}, "--temperature 0.5"),
         ({"ref_model_sync_steps": 1, "reference": "x"}, "leave one out"),
-        ({"reward": None, "judge": "people", "num": 10}, "people compare at most 9"),
+        ({"reward": "people", "num": 10}, "people compare at most 9"),
         ({"lora": True, "lora_dropout": 0.1}, "--lora-dropout"),
         ({"num": 1}, "--num is 1"),
         ({"loss": "dapo", "overlong_buffer": 9}, "--overlong-buffer 9"),
@@ -435,7 +434,7 @@ def test_what_does_not_go_together_is_refused(options: dict[str, Any], words: st
 def test_a_study_that_is_none_is_refused_before_anything_is_read(small: str, tmp_path: Path) -> None:
     (tmp_path / "s.db").write_text("no study")
     with pytest.raises(StudyError, match="no SQLite file"):
-        online(small, tmp_path / "out", judge="people", study=str(tmp_path / "s.db"))
+        online(small, tmp_path / "out", reward="people", study=str(tmp_path / "s.db"))
     assert not (tmp_path / "out").exists()
 
 

@@ -48,8 +48,8 @@ def train(options: dict[str, Any], model: str, data: str, output: str) -> int:
     from prefopt.generate.chat_model import RemoteChatModel
 
     RemoteChatModel.answer = prefer  # type: ignore[method-assign]
-    judge = {} if "judge" in options else {"reward": vowels}
-    found = prefopt.online(model=model, prompts=[data], output=output, **judge, **{**EXACT, **OPTIONS, **options})
+    given = {"reward": vowels, **EXACT, **OPTIONS, **options}
+    found = prefopt.online(model=model, prompts=[data], output=output, **given)
     return int(found.steps)
 
 
@@ -63,7 +63,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dpo": {"ref_model_sync_steps": 2, "shard": "none"},
     "kto": {"loss": "kto", "shard": "none"},
     "dapo": {"loss": "dapo", "shard": "full"},
-    "llm": {"judge": "llm", "judge_url": "http://localhost:1/v1", "judge_model": "big", "shard": "none"},
+    "llm": {"reward": "llm", "judge_url": "http://localhost:1/v1", "judge_model": "big", "shard": "none"},
 }
 
 

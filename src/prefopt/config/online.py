@@ -45,6 +45,8 @@ NUM, NUM_OF_GRADIENTS, NUM_OF_BEST = 2, 8, 4
 MAX_KL = 100.0
 PARALLEL = 8
 MOST_FOR_PEOPLE = 9
+COMPARERS = ("llm", "people")
+"""Rewards that compare responses instead of scoring each."""
 
 OF_PREFERENCES = ("loss_options", "label_smoothing", "divergence", "divergence_alpha", "weighting", "pairs", "labels")
 OF_GRADIENTS = ("clip", "clip_high", "advantage_std", "kl", "dynamic_sampling", "overlong_buffer")
@@ -72,18 +74,11 @@ def rate_of(c: Any) -> float:
 class JudgeOptions(Config):
     """Who judges the responses of a round."""
 
-    reward: str | None = option(
-        None,
-        "score of a response: a rule (vader, length), MODULE:FUNCTION of prompts and responses, or the folder or Hub"
-        " name of a reward model with one label and this model's tokenizer",
+    reward: str = option(
+        help="what judges responses: a rule (vader, length), MODULE:FUNCTION of prompts and responses, or the folder or"
+        " Hub name of a reward model with one label and this model's tokenizer; llm, a language model behind"
+        " --judge-url that compares in both orders; people, who vote in --study while prefopt collect serves it",
         group="judge",
-        default_text="required, unless --judge compares",
-    )
-    judge: Literal["llm", "people"] | None = option(
-        None,
-        "compares responses in place of --reward: llm, a language model behind --judge-url, asked in both orders;"
-        " people, who vote in --study while prefopt collect serves it",
-        default_text="--reward scores them",
     )
     judge_url: str | None = option(None, "OpenAI-compatible server of the judge llm, such as http://localhost:8000/v1")
     judge_model: str | None = option(None, "its name there", default_text="the server's only model")
@@ -112,16 +107,20 @@ class JudgeOptions(Config):
         None, "score of a response without an end token, instead of its own; -1 is usual"
     )
 
+    @property
+    def judge(self) -> str | None:
+        """``llm`` or ``people``, who compare responses; None for a reward, which scores them."""
+        return self.reward if self.reward in COMPARERS else None
+
     def check(self) -> None:
-        if (self.reward is None) == (self.judge is None):
-            raise ConfigError("--reward scores responses and --judge compares them: give one of the two")
         if self.judge == "llm" and self.judge_url is None:
-            raise ConfigError("--judge llm needs --judge-url, the address of its server")
+            raise ConfigError("--reward llm needs --judge-url, the address of its server")
         for judge, names in (("llm", OF_LLM), ("people", OF_PEOPLE)):
             if self.judge != judge:
-                _refuse(self, names, f"belongs to --judge {judge}; leave it out")
+                _refuse(self, names, f"belongs to --reward {judge}; leave it out")
         if self.judge is not None:
-            _refuse(self, ("missing_eos_penalty", "missing_eos_score"), "is about scores of --reward; leave it out")
+            why = f"is about scores, and --reward {self.judge} compares; leave it out"
+            _refuse(self, ("missing_eos_penalty", "missing_eos_score"), why)
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             raise ConfigError("--missing-eos-penalty and --missing-eos-score exclude each other: give one of them")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.config.methods import method_of
+from prefopt.config.online import COMPARERS, OnlineConfig
 from prefopt.config.sample import SampleConfig
 from prefopt.config.tools import IMPLICIT, RULES, ScoreConfig, is_model_reward
 from prefopt.core.files import OVERWRITE, RESUME, expanded, is_path, one_below, refuse_existing
@@ -53,7 +54,8 @@ def check_before_torch(config: Any) -> None:
     if isinstance(reward, str) and is_model_reward(reward):
         _check_model(reward)
         return
-    known = (*RULES, *([IMPLICIT] if isinstance(config, ScoreConfig) else []))
+    known = [*RULES, *([IMPLICIT] if isinstance(config, ScoreConfig) else [])]
+    known += COMPARERS if isinstance(config, OnlineConfig) else []
     if isinstance(reward, str) and reward not in known:
         load_reward(reward)  # refuses the name, or an absent module
 

@@ -148,7 +148,7 @@ def _losses(config: OnlineConfig) -> tuple[OnlineConfig, Losses | None]:
         )
     if config.judge is not None and any(term.loss.needs_scores for term in terms):
         raise ConfigError(
-            f"--loss {config.loss} is on how far scores lie apart, and --judge only compares: give --reward"
+            f"--loss {config.loss} is on how far scores lie apart, and --reward {config.judge} only compares"
         )
     return config, terms
 
@@ -161,8 +161,8 @@ def _is_live(terms: Losses) -> bool:
 def _function(config: OnlineConfig, reward: Scores | None) -> Reward | None:
     """The reward as a function of texts; None for a reward model and for a judge that compares."""
     if reward is not None:
-        return Reward(config.reward or "reward", reward)
-    return None if config.reward is None or is_model_reward(config.reward) else load_reward(config.reward)
+        return Reward(config.reward, reward)
+    return None if config.judge is not None or is_model_reward(config.reward) else load_reward(config.reward)
 
 
 def _check_prompts(terms: Losses | None, prompts: PromptSet) -> None:
@@ -305,7 +305,7 @@ def _same(
     if config.reference is not None:
         reference = identity_of_name(config.reference, quantise=config.quantise)
         found["reference"] = (reference.digest, "the reference model")
-    if reward is None and config.reward is not None:
+    if reward is None and config.judge is None:
         found["reward"] = (identity_of_name(config.reward).digest, "the reward model")
     elif reward is not None and (code := reward.digest()) is not None:
         found["reward"] = (code, f"the code of --reward {reward.name}")
@@ -316,7 +316,7 @@ def _bytes_of_others(config: OnlineConfig, policy: Policy) -> int:
     """About the bytes that reference and reward model take if none is in shards. ``policy`` trains already."""
     trained = sum(p.numel() for p in policy.masters.masters.values())
     found = trained if config.reference is None else weights_in_files(config.reference)
-    if config.reward is not None and is_model_reward(config.reward):
+    if config.judge is None and is_model_reward(config.reward):
         found += weights_in_files(config.reward)
     return found * policy.dtype.itemsize
 
@@ -357,13 +357,13 @@ def _finish(run: Run, policy: Policy, models: PpoModels, prompts: PromptSet, sta
     for name in _CARD:
         results |= {f"first round: {name}": first.get(name), f"training: {name}": last.get(name)}
     results |= {f"memory of the {name}": size(of) for name, of in models.memory().items() if of}
-    what = "score" if config.reward is not None else "fraction of comparisons won"
+    what = "score" if config.judge is None else "fraction of comparisons won"
     closing = (
         f"{what} {first['objective/scores']:.3f} in the first round, {last['objective/scores']:.3f} in the last ones,"
         f" at {last['objective/kl']:.3g} nats from the reference, by the judge that it learned from: look at samples,"
         " and compare with prefopt compare"
     )
-    judge = f"The reward is `{portable(config.reward)}`." if config.reward else f"The judge: {models.judge.words}."
+    judge = f"The judge: {models.judge.words}." if config.judge else f"The reward is `{portable(config.reward)}`."
     files = ", ".join(f"`{Path(d).name}`" for d in config.prompts)
     run.finish(
         policy,
