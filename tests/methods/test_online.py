@@ -287,7 +287,7 @@ def test_a_language_model_judges_in_both_orders(small: str, tmp_path: Path, monk
         assert all(size[i] > size[k] and w == 1 for i, k, w in row.get("votes", ()))
         assert len(row.get("votes", ())) == sum(x != 0.5 for *_, x in row["outcomes"])
     assert line["round/ties"] == ties > 0 and line["round/undecided"] == 0
-    assert line["objective/scores"] == pytest.approx(0.5)  # what one wins another loses
+    assert "objective/scores" not in line  # what one wins another loses
     online(small, tmp_path / "gradient", loss="rloo", **options)
     assert metrics(tmp_path / "gradient")[-1]["grad_norm"] > 0
 

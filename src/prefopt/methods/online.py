@@ -261,7 +261,7 @@ def _train(
         assert models.reference.weights is not None
         movement = TrDpoUpdate(models.reference.weights, config.ref_model_sync_steps, config.ref_model_mixup_alpha)
     trainer = run.trainer(
-        {"policy": Network.of(policy.masters, config, rounds.steps, config.learning_rate)},
+        {"actor": Network.of(policy.masters, config, rounds.steps, config.learning_rate)},
         policy,
         routed(_objective(config, terms, run.device), policy.scorer, config),
         rounds,
@@ -274,8 +274,7 @@ def _train(
     try:
         return trainer.fit()
     except Diverged as error:
-        named = run.given is None
-        kept = keep_last_good(config, run.folder, policy, tokenizer, ends, run.world, named=named, network="policy")
+        kept = keep_last_good(config, run.folder, policy, tokenizer, ends, run.world, named=run.given is None)
         raise Diverged(error.reason, f"{error.remedy}; {kept}" if error.remedy else kept) from error
 
 
@@ -357,12 +356,12 @@ def _finish(run: Run, policy: Policy, models: PpoModels, prompts: PromptSet, sta
     for name in _CARD:
         results |= {f"first round: {name}": first.get(name), f"training: {name}": last.get(name)}
     results |= {f"memory of the {name}": size(of) for name, of in models.memory().items() if of}
-    what = "score" if config.judge is None else "fraction of comparisons won"
-    closing = (
-        f"{what} {first['objective/scores']:.3f} in the first round, {last['objective/scores']:.3f} in the last ones,"
-        f" at {last['objective/kl']:.3g} nats from the reference, by the judge that it learned from: look at samples,"
-        " and compare with prefopt compare"
-    )
+    closing = f"{last['objective/kl']:.3g} nats from the reference; compare with prefopt compare, and look at samples"
+    if config.judge is None:
+        ends = [f"{line['objective/scores']:.3f}" for line in (first, last)]
+        closing = (
+            f"score {ends[0]} in the first round, {ends[1]} in the last ones, by what it learned from, at {closing}"
+        )
     judge = f"The judge: {models.judge.words}." if config.judge else f"The reward is `{portable(config.reward)}`."
     files = ", ".join(f"`{Path(d).name}`" for d in config.prompts)
     run.finish(

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.tools import is_model_reward
 from prefopt.core.terminal import size
@@ -16,10 +18,11 @@ from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import Diverged
 from prefopt.generate.model_io import PromptSet, SampledModel
 from prefopt.generate.rewards import TextRewardScorer
-from prefopt.generate.sampler import SamplingParams
+from prefopt.generate.sampler import SamplingParams, group_of
+from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.losses.rl import KlController
 from prefopt.model.card import portable
-from prefopt.model.check import CheckReport
+from prefopt.model.check import CheckReport, check_scoring
 from prefopt.model.costs import peak_memory
 from prefopt.reference.identity import identity_of_name
 from prefopt.rewards import Reward, load_reward
@@ -28,7 +31,6 @@ from prefopt.rl.objective import PpoObjective
 from prefopt.rl.prompts import PtxTerm, order_of, plan_of, read_ptx, read_rollout_prompts, too_few
 from prefopt.rl.rollouts import Collector
 from prefopt.rl.rounds import Rounds, keep_last_good
-from prefopt.rl.stages import check_samples, largest_update, memory_of, sampler_of, token_budget_of
 from prefopt.runs.folder import digest_of, fingerprint
 from prefopt.runs.history import averages_of, read_history
 from prefopt.train.memory import Trainee, TrainingMemory
@@ -37,6 +39,9 @@ from prefopt.train.policy import Policy
 from prefopt.train.routing import describe_routing, routed
 from prefopt.train.run import EXAMPLE_TEXT, Run, open_run, steps_of
 from prefopt.train.trainer import TrainerState
+
+TRIED = 4
+"""Prompts to draw two responses to before training, which scoring is checked on."""
 
 Scores = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
@@ -84,7 +89,7 @@ def run(
         prompts, settings = read_rollout_prompts(config, start, rows, run.reporter)
         longest = max(map(len, prompts.ids)) + config.max_new_tokens
         policy = run.loading(Policy(config, start.source, run.dtype, run.device, model))
-        check = check_samples(policy, prompts, settings)
+        check = _check(policy, prompts, settings)
         run.say_scoring(policy, check)
         ptx = read_ptx(config, start.tokenizer, start.context, policy.scorer, run.reporter)
         say(policy.leftover())
@@ -96,7 +101,7 @@ def run(
         for line in models.words():
             say(line)
         memory = _memory(run, models)
-        tokens = token_budget_of(run, memory, _largest(run, prompts, ptx))
+        tokens = run.world.smallest(_token_budget(run, memory, prompts, ptx))
         if config.dry_run:
             _preview(run, start, prompts, ptx, memory, tokens)
             return None
@@ -114,9 +119,13 @@ def run(
 def _rounds(
     run: Run, models: PpoModels, prompts: PromptSet, settings: SamplingParams, check: CheckReport, ptx: PtxTerm | None
 ) -> Rounds:
-    """The sampler, and the rounds that are learned from."""
-    config, scorer = run.config, models.actor.apart
-    sampler = sampler_of(run, scorer, prompts)
+    """The sampler, and the rounds that are learned from; the number of rows at once is kept for a resume."""
+    config, known, scorer = run.config, run.folder.record, models.actor.apart
+    longest = max(map(len, prompts.ids)) + config.max_new_tokens
+    with scorer.gathered():
+        sampler = TransformersSampler(scorer)
+        sampler.rows = known.get("sampled_at_once") or known.get("rows") or sampler.estimate_rows(longest)
+    run.folder.remember(sampled_at_once=sampler.rows)
     order = order_of(config, len(prompts.ids))
     critic = models.critic.of_rollouts if models.critic is not None else None
     return Rounds(
@@ -153,6 +162,13 @@ def _train(
     except Diverged as error:
         kept = keep_last_good(config, run.folder, policy, tokenizer, ends, run.world, named=run.given is None)
         raise Diverged(error.reason, f"{error.remedy}; {kept}" if error.remedy else kept) from error
+
+
+def _check(policy: Policy, prompts: PromptSet, settings: SamplingParams) -> CheckReport:
+    """Check that scoring is exact, on samples of the policy."""
+    few = [prompts.ids[i] for i in range(min(TRIED, len(prompts.ids)))]
+    drawn = TransformersSampler(policy.scorer).sample(few, 2, settings)
+    return check_scoring(policy.scorer, [group_of(ids, many) for ids, many in zip(few, drawn, strict=True)])
 
 
 def _same(
@@ -194,8 +210,14 @@ def _say_plan(run: Run, prompts: PromptSet, tokens: int) -> None:
 
 
 def _largest(run: Run, prompts: PromptSet, ptx: PtxTerm | None) -> list[Group]:
-    """The largest update, with the longest row of the pre-training term."""
-    return largest_update(run, prompts) + ([ptx.groups[int(ptx.groups.tokens_G.argmax())]] if ptx is not None else [])
+    """What memory must hold: the longest prompt with responses of the greatest length, often enough to fill a pass."""
+    config = run.config
+    prompt = max(prompts.ids, key=len)
+    ids = np.concatenate([prompt, np.zeros(config.max_new_tokens, np.int32)])
+    sequence = (ids, np.arange(len(ids)) >= len(prompt))
+    largest = Group.from_sequences([sequence] * config.num, row=0, pairs=())
+    per_update = -(-config.batch_size // config.minibatches)
+    return [largest] * per_update + ([ptx.groups[int(ptx.groups.tokens_G.argmax())]] if ptx is not None else [])
 
 
 def _memory(run: Run, models: PpoModels) -> TrainingMemory:
@@ -203,7 +225,16 @@ def _memory(run: Run, models: PpoModels) -> TrainingMemory:
     critic = models.critic
     if critic is not None and critic.scorer is not None:
         trainees.append(Trainee(critic.scorer, critic.weights, critic.blueprint))
-    return memory_of(run, trainees, models.memory())
+    others = {name: count for name, count in models.memory().items() if name in ("reference", "reward")}
+    return TrainingMemory(trainees, run.config, run.device, others, run.world.ranks.local_size)
+
+
+def _token_budget(run: Run, memory: TrainingMemory, prompts: PromptSet, ptx: PtxTerm | None) -> int:
+    """The budget of ``--token-budget``, of the run's first start, or one that fits."""
+    before = run.folder.record
+    tokens = run.config.token_budget or before.get("token_budget")
+    groups = _largest(run, prompts, ptx)
+    return int(memory.plan(groups, tokens=tokens, checkpointed=before.get("checkpointed"), world=run.world))
 
 
 def _finish(run: Run, models: PpoModels, prompts: PromptSet, steps: int, seconds: float) -> PpoResult:

@@ -35,6 +35,10 @@ from prefopt.train.columns import Values
 from prefopt.train.trainer import Trainer
 
 
+OF_SCORES = ("objective/scores", "objective/scores_std", "objective/rlhf_reward")
+"""Metrics of scores, which a judge that compares does not give."""
+
+
 class OnlineRounds(DrawnRounds):
     """Rounds whose responses the collector's reward scores, or a ``comparer`` compares. ``make_lesson`` turns a round
     into a batch; ``files`` keep every round."""
@@ -121,9 +125,11 @@ class OnlineRounds(DrawnRounds):
         nothing = Targets(torch.zeros(0), None)
         found = rollout_metrics(rollouts, rollouts.score_N, nothing, beta)
         found |= {"round/prompts": float(len(rollouts.groups)), "round/skipped": float(lesson.skipped)}
-        best = [max(scores) for scores in final.scores()]
-        found["objective/best_scores"] = sum(best) / len(best)
-        if final.outcomes is not None:
+        if final.outcomes is None:
+            best = [max(scores) for scores in final.scores()]
+            found["objective/best_scores"] = sum(best) / len(best)
+        else:  # what one response wins another loses: their mean says nothing
+            found = {name: value for name, value in found.items() if name not in OF_SCORES}
             every = [x for many in final.outcomes for _, _, x in many]
             found["round/ties"] = float(sum(x == 0.5 for x in every))
             found["round/undecided"] = float(sum(math.isnan(x) for x in every))

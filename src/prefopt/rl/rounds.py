@@ -15,9 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from prefopt.config.online import OnlineConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.core.files import remove_folder
 from prefopt.core.terminal import Reporter
@@ -26,10 +26,10 @@ from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import Diverged, ModelError, RunError
 from prefopt.losses.rl import KlController, k1
 from prefopt.model.architectures import causal_model
+from prefopt.model.costs import MEMORY_ERRORS, peak_memory
 from prefopt.model.load import base_and_adapter, local_folder
 from prefopt.model.save import add_end_tokens, repair_generation
 from prefopt.parallel.world import World
-from prefopt.rl.drawn import DrawnRounds
 from prefopt.rl.objective import Targets, final_scores, rollout_metrics, targets_of
 from prefopt.rl.prompts import PtxTerm
 from prefopt.rl.rollouts import Collector, Rollouts
@@ -40,15 +40,19 @@ from prefopt.train.batch import Batch
 from prefopt.train.checkpoint import Checkpoint
 from prefopt.train.columns import Values
 from prefopt.train.policy import Policy
-from prefopt.train.source import AuxiliaryLoss
+from prefopt.train.source import AuxiliaryLoss, BatchSource
 from prefopt.train.trainer import Trainer
 
+CHECKPOINTS = 10
+"""Number of checkpoints without --save-every: a run that diverges leaves good weights."""
 OTHERWISE = "a lower --learning-rate or a higher --beta"
 
 
-class Rounds(DrawnRounds):
-    """Rounds of PPO and RLOO. ``ratio_tolerance``: the root mean square of log-ratios per token that rounding explains
-    before any weight moves."""
+class Rounds(BatchSource):
+    """Minibatches of rollouts. ``order``: which prompts a step takes. ``ratio_tolerance``: the root mean square of
+    log-ratios per token that rounding explains before any weight moves."""
+
+    draws = True
 
     def __init__(
         self,
@@ -61,11 +65,12 @@ class Rounds(DrawnRounds):
         ratio_tolerance: float,
         ptx: PtxTerm | None = None,
     ) -> None:
-        super().__init__(
-            collector, order, steps=steps, seed=config.seed, passes=config.ppo_epochs, minibatches=config.minibatches
-        )
-        self.config, self.kl, self.ptx, self.ratio_tolerance = config, kl, ptx, ratio_tolerance
+        self.config, self.collector, self.order, self.kl, self.ptx = config, collector, order, kl, ptx
+        self.steps, self.ratio_tolerance = steps, ratio_tolerance
+        self.steps_per_epoch = order.steps_per_epoch
+        self.episodes = 0
         self.rollouts: Rollouts | None = None
+        self._batch: Batch | None = None
         self._measured: Record = {}
 
     def begin(self, trainer: Trainer) -> bool:
@@ -75,7 +80,7 @@ class Rounds(DrawnRounds):
         """
         step = trainer.state.step
         fresh = self.rollouts is None
-        rollouts = self.rollouts = self.rollouts or self.draw(trainer)
+        rollouts = self.rollouts = self.rollouts or self._collect(trainer)
         targets = targets_of(self.config, rollouts, self.kl.coefficient)
         score_N = final_scores(self.config, rollouts)
         self._measured = rollout_metrics(rollouts, score_N, targets, self.kl.coefficient)
@@ -87,8 +92,32 @@ class Rounds(DrawnRounds):
                     f" --max-kl {self.config.max_kl:g}: the policy has run away from its reference"
                 )
             _refuse_not_finite(step, rollouts, targets)
-        self.learn_from(targets.batch(rollouts))
+        self._batch = targets.batch(rollouts)
+        # The last batch of an epoch may have fewer prompts.
+        self._parts = min(self.config.minibatches, len(rollouts.groups))
+        self.updates = self.config.ppo_epochs * self._parts
         return fresh
+
+    def _collect(self, trainer: Trainer) -> Rollouts:
+        step = trainer.state.step
+        prompts = self.order.batch(step).tolist()
+        while True:
+            try:
+                trainer.train_mode(False)
+                rollouts, trainer.state.times = self.collector.collect(
+                    step, prompts, trainer.token_budget, lambda ended, drawn: trainer.pause()
+                )
+                return rollouts
+            except MEMORY_ERRORS as error:
+                trainer.halve(error, "scoring the responses")
+
+    def batch(self, step: int, update: int) -> Batch:
+        """A minibatch. Its prompts depend on the seed, the step and the pass over the rollouts alone."""
+        assert self._batch is not None
+        epoch, number = divmod(update, self._parts)
+        generator = np.random.Generator(np.random.PCG64([self.config.seed, step, epoch]))
+        order = generator.permutation(len(self._batch))
+        return self._batch.select(np.array_split(order, self._parts)[number].tolist())
 
     def auxiliary(self, step: int, update: int) -> AuxiliaryLoss | None:
         """The pre-training term, if there is one."""
@@ -100,10 +129,19 @@ class Rounds(DrawnRounds):
     def end(self, trainer: Trainer, record: Record) -> Record:
         """Add metrics of the rollouts, and times; the KL controller takes its step."""
         assert self.rollouts is not None
-        drawn = len(self.rollouts.score_N)
+        times, drawn = trainer.state.times, len(self.rollouts.score_N)
+        seconds = sum(times.values())
+        self.episodes += drawn
+        record = record | self._measured
+        record |= {"episode": self.episodes, "eps": drawn / seconds, "step_seconds": seconds, **times}
+        record["peak_memory_bytes"] = float(peak_memory(trainer.device))
         self.kl = self.kl.after(self._measured["objective/kl"], drawn)
-        self.rollouts = None
-        return record | self._measured | self.costs(trainer, drawn)
+        self.rollouts = self._batch = None
+        return record
+
+    def saves(self, step: int) -> bool:
+        """Every tenth of the run, and after 1, 2, 4, 8, ... steps: a policy may diverge early."""
+        return step % max(1, self.steps // CHECKPOINTS) == 0 or step.bit_count() == 1
 
     def state(self) -> dict[str, Any]:
         return {"episodes": self.episodes, "beta": self.kl.coefficient}
@@ -140,7 +178,7 @@ def _refuse_not_finite(step: int, rollouts: Rollouts, targets: Targets) -> None:
 
 
 def keep_last_good(
-    config: PpoConfig | OnlineConfig,
+    config: PpoConfig,
     folder: RunFolder,
     policy: Policy,
     tokenizer: Tokenizer,
@@ -148,12 +186,11 @@ def keep_last_good(
     world: World,
     *,
     named: bool,
-    network: str = "actor",
 ) -> str:
     """Write ``last-good`` into the folder of a run that diverged. Returns how to continue from it, in words.
 
     ``policy`` gets those weights too; ``ends`` are the tokens that ended its responses. ``named``: the model was not
-    given in Python; ``network``: its name in checkpoints. All ranks of ``world`` call this.
+    given in Python. All ranks of ``world`` call this.
     """
     newest = checkpoint.newest(folder.checkpoints, world, lambda kept: _is_good(kept, config.max_kl))
     found = newest[1] if newest is not None else None
@@ -163,7 +200,7 @@ def keep_last_good(
     path = folder.last_good
     failed = None
     try:
-        policy.masters.load(checkpoint.part_of(network, found.weights))
+        policy.masters.load(checkpoint.part_of("actor", found.weights))
         repair_generation(causal_model(policy.scorer.model))
         world.on_first(lambda: remove_folder(path))
         policy.save(path, tokenizer, writes=world.first)
@@ -189,7 +226,7 @@ def _is_good(kept: Checkpoint, max_kl: float) -> bool:
     return divergence <= max_kl
 
 
-def _named(config: PpoConfig | OnlineConfig, path: Path, *, named: bool) -> str:
+def _named(config: PpoConfig, path: Path, *, named: bool) -> str:
     """Options of a run from the model in ``path``, with the reference of this run."""
     start = f"--model {path}"
     if config.lora and named:
@@ -198,7 +235,7 @@ def _named(config: PpoConfig | OnlineConfig, path: Path, *, named: bool) -> str:
     return f"{start} --reference {reference}" if reference else start
 
 
-def _start(config: PpoConfig | OnlineConfig) -> str | None:
+def _start(config: PpoConfig) -> str | None:
     """What ``--reference`` calls the model before training; None for an adapter that was put on a model of another name
     than its own, which no name stands for."""
     if config.adapter is None:
