@@ -236,20 +236,20 @@ def test_grpo_with_its_own_kl_reaches_its_own_limit(ref: Any, best: Any, tmp_pat
 @pytest.mark.timeout(600)
 def test_best_of_k_is_imitated(ref: Any, tmp_path: Path) -> None:
     """One round, so that all samples are the reference's: many prompts of the same text, each with K draws."""
-    limit = best_of(4, ref, world.REWARD)
+    limit = best_of(2, ref, world.REWARD)
     assert np.exp(limit).sum() == pytest.approx(1)
-    prompts = [{"prompt": world.PROMPT}] * 3000
+    prompts = [{"prompt": world.PROMPT}] * 12_000
     result = prefopt.online(
         world.write_world(tmp_path / "m"),
         prompts,
         reward=world.reward,
         output=tmp_path / "out",
         loss="best_of_k",
-        num=4,
-        batch_size=3000,
-        passes=25,
-        minibatches=10,
-        learning_rate=2e-3,
+        num=2,
+        batch_size=12_000,
+        passes=5,
+        minibatches=30,
+        learning_rate=1e-3,
         max_new_tokens=world.LONGEST,
         token_budget=8192,
         device="cpu",
@@ -259,8 +259,8 @@ def test_best_of_k_is_imitated(ref: Any, tmp_path: Path) -> None:
     )
     assert result is not None and result.steps == 1
     found = logp_of(Scorer(load_model(str(tmp_path / "out"), dtype=torch.float64, device=torch.device("cpu"))))
-    assert theory.total_variation(ref, limit) > 0.3
-    assert distance(found, limit, "best of 4") <= 0.05
+    assert theory.total_variation(ref, limit) > 0.19
+    assert distance(found, limit, "best of 2") <= 0.05
 
 
 @pytest.mark.slow

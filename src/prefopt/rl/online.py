@@ -34,7 +34,6 @@ from prefopt.train.batch import Batch
 from prefopt.train.columns import Values
 from prefopt.train.trainer import Trainer
 
-
 OF_SCORES = ("objective/scores", "objective/scores_std", "objective/rlhf_reward")
 """Metrics of scores, which a judge that compares does not give."""
 
@@ -114,10 +113,13 @@ class OnlineRounds(DrawnRounds):
     def _keep(self, trainer: Trainer, judged: Round, final: Round, lesson: Lesson) -> None:
         """Write the round to its files."""
         step = trainer.state.step
-        if trainer.world.first:
+
+        def write() -> None:
             answered = self._answered(step, final)
             rows, texts = [a.prompt for a in answered], [a.texts for a in answered]
             self._files.write(step, rows, texts, judged, final, lesson.preferences)
+
+        trainer.world.on_first(write)
 
     def _measure(self, final: Round, lesson: Lesson) -> Record:
         """Metrics of the responses of a round."""
