@@ -23,6 +23,7 @@ from prefopt.methods.online import OnlineResult
 from prefopt.rl import comparers
 from prefopt.rl.drawn import DrawnRounds
 from prefopt.rl.rollouts import Collector
+from prefopt.rl.sampled import SampledCollector
 from prefopt.studies.annotators import invite
 from prefopt.studies.items import next_item
 from prefopt.studies.study import Study, StudySettings
@@ -184,13 +185,15 @@ def test_every_kind_of_loss_learns_from_rounds_and_passes_the_first_look(
 def test_log_probabilities_that_are_not_those_of_the_samples_stop_the_run(
     small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    look = Collector._look
+    def shifted(look: Any) -> Any:
+        def found(self: Collector, *arguments: Any) -> Any:
+            logp, value = look(self, *arguments)
+            return logp + 0.01, value
 
-    def shifted(self: Collector, *arguments: Any) -> Any:
-        logp, value = look(self, *arguments)
-        return logp + 0.01, value
+        return found
 
-    monkeypatch.setattr(Collector, "_look", shifted)
+    for kind in (Collector, SampledCollector):
+        monkeypatch.setattr(kind, "_look", shifted(kind._look))
     for n, loss in enumerate(("dpo", "grpo", "best_of_k")):
         with pytest.raises(RunError, match="before any weight has moved"):
             online(small, tmp_path / str(n), loss=loss)

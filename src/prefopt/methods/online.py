@@ -20,6 +20,7 @@ from prefopt.generate.language_judge import LanguageJudge
 from prefopt.generate.model_io import PromptSet, SampledModel
 from prefopt.generate.rewards import RewardModelScorer, RewardScorer, TextRewardScorer, load_reward_scorer
 from prefopt.generate.sampler import SamplingParams
+from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.model.card import portable
 from prefopt.model.check import CheckReport
 from prefopt.model.costs import peak_memory
@@ -35,6 +36,7 @@ from prefopt.rl.prompts import order_of, read_rollout_prompts, too_few
 from prefopt.rl.rollouts import Collector
 from prefopt.rl.round_file import ROUNDS, RoundFiles
 from prefopt.rl.rounds import keep_last_good
+from prefopt.rl.sampled import SampledCollector
 from prefopt.rl.stages import check_samples, largest_update, memory_of, sampler_of, token_budget_of
 from prefopt.runs.folder import digest_of
 from prefopt.runs.history import averages_of, read_history
@@ -222,9 +224,10 @@ def _rounds(
 ) -> OnlineRounds:
     config, scorer = run.config, models.actor.apart
     sampler, order = sampler_of(run, scorer, prompts), order_of(config, len(prompts.ids))
+    kind = Collector if config.gradient or not isinstance(sampler, TransformersSampler) else SampledCollector
     return OnlineRounds(
         config,
-        Collector(prompts, sampler, settings, config.num, models.judge, scorer, None, models.reference, run.world),
+        kind(prompts, sampler, settings, config.num, models.judge, scorer, None, models.reference, run.world),
         order,
         lesson_maker(config, terms),
         RoundFiles(run.folder.path),
@@ -269,7 +272,7 @@ def _train(
         token_budget=token_budget,
         reference=live,
         movement=movement,
-        inspect=FirstLook(config, check, run.reporter),
+        inspect=FirstLook(config, check, run.dtype, run.reporter),
     )
     try:
         return trainer.fit()

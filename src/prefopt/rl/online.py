@@ -20,6 +20,7 @@ from prefopt.data.sampler import BatchSampler
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import Diverged, RunError
 from prefopt.generate.rewards import response_texts
+from prefopt.generate.sampler import ROUNDING
 from prefopt.losses.rl import per_response
 from prefopt.model.check import CheckReport
 from prefopt.rl.comparers import Answered, Comparer
@@ -160,8 +161,8 @@ class FirstLook:
     """Looks at the first update of a run: before any weight moves, the log-probabilities that it trains on must be
     those of the responses as they were drawn."""
 
-    def __init__(self, config: OnlineConfig, check: CheckReport, reporter: Reporter) -> None:
-        self._config, self._check, self._reporter = config, check, reporter
+    def __init__(self, config: OnlineConfig, check: CheckReport, dtype: torch.dtype, reporter: Reporter) -> None:
+        self._config, self._check, self._dtype, self._reporter = config, check, dtype, reporter
 
     def __call__(self, step: int, update: int, record: Record, batch: Batch, values: Values) -> bool:
         """Raises :class:`RunError` where they are not."""
@@ -174,7 +175,10 @@ class FirstLook:
             old_N = per_response(torch.from_numpy(batch.columns["old_logp_M"]), length_N)
             new_N = per_response(values["logp_M"].double().cpu(), length_N)
         gap = float((new_N - old_N).abs().max())
-        allowed = self._check.tolerance(int(length_N.max())) / min(1.0, self._config.temperature)
+        longest = int(length_N.max())
+        allowed = self._check.tolerance(longest) / min(1.0, self._config.temperature)
+        if not self._config.gradient:  # they are the sampler's, whose passes round otherwise
+            allowed = max(allowed, longest * ROUNDING.get(self._dtype, ROUNDING[torch.bfloat16]))
         if not gap <= allowed:
             raise RunError(
                 f"step 1: before any weight has moved, the log-probability of a response differs by {gap:.2g} nats from"
