@@ -28,7 +28,7 @@ class CompareConfig(MachineOptions, ProgressOptions, SamplingOptions, RowOptions
     a: str | None = option(
         None, "a model, or a .jsonl file of its samples from prefopt sample", group="model", default_text="required"
     )
-    b: str | None = option(None, "the model to compare it with, likewise", default_text="required")
+    b: str | None = option(None, "the model to compare it with, named in the same way", default_text="required")
     others: list[str] | None = option(
         None, "more models: all pairs are compared, and all models get a place on one scale"
     )

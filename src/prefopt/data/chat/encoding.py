@@ -81,7 +81,7 @@ class Encoded:
 class Encoder:
     """Encodes texts in batches, without special tokens around them. What the responses of a row share is encoded once.
 
-    A tokenizer splits a text at its added tokens first and encodes what lies between them separately. So a text may be
+    A tokenizer splits a text at its added tokens first and encodes the text between them separately. So a text may be
     cut before any of them, and the pieces give the ids of the whole.
     """
 
