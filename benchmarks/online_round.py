@@ -1,7 +1,8 @@
 """What a round of online DPO takes beside its parts: python online_round.py --model MODEL --prompts PROMPTS.txt
 
 A run of `prefopt online` on these prompts, and a run of `prefopt dpo` on the rows that it kept, with the reference
-scored with every batch, since new rows are in no cache. Both in this process, in batches of as many prompts. The clock
+scored with every batch, since new rows are in no cache. Both in this process, in batches of as many prompts, and without
+checkpoints. The clock
 counts the processor's time of this process, which a busy machine leaves alone. Printed are, as medians over rounds
 without the first: a round, what the sampler took of it, an offline step, and the ratio of the round to the sum of the
 other two.
@@ -64,7 +65,7 @@ def main() -> None:
     stages.TransformersSampler = Timed  # type: ignore[misc]
     common: dict[str, Any] = {"device": args.device, "dtype": args.dtype, "threads": args.threads, "progress": "none"}
     common |= {"batch_size": args.batch_size, "max_steps": args.rounds + 1, "epochs": 1000, "learning_rate": 1e-7}
-    common |= {"token_budget": args.token_budget}
+    common |= {"token_budget": args.token_budget, "save_every": 10**6}  # short runs would write one every round
     with tempfile.TemporaryDirectory() as folder:
         online, offline, output = Clock(), Clock(), Path(folder) / "online"
         how: dict[str, Any] = {"num": 2, "max_new_tokens": args.max_new_tokens, "lines": "text"}
