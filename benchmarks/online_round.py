@@ -1,11 +1,10 @@
 """What a round of online DPO takes beside its parts: python online_round.py --model MODEL --prompts PROMPTS.txt
 
 A run of `prefopt online` on these prompts, and a run of `prefopt dpo` on the rows that it kept, with the reference
-scored with every batch, since new rows are in no cache. Both in this process, in batches of as many prompts, and without
-checkpoints. The clock
-counts the processor's time of this process, which a busy machine leaves alone. Printed are, as medians over rounds
-without the first: a round, what the sampler took of it, an offline step, and the ratio of the round to the sum of the
-other two.
+scored with every batch, since new rows are in no cache. Both in this process, in batches of as many prompts, and
+without checkpoints. The clock counts the processor's time of this process, which a busy machine leaves alone. Printed
+are, as medians over rounds without the first: a round, what the sampler took of it, an offline step, and the ratio of
+the round to the sum of the other two.
 """
 
 from __future__ import annotations
