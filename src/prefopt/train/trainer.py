@@ -156,6 +156,12 @@ class Trainer:
             self.experts.write(self.metrics.path.parent)
         return state
 
+    def pause_together(self) -> None:
+        """As :meth:`pause`, where several ranks have not agreed on stop requests since the last update."""
+        if not self.world.alone:
+            self._stop_signal = self.world.largest(self.stop.signal or 0) or None
+        self.pause()
+
     def train_mode(self, mode: bool = True) -> None:
         """Set all networks to training or evaluation mode."""
         self.scorer.train(mode)
@@ -173,12 +179,6 @@ class Trainer:
         done = self.state.done
         within = f", {done} of the updates of the next one made" if done else ""
         self.stop.check(f" after step {self.state.step} of {self.steps}{within}")
-
-    def pause_together(self) -> None:
-        """As :meth:`pause`, where several ranks have not agreed on stop requests since the last update."""
-        if not self.world.alone:
-            self._stop_signal = self.world.largest(self.stop.signal or 0) or None
-        self.pause()
 
     def _step(self) -> Record:
         state, source, started = self.state, self.source, time.monotonic()
