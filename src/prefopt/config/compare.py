@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from prefopt.config.data import READING, RowOptions, SamplingOptions
-from prefopt.config.tools import is_model_reward
+from prefopt.config.scoring import is_model_reward
 from prefopt.config.training import MachineOptions, ProgressOptions
 from prefopt.core.options import flag, option, options
 from prefopt.errors import ConfigError

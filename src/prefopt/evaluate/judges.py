@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefopt.config.compare import CompareConfig
-from prefopt.config.tools import IMPLICIT, ScoreConfig, is_model_reward
+from prefopt.config.scoring import IMPLICIT, is_model_reward
+from prefopt.config.tools import ScoreConfig
 from prefopt.core.options import nearest
 from prefopt.errors import ConfigError, DataError
 from prefopt.evaluate.score import RowScorer, TextScorer, load_row_scorer

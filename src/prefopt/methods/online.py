@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from prefopt.config.online import OnlineConfig
-from prefopt.config.tools import is_model_reward
+from prefopt.config.scoring import is_model_reward
 from prefopt.core.terminal import size
 from prefopt.data.group import shortened
 from prefopt.data.tokenizer import Tokenizer

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from prefopt.config.sample import SampleConfig
+from prefopt.config.scoring import is_model_reward
 from prefopt.config.sweeps import SweepOptions
-from prefopt.config.tools import ScoreConfig, is_model_reward
+from prefopt.config.tools import ScoreConfig
 from prefopt.core.files import output_errors, replace_file
 from prefopt.core.statistics import mean_interval
 from prefopt.core.terminal import Reporter

@@ -194,4 +194,4 @@ def frontier_section(folder: str | Path, *, number: int = 0) -> page.Section:
     values: dict[str, Any] = {"name": name, "about": [(title, value) for title, value in about if value]}
     values |= {"sentences": texts, "rows": rows_of(sweep), "figure": figure, "tables": tables(sweep)}
     rendered = page.template("prefopt.sweeps", "frontier.html.j2").render(sweep=values)
-    return page.Section(name, Markup(rendered), texts, CAVEATS)
+    return page.Section(name, f"Reward against KL: {name}", Markup(rendered), texts, CAVEATS)

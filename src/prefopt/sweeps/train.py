@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.config.methods import METHODS, MethodConfig, method_of, read_options
+from prefopt.config.scoring import is_model_reward
 from prefopt.config.sweeps import SweepOptions
-from prefopt.config.tools import is_model_reward
 from prefopt.core.files import output_errors, read_json, write_json
 from prefopt.core.model_folder import is_adapter
 from prefopt.core.options import flag

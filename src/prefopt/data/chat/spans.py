@@ -172,9 +172,9 @@ class SpanFinder:
         until = (*turns[:j], replace(turn, content=content, tool_calls=(*turn.tool_calls[:-1], last)))
         bare = replace(turn, content=probe, reasoning=None, tool_calls=())
         plain = _behind(row((*turns[:j], bare)), probe, once=True)
-        tail = _common_end(row(turns[: j + 1]), _behind(row(until), probe))
+        tail = common_end(row(turns[: j + 1]), _behind(row(until), probe))
         mark, close = self._closing_calls(tail, self._closing(plain)[0])
-        tail_there = _common_end(full, _behind(row((*until, *rest)), probe)) if rest else tail
+        tail_there = common_end(full, _behind(row((*until, *rest)), probe)) if rest else tail
         if not close or not tail_there.startswith(tail[:close]):
             raise Unrenderable(NO_END)
         return len(full) - len(tail_there) + close, _Frame("", "", close, bool(mark))
@@ -234,7 +234,8 @@ def _behind(text: str, probe: str, *, once: bool = False) -> str:
     return text.rpartition(probe)[2]
 
 
-def _common_end(one: str, other: str) -> str:
+def common_end(one: str, other: str) -> str:
+    """The longest text that both end with."""
     return one[len(one) - _common(one[::-1], other[::-1]) :]
 
 
