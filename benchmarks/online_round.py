@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import prefopt
-from prefopt.generate.transformers_sampler import TransformersSampler
+from prefopt.rl.samplers import LocalSampler
 
 
 class Clock(prefopt.Callback):
@@ -40,7 +40,7 @@ class Clock(prefopt.Callback):
         return [b - a for a, b in zip(self.marks[1:], self.marks[2:], strict=False)]
 
 
-class Timed(TransformersSampler):
+class Timed(LocalSampler):
     """A sampler whose time is counted."""
 
     seconds: ClassVar[list[float]] = []
@@ -61,7 +61,7 @@ def main() -> None:
     args = parsed()
     from prefopt.rl import stages
 
-    stages.TransformersSampler = Timed  # type: ignore[misc]
+    stages.LocalSampler = Timed  # type: ignore[misc]
     common: dict[str, Any] = {"device": args.device, "dtype": args.dtype, "threads": args.threads, "progress": "none"}
     common |= {"batch_size": args.batch_size, "max_steps": args.rounds + 1, "epochs": 1000, "learning_rate": 1e-7}
     common |= {"token_budget": args.token_budget, "save_every": 10**6}  # short runs would write one every round

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from prefopt.config.data import ReadOptions, RenderOptions, RowOptions
+from prefopt.config.data import CompareOptions, ReadOptions, RowOptions
 from prefopt.config.scoring import ScorerOptions
 from prefopt.core.model_folder import is_adapter
 from prefopt.core.options import Config, flag, option
@@ -17,7 +17,7 @@ from prefopt.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataCheckConfig(RenderOptions, ReadOptions):
+class DataCheckConfig(CompareOptions, ReadOptions):
     """Contents and problems of data files. Construction raises ``ConfigError``."""
 
     data: list[str] = option(
@@ -39,7 +39,7 @@ class DataCheckConfig(RenderOptions, ReadOptions):
     json: bool = option(False, "print one JSON document with all rows of every problem, and nothing else")
 
     def check(self) -> None:
-        for f in fields(RenderOptions):
+        for f in fields(CompareOptions):
             if self.model is None and self.is_given(f.name):
                 raise ConfigError(f"{flag(f.name)} is about tokens: add --model with a model or tokenizer")
 

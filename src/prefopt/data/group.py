@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, islice, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -31,10 +31,23 @@ OPEN, CLOSE = "⟦", "⟧"  # around trained tokens
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Continuation:
-    """What one response adds to the shared prefix: ``ids`` and ``trained``, both [R]."""
+    """What one response adds to the shared prefix: ``ids`` and ``trained``, both [R].
+
+    A response of several turns may be several *steps*, laid end to end: sequences that each follow the shared prefix
+    and do not see one another, because the chat template shows an earlier turn otherwise than it was generated.
+    ``starts`` are the places in ``ids`` where the second step and the later ones begin.
+    """
 
     ids: IntArray
     trained: BoolArray
+    starts: tuple[int, ...] = ()
+
+    @property
+    def steps(self) -> list[tuple[IntArray, BoolArray]]:
+        """What each step adds to the shared prefix."""
+        if not self.starts:
+            return [(self.ids, self.trained)]
+        return [(self.ids[a:b], self.trained[a:b]) for a, b in pairwise((0, *self.starts, len(self.ids)))]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,10 +73,12 @@ class Group:
         sequences: Sequence[tuple[npt.ArrayLike, npt.ArrayLike]],
         row: int,
         pairs: tuple[tuple[int, int], ...] = ((0, 1),),
+        steps: Sequence[int] | None = None,
     ) -> Group:
-        """Compute the shared prefix of K whole sequences, each (ids [L], trained [L]).
+        """Compute the shared prefix of whole sequences, each (ids [L], trained [L]).
 
-        Raises ``ValueError`` where a sequence has no trained token after its first token, which is never scored.
+        Each is a response; or ``steps`` [K] says how many consecutive ones are the steps of each response. Raises
+        ``ValueError`` where a sequence has no trained token after its first token, which is never scored.
         """
         whole = [(np.asarray(i, np.int32), np.array(t, np.bool_)) for i, t in sequences]
         for ids, trained in whole:
@@ -75,7 +90,9 @@ class Group:
         if not length:
             for _, trained in whole:
                 trained[0] = False
-        continuations = tuple(Continuation(ids[length:], trained[length:]) for ids, trained in whole)
+        added = iter([(ids[length:], trained[length:]) for ids, trained in whole])
+        counts = [1] * len(whole) if steps is None else steps
+        continuations = tuple(_continuation(list(islice(added, count))) for count in counts)
         return cls(whole[0][0][:length], continuations, row, pairs)
 
     @property
@@ -86,21 +103,43 @@ class Group:
     @property
     def longest(self) -> int:
         """Tokens of the longest whole sequence."""
-        return len(self.prefix) + max(len(c.ids) for c in self.continuations)
+        return len(self.prefix) + max(len(ids) for c in self.continuations for ids, _ in c.steps)
+
+    @property
+    def shortest(self) -> int:
+        """Tokens of the shortest whole sequence."""
+        return len(self.prefix) + min(len(ids) for c in self.continuations for ids, _ in c.steps)
+
+    @property
+    def count(self) -> int:
+        """The number of sequences: the steps of all responses, most of which have one."""
+        return sum(1 + len(c.starts) for c in self.continuations)
 
     def sequence(self, k: int) -> tuple[IntArray, BoolArray]:
-        """Response k as a whole sequence: ids [L], trained [L]."""
-        c = self.continuations[k]
-        trained = np.concatenate([np.zeros(len(self.prefix), np.bool_), c.trained])
-        return np.concatenate([self.prefix, c.ids]), trained
+        """The first step of response k, in most cases its only one, as a whole sequence: ids [L], trained [L]."""
+        return self.sequences(k)[0]
+
+    def sequences(self, k: int) -> list[tuple[IntArray, BoolArray]]:
+        """All steps of response k as whole sequences, ids [L] and trained [L] each."""
+        untrained = np.zeros(len(self.prefix), np.bool_)
+        steps = self.continuations[k].steps
+        return [(np.concatenate([self.prefix, ids]), np.concatenate([untrained, trained])) for ids, trained in steps]
 
     def key(self, k: int) -> bytes:
-        """Digest (16 bytes) of the ids and mask of response k as a whole sequence."""
-        ids, trained = self.sequence(k)
-        digest = hashlib.blake2b(len(ids).to_bytes(8, "little"), digest_size=16)
-        digest.update(ids.astype("<i4").tobytes())
-        digest.update(np.packbits(trained).tobytes())
+        """Digest (16 bytes) of the ids and masks of response k as whole sequences."""
+        digest = hashlib.blake2b(digest_size=16)
+        for ids, trained in self.sequences(k):
+            digest.update(len(ids).to_bytes(8, "little"))
+            digest.update(ids.astype("<i4").tobytes())
+            digest.update(np.packbits(trained).tobytes())
         return digest.digest()
+
+
+def _continuation(steps: Sequence[tuple[IntArray, BoolArray]]) -> Continuation:
+    if len(steps) == 1:
+        return Continuation(*steps[0])
+    ids, trained = (np.concatenate(column) for column in zip(*steps, strict=True))
+    return Continuation(ids, trained, tuple(accumulate(len(one) for one, _ in steps[:-1])))
 
 
 def common_length(sequences: Sequence[IntArray], most: int) -> int:
@@ -123,8 +162,10 @@ def show(group: Group, tokenizer: Tokenizer, *, most: int | None = None, flat: b
     lines = [f"shared prefix ({_count(len(group.prefix))})", *([prefix] if prefix else [])]
     for k, c in enumerate(group.continuations):
         name = _name(group, len(group.continuations), k)
-        lines.append(f"{name} ({_count(len(c.ids))}, {int(c.trained.sum())} trained)")
-        lines.append(shortened(_marked(tokenizer, group.prefix, c.ids, c.trained), most, flat=flat))
+        for number, (ids, trained) in enumerate(c.steps, 1):
+            step = f", step {number} of {len(c.starts) + 1}" if c.starts else ""
+            lines.append(f"{name}{step} ({_count(len(ids))}, {int(trained.sum())} trained)")
+            lines.append(shortened(_marked(tokenizer, group.prefix, ids, trained), most, flat=flat))
     return "\n".join(lines)
 
 

@@ -46,13 +46,16 @@ COLUMNS: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
     "prompt_cut_G": (np.dtype(np.int32), ()),  # tokens removed by truncation
     "prompt_key_G": (KEY, ()),  # Comparison.prompt_key
     # responses N
-    "length_N": (np.dtype(np.int32), ()),  # tokens beyond the shared prefix
+    "length_N": (np.dtype(np.int32), ()),  # tokens beyond the shared prefix, those of all steps
+    "steps_N": (np.dtype(np.int32), ()),  # sequences that the response consists of, see Continuation
     "trained_N": (np.dtype(np.int32), ()),  # how many of them are trained
     "cut_N": (np.dtype(np.int32), ()),
     "key_N": (KEY, ()),  # Group.key
     "tier_N": (np.dtype(np.int32), ()),  # -1: in none
     "score_N": (np.dtype(np.float64), ()),  # NaN: none
     "label_N": (np.dtype(np.int8), ()),  # -1: none
+    # steps S, response after response
+    "length_S": (np.dtype(np.int32), ()),  # tokens beyond the shared prefix
     # pairs P
     "pair_P": (np.dtype(np.int32), (2,)),
     "weight_P": (np.dtype(np.float64), ()),  # NaN: none
@@ -67,6 +70,7 @@ class Part:
         self.max_id = int(columns["ids_T"].max(initial=-1)) if max_id is None else max_id
         self.token_starts = _starts(columns["tokens_G"])
         self.response_starts = _starts(columns["responses_G"])
+        self.step_starts = _starts(columns["steps_N"])
         self.pair_starts = _starts(columns["pairs_G"])
 
     def __len__(self) -> int:
@@ -80,9 +84,10 @@ class Part:
         cuts = accumulate(c["length_N"][responses].tolist(), initial=start + prefix)
         weights, scores = c["weight_P"][pairs].tolist(), c["score_N"][responses].tolist()
         labels, tier = c["label_N"][responses].tolist(), c["tier_N"][responses].tolist()
+        inner = [self._inner_starts(n) for n in range(responses.start, responses.stop)]
         return Group(
             ids[start : start + prefix],
-            tuple(Continuation(ids[a:b], trained[a:b]) for a, b in pairwise(cuts)),
+            tuple(Continuation(ids[a:b], trained[a:b], s) for (a, b), s in zip(pairwise(cuts), inner, strict=True)),
             int(c["row_G"][g]),
             tuple(map(tuple, c["pair_P"][pairs].tolist())),
             weights=tuple(weights) if weights and weights[0] == weights[0] else None,
@@ -90,6 +95,11 @@ class Part:
             scores=tuple(scores) if scores and scores[0] == scores[0] else None,
             labels=tuple(map(bool, labels)) if labels and labels[0] >= 0 else None,
         )
+
+    def _inner_starts(self, n: int) -> tuple[int, ...]:
+        """Where the second step of response n and the later ones begin."""
+        first, end = int(self.step_starts[n]), int(self.step_starts[n + 1])
+        return tuple(np.cumsum(self.columns["length_S"][first : end - 1]).tolist()) if end - first > 1 else ()
 
 
 class _Groups(Sequence[Group]):
@@ -169,6 +179,13 @@ class GroupTable(_Groups):
         return self._over_responses(np.minimum)
 
     @cached_property
+    def sequences_G(self) -> IndexArray:
+        """[G] the number of sequences: the steps of all responses."""
+        starts = _starts(self.steps_N)[self.response_starts]
+        found: IndexArray = np.diff(starts)
+        return found
+
+    @cached_property
     def truncated_G(self) -> BoolArray:
         """[G] whether prompt or a response was truncated."""
         found: BoolArray = self.prompt_cut_G > 0
@@ -184,7 +201,8 @@ class GroupTable(_Groups):
         found = self.prefix_G.astype(np.int64)
         has = self.responses_G > 0
         if has.any():
-            found[has] += best.reduceat(self.length_N, self.response_starts[:-1][has])
+            first_S = _starts(self.steps_N)[self.response_starts[:-1][has]]
+            found[has] += best.reduceat(self.length_S, first_S)
         return found
 
 
@@ -224,6 +242,8 @@ class TableBuilder:
             "prompt_cut_G": [prompt_cut],
             "prompt_key_G": [prompt_key],
             "length_N": [len(c.ids) for c in many],
+            "steps_N": [1 + len(c.starts) for c in many],
+            "length_S": [len(ids) for c in many for ids, _ in c.steps],
             "trained_N": [int(c.trained.sum()) for c in many],
             "cut_N": [0] * count if cuts is None else cuts,
             "key_N": [group.key(k) for k in range(count)],
@@ -281,6 +301,7 @@ def _fewer(part: Part, keep_N: BoolArray) -> Part:
     c = part.columns
     group_N = _owners(c["responses_G"])
     columns: dict[str, Array] = {n: x[keep_N] if n.endswith("_N") else x for n, x in c.items()}
+    columns["length_S"] = c["length_S"][np.repeat(keep_N, c["steps_N"])]
     columns["responses_G"] = _counts(group_N[keep_N], len(part), c["responses_G"])
     # A group's tokens are its prefix and its responses: runs that stay or go as a whole.
     starts = part.response_starts[:-1]

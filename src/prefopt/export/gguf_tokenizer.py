@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from prefopt.data.chat.ends import end_of_turn
 from prefopt.data.chat.render import Renderer
-from prefopt.data.chat.spans import end_of_turn
 from prefopt.data.tokenizer import Tokenizer, leading_ids
 from prefopt.errors import ModelError
 

@@ -8,10 +8,11 @@ import numpy as np
 
 from prefopt.data.group import Group
 from prefopt.generate.model_io import PromptSet
-from prefopt.generate.sampler import ResponseSampler, SamplingParams, group_of
+from prefopt.generate.sampler import SamplingParams, group_of
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.model.check import CheckReport, check_scoring
 from prefopt.model.scorer import Scorer
+from prefopt.rl.samplers import LocalSampler
 from prefopt.train.memory import Trainee, TrainingMemory
 from prefopt.train.policy import Policy
 from prefopt.train.run import Run
@@ -51,13 +52,13 @@ def token_budget_of(run: Run, memory: TrainingMemory, groups: Sequence[Group]) -
     return run.world.smallest(int(planned))
 
 
-def sampler_of(run: Run, scorer: Scorer, prompts: PromptSet) -> ResponseSampler:
+def sampler_of(run: Run, scorer: Scorer, prompts: PromptSet) -> LocalSampler:
     """What draws the responses of a run. The number of rows at once is kept for a resume: logits depend on it by
     rounding."""
     known = run.folder.record
     longest = max(map(len, prompts.ids)) + run.config.max_new_tokens
     with scorer.gathered():
-        sampler = TransformersSampler(scorer)
+        sampler = LocalSampler(scorer)
         sampler.rows = known.get("sampled_at_once") or known.get("rows") or sampler.estimate_rows(longest)
     run.folder.remember(sampled_at_once=sampler.rows)
     return sampler

@@ -34,7 +34,8 @@ class RenderedText:
     """One response with its prompt as text; ``spans`` are the trained characters, [start, end).
 
     ``bos`` and ``eos``: whether those are still to be added. The first ``shared`` characters are the prompt's, the same
-    for all responses of a row. The last ``close`` characters close the answer behind its last words.
+    for all responses of a row. The last ``close`` characters close the answer behind its last words. ``further``: a
+    later step of the response that the text before it begins.
     """
 
     text: str
@@ -43,6 +44,7 @@ class RenderedText:
     eos: bool = False
     shared: int = 0
     close: int = 0
+    further: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
@@ -27,8 +27,8 @@ from prefopt.data.chat.template import (
     inline_reasoning,
     strip_reasoning,
 )
-from prefopt.data.chat.truncate import Sequences, Shortener, prompt_excess, truncate, windows
-from prefopt.data.group import BoolArray, Group, IntArray
+from prefopt.data.chat.truncate import Sequences, Shortener, Tokens, prompt_excess, truncate, windows, with_room
+from prefopt.data.group import Group, IntArray
 from prefopt.data.tokenizer import Tokenizer, end_marks, eos_id, leading_ids, tokenizer_digest
 from prefopt.data.validate import Problem, Warnings, warning_lines
 from prefopt.errors import DataError
@@ -49,6 +49,7 @@ LEFT_INSIDE = "reasoning inside answers stays part of them, although the chat te
 STRIPPED = "reasoning removed (--reasoning strip)"
 TURNS_DROPPED = "longer than --max-length: the oldest turns are dropped whole"
 TURN_CUT = "longer than --max-length: a turn loses its first words (a system turn its last)"
+STEPS_DROPPED = "longer than --max-length: the last steps of a response do not fit and are not trained"
 WINDOWS = "texts longer than --max-length, each cut into several rows"
 APART = "the tokenizer would join the end of the prompt to the answer: they are tokenized apart, as in sampling"
 JOINED = "the tokenizer joins the end of the prompt to the answer, which sampling never sees"
@@ -85,7 +86,8 @@ class Renderer:
         self._end_ids = frozenset(int(i) for i in tokenizer.convert_tokens_to_ids(list(marks)))
         special = sorted({*marks, *tokenizer.all_special_tokens}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
-        self._spans = SpanFinder(self._template, marks, tokenizer.eos_token, self._report)
+        as_shown = self.rendering.earlier_turns == "as-shown" or self.rendering.train_on == "all"
+        self._spans = SpanFinder(self._template, marks, tokenizer.eos_token, self._report, as_shown=as_shown)
         self._row = 0
 
     @property
@@ -116,7 +118,7 @@ class Renderer:
             shorter = self._shortened(c, sequences)
             result = self._group(c, shorter)
             if isinstance(result, Rendered):
-                longest, left = (max(len(ids) for ids, _ in some) for some in (sequences, shorter))
+                longest, left = (max(len(s.ids) for s in some) for some in (sequences, shorter))
                 result = replace(result, prompt_cut=result.prompt_cut + longest - left)
             yield result
 
@@ -130,7 +132,7 @@ class Renderer:
             if isinstance(found, Problem):
                 yield found
                 continue
-            ((ids, _),) = found
+            ids = found[0].ids
             yield ids if len(ids) else Problem("empty prompt", c.row, "the prompt has no token", c.file)
 
     def _tokenized(
@@ -179,16 +181,16 @@ class Renderer:
             texts = self._spans.render(c.prompt, turns, c.tools)
         except Unrenderable as error:
             return Problem("chat template", c.row, str(error), c.file)
-        found = []
-        for rendered, response in zip(texts, c.responses, strict=True):
-            text = _cut_off(rendered, response) if response.cut else rendered
-            if text is None:
+        found: list[RenderedText] = []
+        for steps, response in zip(texts, c.responses, strict=True):
+            last = _cut_off(steps[-1], response) if response.cut else steps[-1]
+            if last is None:
                 what = "a response was cut off at a limit, and the chat template does not show where its words end"
                 return Problem("cut answer", c.row, what, c.file)
-            if text.eos:  # the template ends no answer
-                self._report(EOS_ADDED if self.rendering.add_eos else EOS_MISSING, once=True)
-            found.append(replace(text, eos=text.eos and self.rendering.add_eos))
-        return found
+            found += (*steps[:-1], last)
+        if any(text.eos for text in found):  # the template ends no answer
+            self._report(EOS_ADDED if self.rendering.add_eos else EOS_MISSING, once=True)
+        return [replace(text, eos=text.eos and self.rendering.add_eos) for text in found]
 
     def _plain_text(self, prompt: str, response: Response) -> RenderedText:
         text = prompt + "".join(m.content for m in response.messages)
@@ -245,7 +247,7 @@ class Renderer:
         if not once and rows[-1:] != [self._row]:
             rows.append(self._row)
 
-    def _sequence(self, text: RenderedText, tokens: Encoded) -> tuple[IntArray, BoolArray]:
+    def _sequence(self, text: RenderedText, tokens: Encoded) -> Tokens:
         ids, trained = tokens.ids, tokens.covers(text.spans)
         if tokens.boundary:
             self._report(APART if tokens.boundary == "apart" else JOINED)
@@ -254,7 +256,7 @@ class Renderer:
             trained = np.concatenate([np.zeros(len(self._lead), np.bool_), trained])
         if text.eos:
             ids, trained = np.append(ids, np.int32(self._eos)), np.append(trained, True)
-        return ids, trained
+        return Tokens(ids, trained, text.further)
 
     def _shortened(self, c: Comparison, sequences: Sequences) -> Sequences:
         """The sequences of a conversation with a prompt that fits, or with as few of its words as possible."""
@@ -274,35 +276,69 @@ class Renderer:
         ((_, sequences),) = self._tokenized([c], self._render)
         return None if isinstance(sequences, Problem) else sequences
 
-    def _group(self, c: Comparison, sequences: Sequence[tuple[IntArray, BoolArray]]) -> Rendered | Problem:
-        def same(one: int, other: int) -> bool:
-            return all(np.array_equal(a, b) for a, b in zip(sequences[one], sequences[other], strict=True))
-
-        if any(same(*pair) for pair in c.pairs):
+    def _group(self, c: Comparison, sequences: Sequences) -> Rendered | Problem:
+        if _identical(c, sequences):
             return Problem("identical responses", c.row, "the responses are the same token for token", c.file)
-        prompt_cut, responses_cut = 0, (0,) * len(sequences)
+        prompt_cut, responses_cut = 0, (0,) * len(c.responses)
         limit = self.rendering.max_length
         try:
             if self.rendering.windows and limit and c.text and not any(m.content for m in c.prompt):
-                parts = [Group.from_sequences([part], c.row, ()) for s in sequences for part in windows(*s, limit)]
+                cuts = [part for s in sequences for part in windows(s.ids, s.trained, limit)]
+                parts = [Group.from_sequences([part], c.row, ()) for part in cuts]
                 if len(parts) > len(sequences):
                     self._report(WINDOWS)
                 return Rendered(parts[0], more=tuple(parts[1:]))
-            if limit is not None and max(len(ids) for ids, _ in sequences) > limit:
-                bos = self.tokenizer.bos_token_id
-                cut = truncate(sequences, limit, bos=bos, ends=self._end_ids, whole_prompt=not c.text)
-                sequences, prompt_cut, responses_cut = cut.sequences, cut.prompt, cut.responses
-                if any(same(*pair) for pair in c.pairs):
+            if limit is not None and max(len(s.ids) for s in sequences) > limit:
+                sequences, prompt_cut, responses_cut = self._truncated(sequences, limit, whole_prompt=not c.text)
+                if _identical(c, sequences):
                     what = f"the responses differ only beyond {limit} tokens"
                     return Problem("identical after truncation", c.row, what, c.file)
             if self.rendering.train_on == "all":
-                sequences = [(ids, np.ones_like(trained)) for ids, trained in sequences]
-            group = Group.from_sequences(sequences, c.row, c.pairs)
+                sequences = [s._replace(trained=np.ones_like(s.trained)) for s in sequences]
+            pairs = [(s.ids, s.trained) for s in sequences]
+            group = Group.from_sequences(pairs, c.row, c.pairs, steps=list(map(len, _by_response(sequences))))
         except ValueError as error:
             return Problem("nothing to train", c.row, str(error), c.file)
         weights = None if c.votes is None else tuple(weight for *_, weight in c.votes)
         group = replace(group, weights=weights, tiers=c.tiers, scores=c.scores, labels=c.labels)
         return Rendered(group, prompt_cut, responses_cut)
+
+    def _truncated(
+        self, sequences: Sequences, limit: int, *, whole_prompt: bool
+    ) -> tuple[Sequences, int, tuple[int, ...]]:
+        """The sequences cut to ``limit``, and how many tokens the prompt and each response lost."""
+        kept, lost = with_room(sequences, limit)
+        if len(kept) < len(sequences):
+            self._report(STEPS_DROPPED)
+        pairs = [(s.ids, s.trained) for s in kept]
+        bos = self.tokenizer.bos_token_id
+        cut = truncate(pairs, limit, bos=bos, ends=self._end_ids, whole_prompt=whole_prompt)
+        shorter = [Tokens(*pair, s.further) for pair, s in zip(cut.sequences, kept, strict=True)]
+        of_steps = iter(cut.responses)
+        counts = map(len, _by_response(shorter))
+        responses = (n + sum(islice(of_steps, count)) for n, count in zip(lost, counts, strict=True))
+        return shorter, cut.prompt, tuple(responses)
+
+
+def _by_response(sequences: Sequences) -> list[list[Tokens]]:
+    """The steps of each response."""
+    found: list[list[Tokens]] = []
+    for s in sequences:
+        found = [*found[:-1], [*found[-1], s]] if s.further else [*found, [s]]
+    return found
+
+
+def _identical(c: Comparison, sequences: Sequences) -> bool:
+    """Whether some pair of responses is the same, token for token and step for step."""
+    steps = _by_response(sequences)
+
+    def same(one: int, other: int) -> bool:
+        return len(steps[one]) == len(steps[other]) and all(
+            np.array_equal(a.ids, b.ids) and np.array_equal(a.trained, b.trained)
+            for a, b in zip(steps[one], steps[other], strict=True)
+        )
+
+    return any(same(*pair) for pair in c.pairs)
 
 
 def _cut_off(text: RenderedText, response: Response) -> RenderedText | None:
@@ -312,8 +348,9 @@ def _cut_off(text: RenderedText, response: Response) -> RenderedText | None:
     """
     last, (start, end) = response.messages[-1], text.spans[-1]
     shown = text.text[start : end - text.close].rstrip()
-    words = last.content.strip()
-    if not words or last.tool_calls or not shown.endswith(words):
+    # Its reasoning may stand behind a generation prompt that opens the block, without the tag that the words have.
+    words = next((w for m in (last, strip_reasoning(last)) if shown.endswith(w := m.content.strip())), "")
+    if not words or last.tool_calls:
         return None
     end = start + len(shown)
     return replace(text, text=text.text[:end], spans=(*text.spans[:-1], (start, end)), eos=False, close=0)

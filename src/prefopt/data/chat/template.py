@@ -19,7 +19,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from prefopt.config.data import RenderOptions
+from prefopt.config.data import CompareOptions, RenderOptions
 from prefopt.core.options import nearest
 from prefopt.data.chat import sandbox, tracing
 from prefopt.data.chat.sandbox import LimitExceeded
@@ -48,7 +48,10 @@ class Rendering:
 
     ``max_length`` bounds prompt and response together. ``add_eos`` ends answers with EOS where the template does not.
     ``chat_template`` is the source of a template to use instead of the tokenizer's; ``variables`` are passed to either.
-    ``reasoning``: whether reasoning blocks of the assistant are kept or stripped. ``train_on``: the answers, or every
+    ``reasoning``: whether reasoning blocks of the assistant are kept or stripped. ``earlier_turns``: where the template
+    shows an earlier turn of a response otherwise than it was generated, that turn is trained as it was generated, in a
+    step of its own, or as the finished conversation shows it. ``compare``: whole responses, or each turn of them that
+    is judged by itself. ``train_on``: the answers, or every
     token. ``windows``: a text without a prompt that is too long becomes several groups of about equal length; other
     rows are truncated. ``date`` is shown by templates that ask for today's: one for all processes of a run.
     """
@@ -58,6 +61,8 @@ class Rendering:
     chat_template: str | None = None
     variables: Mapping[str, object] = field(default_factory=dict, hash=False)
     reasoning: Literal["keep", "strip"] = "keep"
+    earlier_turns: Literal["as-generated", "as-shown"] = "as-generated"
+    compare: Literal["responses", "steps"] = "responses"
     train_on: Literal["responses", "all"] = "responses"
     windows: bool = False
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
@@ -79,7 +84,8 @@ class Rendering:
         :func:`parse_variables`; :class:`ChatTemplate` checks whether the template reads the variables."""
         template = None if options.chat_template is None else read_template(options.chat_template)
         variables = parse_variables(options.template_variables or ())
-        return cls(max_length, True, template, variables, options.reasoning, **more)
+        compare = options.compare if isinstance(options, CompareOptions) else "responses"
+        return cls(max_length, True, template, variables, options.reasoning, options.earlier_turns, compare, **more)
 
 
 def read_template(path: str) -> str:

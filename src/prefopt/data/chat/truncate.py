@@ -17,6 +17,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,16 @@ from prefopt.data.group import BoolArray, IntArray, common_length
 from prefopt.errors import ConfigError
 from prefopt.records import Comparison, Message
 
-Sequences = Sequence[tuple[IntArray, BoolArray]]  # K sequences of one prompt: (ids [L], trained [L]) each
+
+class Tokens(NamedTuple):
+    """One sequence: ids [L], trained [L]; ``further``: a later step of the response that the one before it begins."""
+
+    ids: IntArray
+    trained: BoolArray
+    further: bool = False
+
+
+Sequences = Sequence[Tokens]  # of one prompt, response after response
 
 KEEP_PROMPT = 128
 DEFAULT_LENGTH = 1024
@@ -63,14 +73,14 @@ def longer_limit(rows: int, kept: int, limit: int, context: int | None) -> str |
     return f"{rows} of {kept} rows are longer than --max-length {limit} and were cut; the model has {context} positions"
 
 
-def prompt_excess(sequences: Sequences, limit: int) -> int:
+def prompt_excess(sequences: Sequence[tuple[IntArray, BoolArray] | Tokens], limit: int) -> int:
     """Tokens that the prompt must lose until the longest sequence fits or min(128, limit // 2) of them are left.
 
     >>> prompt_excess([(np.arange(9), np.arange(9) > 6)], 6), prompt_excess([(np.arange(9), np.arange(9) > 6)], 2)
     (3, 6)
     """
-    need = max(len(ids) for ids, _ in sequences) - limit
-    prompt = min(int(np.argmax(trained)) for _, trained in sequences)
+    need = max(len(s[0]) for s in sequences) - limit
+    prompt = min(int(np.argmax(s[1])) for s in sequences)
     return max(0, min(need, prompt - min(KEEP_PROMPT, limit // 2)))
 
 
@@ -109,6 +119,27 @@ def truncate(
         kept.append((left[:end], mask[:end]))
         lost.append(len(left) - end)
     return Truncated(tuple(kept), cut, tuple(lost))
+
+
+def with_room(sequences: Sequences, max_length: int) -> tuple[Sequences, tuple[int, ...]]:
+    """The sequences without the later steps of a response whose answers begin at or beyond ``max_length``, and the
+    tokens that each response loses with them. The first step of a response always stays.
+
+    >>> ids, trained = np.arange(6), np.arange(6) > 3
+    >>> kept, lost = with_room([Tokens(ids[:3], trained[1:4]), Tokens(ids, trained, further=True)], 4)
+    >>> len(kept), lost
+    (1, (6,))
+    """
+    kept: list[Tokens] = []
+    lost: list[int] = []
+    for s in sequences:
+        if not s.further:
+            lost.append(0)
+        if s.further and int(np.argmax(s.trained)) >= max_length:
+            lost[-1] += len(s.ids)
+        else:
+            kept.append(s)
+    return kept, tuple(lost)
 
 
 def windows(ids: IntArray, trained: BoolArray, max_length: int) -> list[tuple[IntArray, BoolArray]]:
