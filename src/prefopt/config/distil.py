@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from prefopt.config.evaluation import SampleOptions
 from prefopt.config.rollouts import CONCURRENCY, RolloutOptions
 from prefopt.config.sft import LEARNING_RATE
-from prefopt.config.training import MethodOptions, ModelOptions, rate_option
+from prefopt.config.training import ModelOptions, rate_option
 from prefopt.core.endpoint import base_url, is_url
 from prefopt.core.options import flag, option
 from prefopt.errors import ConfigError
@@ -23,7 +24,7 @@ TOP_K = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistilConfig(MethodOptions, RolloutOptions, ModelOptions):
+class DistilConfig(SampleOptions, RolloutOptions, ModelOptions):
     """One run of distillation. Construction raises ``ConfigError``."""
 
     model: str = option(help="model to train: a folder, or the name of one on the Hugging Face Hub", group="model")

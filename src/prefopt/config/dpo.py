@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from prefopt.config.training import MethodOptions, ModelOptions, rate_option
+from prefopt.config.evaluation import PreferenceOptions, SampleOptions
+from prefopt.config.training import ModelOptions, rate_option
 from prefopt.core.options import Config, beside, flag, nearest, option
 from prefopt.core.plugins import plugins
 from prefopt.errors import ConfigError
@@ -79,7 +80,7 @@ class LossOptions(Config):
         None, "alpha of --divergence alpha: 0 is reverse_kl, 1 is forward_kl", default_text="0.5", at_least=0, at_most=1
     )
     weighting: Literal["wpo"] | None = option(
-        None, "weight of each pair in the loss, see prefopt losses", default_text="all pairs count alike"
+        None, "weight of each pair in the loss, see prefopt losses", default_text="all pairs have equal weight"
     )
     pairs: Literal["all", "best-worst"] | None = option(
         None,
@@ -104,7 +105,7 @@ class LossOptions(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoConfig(LossOptions, MethodOptions, ModelOptions):
+class DpoConfig(LossOptions, PreferenceOptions, SampleOptions, ModelOptions):
     """One run of DPO, or of another loss. Construction raises ``ConfigError``."""
 
     learning_rate: float = rate_option(LEARNING_RATE, "; 3e-7 to 1e-6 is usual, with LoRA 5e-6 to 5e-5")

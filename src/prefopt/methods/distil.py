@@ -25,7 +25,8 @@ from prefopt.train.offline import OfflineRun, Plan
 from prefopt.train.policy import Policy
 from prefopt.train.reference import ReferenceChoice, ReferenceRun
 from prefopt.train.remote_teacher import RemoteTeacher, RemoteTeacherPlan
-from prefopt.train.run import ModelStart, Run, TrainingResult, open_run, read_model
+from prefopt.train.result import TrainingResult
+from prefopt.train.run import ModelStart, Run, open_run, read_model
 from prefopt.train.teacher import DistillationObjective, TeacherPlan, TopTokensObjective
 
 WORDS = {

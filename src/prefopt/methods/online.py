@@ -46,6 +46,7 @@ from prefopt.train.memory import Trainee
 from prefopt.train.objective import Objective
 from prefopt.train.optim import Network
 from prefopt.train.policy import Policy
+from prefopt.train.result import RunResult
 from prefopt.train.routing import describe_routing, routed
 from prefopt.train.run import EXAMPLE_TEXT, Run, open_run, steps_of
 from prefopt.train.step import InMemoryColumns
@@ -54,15 +55,14 @@ from prefopt.train.trainer import TrainerState
 Scores = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
 
-@dataclass(frozen=True, slots=True)
-class OnlineResult:
-    """``metrics`` are averages over the responses of the last tenth of the rounds; ``rounds`` is the folder of their
-    files."""
+@dataclass(frozen=True, slots=True, repr=False)
+class OnlineResult(RunResult):
+    """``metrics`` are averages over the responses of the last tenth of the rounds."""
 
-    output: Path
-    steps: int
-    metrics: dict[str, float]
-    rounds: Path
+    @property
+    def rounds(self) -> Path:
+        """The folder of the rounds' files."""
+        return self.output / ROUNDS
 
 
 def run(
@@ -377,7 +377,7 @@ def _finish(run: Run, policy: Policy, models: PpoModels, prompts: PromptSet, sta
         licence="The licences of the base model, of the reward model and of the data apply.",
         closing=lambda: [closing],
     )
-    return OnlineResult(folder, steps, last, folder / ROUNDS)
+    return OnlineResult(folder, steps, last)
 
 
 _CARD = ("objective/scores", "objective/best_scores", "objective/kl", "objective/entropy", "val/length", "val/eos_rate")

@@ -37,6 +37,7 @@ from prefopt.runs.history import averages_of, read_history
 from prefopt.train.memory import Trainee, TrainingMemory
 from prefopt.train.optim import Network
 from prefopt.train.policy import Policy
+from prefopt.train.result import RunResult
 from prefopt.train.routing import describe_routing, routed
 from prefopt.train.run import EXAMPLE_TEXT, Run, open_run, steps_of
 from prefopt.train.trainer import TrainerState
@@ -47,13 +48,9 @@ TRIED = 4
 Scores = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
 
-@dataclass(frozen=True, slots=True)
-class PpoResult:
+@dataclass(frozen=True, slots=True, repr=False)
+class PpoResult(RunResult):
     """``metrics`` are averages over the episodes of the last tenth of the steps."""
-
-    output: Path
-    steps: int
-    metrics: dict[str, float]
 
 
 def run(

@@ -18,7 +18,9 @@ from prefopt.data.table import GroupTable
 from prefopt.errors import RunError
 from prefopt.runs.history import RECORD, in_use, read_metrics, read_record
 
-FREE = frozenset("resume overwrite shard progress save_every keep_last output dry_run track track_project".split())
+FREE = frozenset(
+    "resume overwrite shard progress save_every keep_last output dry_run track track_project samples".split()
+)
 """Options that say nothing of the training: they are not listed as set, nor compared between runs."""
 FREE_AT_RESUME = (
     FREE
