@@ -75,9 +75,8 @@ class JudgeOptions(Config):
     """Who judges the responses of a round."""
 
     reward: str = option(
-        help="what judges responses: a rule (vader, length), MODULE:FUNCTION of prompts and responses, or the folder or"
-        " Hub name of a reward model with one label and this model's tokenizer; llm, a language model behind"
-        " --judge-url that compares in both orders; people, who vote in --study while prefopt collect serves it",
+        help="what judges responses: a rule (vader, length), MODULE:FUNCTION, or a reward model's folder or Hub name; or"
+        " what compares them: llm, behind --judge-url, or people, in --study",
         group="judge",
     )
     judge_url: str | None = option(None, "OpenAI-compatible server of the judge llm, such as http://localhost:8000/v1")
