@@ -123,13 +123,8 @@ class Trainer:
         Raises :class:`Diverged` where numbers are not finite, or where the source finds so.
         """
         state = self.state
-        about = RunInfo(
-            output=self.metrics.path.parent,
-            options=self.callbacks.options,
-            model=self.scorer.model,
-            steps=self.steps,
-            step=state.step,
-        )
+        folder, options = self.metrics.path.parent, self.callbacks.options
+        about = RunInfo(output=folder, options=options, model=self.scorer.model, steps=self.steps, step=state.step)
         self.train_mode()
         with (
             self.callbacks.around(about, self.keep),
@@ -153,13 +148,12 @@ class Trainer:
                 self.pause()
             self.keep()
         if self.experts is not None and self.world.first:
-            self.experts.write(self.metrics.path.parent)
+            self.experts.write(folder)
         return state
 
     def pause_together(self) -> None:
         """As :meth:`pause`, where several ranks have not agreed on stop requests since the last update."""
-        if not self.world.alone:
-            self._stop_signal = self.world.largest(self.stop.signal or 0) or None
+        self._stop_signal = self.world.largest(self.stop.signal or 0) or None
         self.pause()
 
     def train_mode(self, mode: bool = True) -> None:
@@ -181,6 +175,7 @@ class Trainer:
         self.stop.check(f" after step {self.state.step} of {self.steps}{within}")
 
     def make_step(self) -> Record:
+        """One step: all updates on what the source has for it. Returns its metrics."""
         state, source, started = self.state, self.source, time.monotonic()
         if source.begin(self) and self._save_due(state.step):
             self.keep(due=True)
@@ -208,8 +203,7 @@ class Trainer:
         return record
 
     def _save_due(self, step: int) -> bool:
-        every = self.save_every
-        return step % every == 0 if every else self.source.saves(step)
+        return step % self.save_every == 0 if self.save_every else self.source.saves(step)
 
     def _update(self, batch: Batch) -> tuple[Record, dict[str, float]]:
         """One update on a global batch, if it applies. Returns metrics, and their weights in an average over steps."""
@@ -338,8 +332,8 @@ class Trainer:
     def _evaluation_due(self) -> bool:
         if not self._evaluates:
             return False
-        step, every = self.state.step, self.eval_every or self.source.steps_per_epoch
-        return step % every == 0 or step == self.steps
+        step = self.state.step
+        return step % (self.eval_every or self.source.steps_per_epoch) == 0 or step == self.steps
 
     def evaluate(self) -> Record:
         """Metrics on the held-out batch. The weights are saved if its loss is the lowest so far."""
@@ -361,9 +355,9 @@ class Trainer:
             self.saver.save_best(state.step, self.policy.weights.saved())
         elif self.movement is None:
             state.without_gain += 1
-            patience = self.early_stopping
-            state.stopped_early = patience is not None and state.without_gain >= patience
-            if state.stopped_early:
+            patience = self.early_stopping or math.inf
+            if state.without_gain >= patience:
+                state.stopped_early = True
                 self.reporter.say(f"stopping early: no lower loss in {patience} evaluations since {state.best_step}")
         return record
 
@@ -395,8 +389,8 @@ class Trainer:
         found = checkpoint.newest(self.saver.folder, self.world)
         if found is None:
             self.metrics.forget_after(-1)
-            none = "no checkpoint that is whole" if self.saver.folder.exists() else "no checkpoint yet"
-            self.reporter.say(f"{none}: starting at the first step")
+            none = "that is whole" if self.saver.folder.exists() else "yet"
+            self.reporter.say(f"no checkpoint {none}: starting at the first step")
             return
         path, saved = found
         if (line := snapshot.restore(self, saved)) is not None:
