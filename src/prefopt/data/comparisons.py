@@ -141,7 +141,8 @@ def open_comparisons(
         who = "dataset_info.json beside it, with --columns," if given else "dataset_info.json beside it"
         raise DataError(f"{who} gives {clash} (entry {entry.name}); correct it", file=source.name)
     means = {**(entry.means if entry else {}), **options.means}
-    understood = column_map(pairs, refused=refused, cells=cells, means=means, ignored=options.ignored)
+    folder = source.path.parent if source.path is not None else None
+    understood = column_map(pairs, refused=refused, cells=cells, means=means, ignored=options.ignored, folder=folder)
     if options.headless:
         if source.path is None or not cells:
             raise ConfigError(f"--header none is for .csv and .tsv files; {source.name} is neither")

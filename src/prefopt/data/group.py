@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.records import Comparison
+from prefopt.records import PICTURE, Comparison, Message, Picture
 
 IntArray = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
@@ -29,12 +29,29 @@ BoolArray = npt.NDArray[np.bool_]
 OPEN, CLOSE = "⟦", "⟧"  # around trained tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A picture and the tokens [start, stop) that stand for it: its image tokens and the marks between them."""
+
+    picture: Picture
+    start: int
+    stop: int
+
+    def moved(self, by: int) -> Placed:
+        """The same picture ``by`` tokens later."""
+        return replace(self, start=self.start + by, stop=self.stop + by)
+
+
+Pictures = tuple[Placed, ...]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Continuation:
-    """What one response adds to the shared prefix: ``ids`` and ``trained``, both [R]."""
+    """What one response adds to the shared prefix: ``ids`` and ``trained``, both [R], and its pictures."""
 
     ids: IntArray
     trained: BoolArray
+    pictures: Pictures = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +59,8 @@ class Group:
     """``prefix`` [P] and K continuations, with their preferences (see :class:`prefopt.records.Comparison`).
 
     ``pairs`` are (preferred, dispreferred) indices of continuations, ``weights`` theirs (None: equal); ``tiers``,
-    ``scores`` [K] and ``labels`` [K] are those of the record.
+    ``scores`` [K] and ``labels`` [K] are those of the record. ``pictures`` are those of the prefix; the tokens of one
+    picture are in one of the parts.
     """
 
     prefix: IntArray
@@ -53,6 +71,7 @@ class Group:
     tiers: tuple[tuple[int, ...], ...] = ()
     scores: tuple[float, ...] | None = None
     labels: tuple[bool, ...] | None = None
+    pictures: Pictures = ()
 
     @classmethod
     def from_sequences(
@@ -60,8 +79,10 @@ class Group:
         sequences: Sequence[tuple[npt.ArrayLike, npt.ArrayLike]],
         row: int,
         pairs: tuple[tuple[int, int], ...] = ((0, 1),),
+        pictures: Sequence[Pictures] = (),
     ) -> Group:
-        """Compute the shared prefix of K whole sequences, each (ids [L], trained [L]).
+        """Compute the shared prefix of K whole sequences, each (ids [L], trained [L]), with the ``pictures`` of each:
+        the same tokens are not shared where they stand for different pictures.
 
         Raises ``ValueError`` where a sequence has no trained token after its first token, which is never scored.
         """
@@ -72,11 +93,17 @@ class Group:
             if not trained[1:].any():
                 raise ValueError("a response has no token to train")
         length = common_length([ids for ids, _ in whole], min(int(trained.argmax()) for _, trained in whole))
+        length = _before_differing(pictures, length) if any(pictures) else length
         if not length:
             for _, trained in whole:
                 trained[0] = False
-        continuations = tuple(Continuation(ids[length:], trained[length:]) for ids, trained in whole)
-        return cls(whole[0][0][:length], continuations, row, pairs)
+        own = [tuple(p.moved(-length) for p in found if p.start >= length) for found in pictures] or [()] * len(whole)
+        continuations = tuple(
+            Continuation(ids[length:], trained[length:], found)
+            for (ids, trained), found in zip(whole, own, strict=True)
+        )
+        shared = tuple(p for p in (pictures[0] if pictures else ()) if p.stop <= length)
+        return cls(whole[0][0][:length], continuations, row, pairs, pictures=shared)
 
     @property
     def tokens(self) -> int:
@@ -94,12 +121,23 @@ class Group:
         trained = np.concatenate([np.zeros(len(self.prefix), np.bool_), c.trained])
         return np.concatenate([self.prefix, c.ids]), trained
 
+    def placed(self, k: int) -> Pictures:
+        """The pictures of response k as a whole sequence."""
+        return (*self.pictures, *(p.moved(len(self.prefix)) for p in self.continuations[k].pictures))
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether there is a picture in the prefix or in a response."""
+        return bool(self.pictures) or any(c.pictures for c in self.continuations)
+
     def key(self, k: int) -> bytes:
-        """Digest (16 bytes) of the ids and mask of response k as a whole sequence."""
+        """Digest (16 bytes) of the ids, mask and pictures of response k as a whole sequence."""
         ids, trained = self.sequence(k)
         digest = hashlib.blake2b(len(ids).to_bytes(8, "little"), digest_size=16)
         digest.update(ids.astype("<i4").tobytes())
         digest.update(np.packbits(trained).tobytes())
+        for p in self.placed(k):
+            digest.update(p.picture.digest + p.start.to_bytes(8, "little"))
         return digest.digest()
 
 
@@ -109,6 +147,16 @@ def common_length(sequences: Sequence[IntArray], most: int) -> int:
         differs = np.flatnonzero(ids[:most] != sequences[0][:most])
         most = int(differs[0]) if len(differs) else most
     return most
+
+
+def _before_differing(pictures: Sequence[Pictures], length: int) -> int:
+    """The part of a common prefix of ``length`` tokens in which all sequences have the same pictures, none cut."""
+    for found in pictures:
+        for n, placed in enumerate(found):
+            if placed.start < length and (placed.stop > length or any(p[n : n + 1] != (placed,) for p in pictures)):
+                length = placed.start
+                break
+    return length
 
 
 def show(group: Group, tokenizer: Tokenizer, *, most: int | None = None, flat: bool = False) -> str:
@@ -132,10 +180,18 @@ def show_words(c: Comparison, *, most: int | None = None) -> str:
     """A row as text, without a tokenizer."""
     lines = []
     for m in c.prompt:
-        lines += [f"{'prompt' if c.text else m.role}:", shortened(m.content, most)]
+        lines += [f"{'prompt' if c.text else m.role}:", shortened(with_sizes(m), most)]
     for k, response in enumerate(c.responses):
-        lines += [f"{_name(c, len(c.responses), k)}:", *(shortened(m.content, most) for m in response.messages)]
+        lines += [f"{_name(c, len(c.responses), k)}:", *(shortened(with_sizes(m), most) for m in response.messages)]
     return "\n".join(lines)
+
+
+def with_sizes(m: Message) -> str:
+    """The words of a message with the size of each picture in its place: ``[picture 640x480] What is this?``"""
+    if not m.pictures:
+        return m.content
+    words = m.content.split(PICTURE)
+    return words[0] + "".join(f"[picture {p.size}]{text}" for p, text in zip(m.pictures, words[1:], strict=True))
 
 
 def shortened(text: str, most: int | None, *, flat: bool = False) -> str:

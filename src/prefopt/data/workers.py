@@ -91,8 +91,11 @@ class Preparer:
         if self.kind != "prompts":
             yield from self.renderer.render_all(good)
             return
-        for comparison, ids in zip(good, self.renderer.prompts(good), strict=True):
-            yield ids if isinstance(ids, Problem) else Rendered(Group(ids, (), comparison.row, ()))
+        for comparison, prompt in zip(good, self.renderer.prompts(good), strict=True):
+            if isinstance(prompt, Problem):
+                yield prompt
+            else:
+                yield Rendered(Group(prompt.ids, (), comparison.row, (), pictures=prompt.pictures))
 
 
 def chunks(rows: Iterable[ParsedRow]) -> Iterator[list[ParsedRow]]:
@@ -103,6 +106,7 @@ def chunks(rows: Iterable[ParsedRow]) -> Iterator[list[ParsedRow]]:
         chunk.append(row)
         if isinstance(row, Comparison):
             room -= sum(len(m.content) for turns in (row.prompt, *(r.messages for r in row.responses)) for m in turns)
+            room -= sum(len(picture.data) for picture in row.pictures)
         if len(chunk) == CHUNK_ROWS or room <= 0:
             yield chunk
             chunk, room = [], CHUNK_CHARACTERS

@@ -282,9 +282,10 @@ def log_ratios(rows: Sequence[Comparison], reference: SampledModel, policy: Samp
         if isinstance(prompt, Problem):
             raise DataError(f"{prompt.kind}: {prompt.what}", row=row.row)
         ids: Any = row.extra["token_ids"]
-        wholes = [np.concatenate([prompt, np.asarray(x, np.int32)]) for x in ids]
-        sequences = [(whole, np.arange(len(whole)) >= len(prompt)) for whole in wholes]
-        groups.append(Group.from_sequences(sequences, row=row.row, pairs=()))
+        wholes = [np.concatenate([prompt.ids, np.asarray(x, np.int32)]) for x in ids]
+        sequences = [(whole, np.arange(len(whole)) >= len(prompt.ids)) for whole in wholes]
+        pictures = [prompt.pictures] * len(wholes) if prompt.pictures else ()
+        groups.append(Group.from_sequences(sequences, row=row.row, pairs=(), pictures=pictures))
     if max(int(c.ids.max()) for g in groups for c in g.continuations) >= len(reference.tokenizer):
         raise ModelError(f"--reference {reference.name}: its vocabulary lacks tokens of the samples")
     if policy is None:

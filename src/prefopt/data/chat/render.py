@@ -10,14 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
+from typing import NamedTuple
 
 import numpy as np
 
 from prefopt.data.chat.encoding import Encoded, Encoder, RenderedText
+from prefopt.data.chat.pictures import PictureProcessor, processor_digest, token_of_pictures
+from prefopt.data.chat.placing import all_but, expanded, pictures_of, placed_in, whole_pictures
 from prefopt.data.chat.spans import SpanFinder
 from prefopt.data.chat.template import (
     ChatTemplate,
@@ -28,7 +32,8 @@ from prefopt.data.chat.template import (
     strip_reasoning,
 )
 from prefopt.data.chat.truncate import Sequences, Shortener, prompt_excess, truncate, windows
-from prefopt.data.group import BoolArray, Group, IntArray
+from prefopt.data.group import BoolArray, Group, IntArray, Pictures
+from prefopt.data.pictures import BAD_PICTURE, BadPicture
 from prefopt.data.tokenizer import Tokenizer, end_marks, eos_id, leading_ids, tokenizer_digest
 from prefopt.data.validate import Problem, Warnings, warning_lines
 from prefopt.errors import DataError
@@ -64,6 +69,13 @@ class Rendered:
     more: tuple[Group, ...] = ()
 
 
+class Prompt(NamedTuple):
+    """The token ids [P] of a prompt, and its pictures."""
+
+    ids: IntArray
+    pictures: Pictures = ()
+
+
 class Renderer:
     """Turns comparisons into groups with one tokenizer.
 
@@ -86,6 +98,8 @@ class Renderer:
         special = sorted({*marks, *tokenizer.all_special_tokens}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
         self._spans = SpanFinder(self._template, marks, tokenizer.eos_token, self._report)
+        self._processor = processor_digest(tokenizer.name_or_path)
+        self._picture_token = token_of_pictures(tokenizer.name_or_path) if self._processor else None
         self._row = 0
 
     @property
@@ -94,11 +108,18 @@ class Renderer:
         return warning_lines(self.warnings)
 
     def digest(self) -> str:
-        """A cache key, 32 hex digits: tokenizer, template, options, and the date where the template shows it."""
+        """A cache key, 32 hex digits: tokenizer, template, options, the settings of a processor of pictures, and the
+        date where the template shows it."""
         options = asdict(self.rendering)
         options["date"] *= self._template.reads_date
         parts = [tokenizer_digest(self.tokenizer), options, self._template.sources]
+        parts += [self._processor] if self._processor else []
         return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    @cached_property
+    def pictures(self) -> PictureProcessor:
+        """The processor of pictures in the tokenizer's folder. Raises :class:`ModelError` where there is none."""
+        return PictureProcessor(self.tokenizer.name_or_path, self.tokenizer)
 
     def render(self, comparison: Comparison) -> Rendered:
         """One comparison as a group. Raises :class:`DataError` where that is not possible."""
@@ -109,41 +130,80 @@ class Renderer:
 
     def render_all(self, comparisons: Iterable[Comparison]) -> Iterator[Rendered | Problem]:
         """Each comparison as a group or the problem that prevents it, in order."""
-        for c, sequences in self._tokenized(comparisons, self._render):
+        for c, sequences, pictures in self._tokenized(comparisons, self._render):
             if isinstance(sequences, Problem):
                 yield sequences
                 continue
-            shorter = self._shortened(c, sequences)
-            result = self._group(c, shorter)
+            if any(pictures) and prompt_excess(sequences, self.rendering.max_length or sys.maxsize):
+                longest, limit = max(len(ids) for ids, _ in sequences), self.rendering.max_length
+                what = f"has {longest:,} tokens with its pictures, which are not cut; --max-length is {limit:,}"
+                yield Problem("pictures too long", c.row, what, c.file)
+                continue
+            shorter = sequences if any(pictures) else self._shortened(c, sequences)
+            result = self._group(c, shorter, pictures)
             if isinstance(result, Rendered):
                 longest, left = (max(len(ids) for ids, _ in some) for some in (sequences, shorter))
                 result = replace(result, prompt_cut=result.prompt_cut + longest - left)
             yield result
 
-    def prompts(self, comparisons: Iterable[Comparison]) -> Iterator[IntArray | Problem]:
-        """Token ids [P] of each prompt with its generation prompt, or the problem that prevents it, in order.
+    def prompts(self, comparisons: Iterable[Comparison]) -> Iterator[Prompt | Problem]:
+        """Each prompt with its generation prompt as tokens, or the problem that prevents it, in order.
 
         This is the input for sampling. Trained sequences begin with it, except in rows with the warning ``ELSEWHERE``.
         Responses are ignored, and nothing is truncated.
         """
-        for c, found in self._tokenized(comparisons, self._render_prompt):
+        for c, found, pictures in self._tokenized(comparisons, self._render_prompt):
             if isinstance(found, Problem):
                 yield found
                 continue
             ((ids, _),) = found
-            yield ids if len(ids) else Problem("empty prompt", c.row, "the prompt has no token", c.file)
+            yield (
+                Prompt(ids, *pictures)
+                if len(ids)
+                else Problem("empty prompt", c.row, "the prompt has no token", c.file)
+            )
 
     def _tokenized(
         self, comparisons: Iterable[Comparison], render: Callable[[Comparison], list[RenderedText] | Problem]
-    ) -> Iterator[tuple[Comparison, Sequences | Problem]]:
-        """Each row with its texts as sequences, or the problem that prevents them, in order."""
+    ) -> Iterator[tuple[Comparison, Sequences | Problem, list[Pictures]]]:
+        """Each row with its texts as sequences and their pictures, or the problem that prevents them, in order."""
         rows = iter(comparisons)
         while batch := list(islice(rows, BATCH)):
-            texts = [render(c) for c in batch]
+            texts = [self._with_pictures(c, render(c)) for c in batch]
             encoded = self._encoder.encode_rows([row for row in texts if not isinstance(row, Problem)])
             for c, row in zip(batch, texts, strict=True):
                 self._row = c.row
-                yield c, row if isinstance(row, Problem) else list(map(self._sequence, row, next(encoded)))
+                if isinstance(row, Problem):
+                    yield c, row, []
+                    continue
+                tokens = next(encoded)
+                sequences = list(map(self._sequence, row, tokens))
+                placed = [placed_in(*found) for found in zip(row, tokens, pictures_of(c, len(row)), strict=True)]
+                yield c, self._without_stray(c, sequences, placed), placed
+
+    def _with_pictures(self, c: Comparison, texts: list[RenderedText] | Problem) -> list[RenderedText] | Problem:
+        """The texts with what stands for their pictures in them."""
+        if isinstance(texts, Problem) or not c.pictures:
+            return texts
+        try:
+            pairs = zip(texts, pictures_of(c, len(texts)), strict=True)
+            return [expanded(text, pictures, self.pictures) for text, pictures in pairs]
+        except BadPicture as bad:
+            return Problem(BAD_PICTURE, c.row, str(bad), c.file)
+        except DataError as error:
+            return Problem(BAD_PICTURE, c.row, str(error), c.file)
+
+    def _without_stray(self, c: Comparison, sequences: Sequences, pictures: Sequence[Pictures]) -> Sequences | Problem:
+        """The sequences, or the problem that the words of one hold the token in whose place a picture's features go."""
+        if self._picture_token is None:
+            return sequences
+        for (ids, _), placed in zip(sequences, pictures, strict=True):
+            inside = sum(int((ids[p.start : p.stop] == self._picture_token).sum()) for p in placed)
+            if int((ids == self._picture_token).sum()) != inside:
+                token = self.tokenizer.convert_ids_to_tokens(self._picture_token)
+                what = f"{token} is written out in its words, where the model expects a picture; remove it"
+                return Problem("image token in text", c.row, what, c.file)
+        return sequences
 
     def _render_prompt(self, c: Comparison) -> list[RenderedText] | Problem:
         self._row = c.row
@@ -271,12 +331,15 @@ class Renderer:
         return left
 
     def _tokenize(self, c: Comparison) -> Sequences | None:
-        ((_, sequences),) = self._tokenized([c], self._render)
+        ((_, sequences, _),) = self._tokenized([c], self._render)
         return None if isinstance(sequences, Problem) else sequences
 
-    def _group(self, c: Comparison, sequences: Sequence[tuple[IntArray, BoolArray]]) -> Rendered | Problem:
+    def _group(
+        self, c: Comparison, sequences: Sequence[tuple[IntArray, BoolArray]], pictures: Sequence[Pictures]
+    ) -> Rendered | Problem:
         def same(one: int, other: int) -> bool:
-            return all(np.array_equal(a, b) for a, b in zip(sequences[one], sequences[other], strict=True))
+            tokens = (np.array_equal(a, b) for a, b in zip(sequences[one], sequences[other], strict=True))
+            return pictures[one] == pictures[other] and all(tokens)
 
         if any(same(*pair) for pair in c.pairs):
             return Problem("identical responses", c.row, "the responses are the same token for token", c.file)
@@ -295,9 +358,13 @@ class Renderer:
                 if any(same(*pair) for pair in c.pairs):
                     what = f"the responses differ only beyond {limit} tokens"
                     return Problem("identical after truncation", c.row, what, c.file)
+                pictures = [
+                    whole_pictures(found, len(ids)) for found, (ids, _) in zip(pictures, sequences, strict=True)
+                ]
             if self.rendering.train_on == "all":
-                sequences = [(ids, np.ones_like(trained)) for ids, trained in sequences]
-            group = Group.from_sequences(sequences, c.row, c.pairs)
+                masks = [all_but(len(ids), found) for (ids, _), found in zip(sequences, pictures, strict=True)]
+                sequences = [(ids, mask) for (ids, _), mask in zip(sequences, masks, strict=True)]
+            group = Group.from_sequences(sequences, c.row, c.pairs, pictures if any(pictures) else ())
         except ValueError as error:
             return Problem("nothing to train", c.row, str(error), c.file)
         weights = None if c.votes is None else tuple(weight for *_, weight in c.votes)

@@ -25,7 +25,7 @@ from prefopt.data.chat import sandbox, tracing
 from prefopt.data.chat.sandbox import LimitExceeded
 from prefopt.data.tokenizer import Tokenizer, plain_template
 from prefopt.errors import ConfigError, ModelError, first_line
-from prefopt.records import Message, ToolCall
+from prefopt.records import PICTURE, Message, ToolCall
 
 Turns = tuple[Message, ...]
 # Where templates look for reasoning. As in transformers, the first two are filled in together.
@@ -236,7 +236,8 @@ class ChatTemplate:
     def _from_trace(self, turns: Turns, generation: bool) -> str | None:
         """The turns as text if they hold nothing but words and the template has been traced for their roles."""
         if any(
-            m.reasoning is not None or m.tool_calls or m.tool_call_id is not None or m.name is not None for m in turns
+            m.reasoning is not None or m.tool_calls or m.tool_call_id is not None or m.name is not None or m.pictures
+            for m in turns
         ):
             return None
         roles = [turn.role for turn in turns]
@@ -280,7 +281,7 @@ class ChatTemplate:
             as_text, bare = self._call_form
             message["tool_calls"] = [_call(call, as_text) for call in turn.tool_calls]
         if content or not turn.tool_calls or not bare:
-            message["content"] = self._content(content)
+            message["content"] = _parts(content) if turn.pictures else self._content(content)
         if turn.tool_call_id is not None:
             message["tool_call_id"] = turn.tool_call_id
         if turn.name is not None:
@@ -302,6 +303,12 @@ class ChatTemplate:
             if _OTHER in text and _WORD in text and not printed_by_python:
                 return form
         return (False, False)
+
+
+def _parts(content: str) -> list[dict[str, str]]:
+    """Words with places of pictures as parts, as templates of vision-language models read them."""
+    pieces = re.split(f"({PICTURE})", content)
+    return [{"type": "image"} if p == PICTURE else {"type": "text", "text": p} for p in pieces if p]
 
 
 def _literal(value: object) -> str:
