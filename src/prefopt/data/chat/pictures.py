@@ -182,3 +182,4 @@ def _class_of(folder: str, settings: Mapping[str, Any], tokenizer: Tokenizer) ->
         if isinstance(name, str) and name.endswith("Processor") and hasattr(transformers, name):
             return getattr(transformers, name)
     raise ModelError(f"{folder}: no class of transformers is named for its processor; copy {FILES[1]} again")
+
