@@ -118,7 +118,7 @@ def data_url(picture: Picture) -> str:
 def _opened(data: bytes) -> Iterator[Any]:
     """Pillow's image of the bytes of a file, within the limits. Its errors become :class:`BadPicture`."""
     try:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
     except ImportError:
         raise ConfigError(f"pictures need Pillow: {how_to_install('pictures')}") from None
     try:
@@ -133,7 +133,7 @@ def _opened(data: bytes) -> Iterator[Any]:
                 yield image
     except (BadPicture, DataError):
         raise
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise BadPicture(f"is no picture of a kind that is read ({', '.join(FORMATS)})") from None
     except Exception as error:  # of any class: the file caused it
         raise BadPicture(f"the picture is damaged ({first_line(error)})") from None

@@ -85,7 +85,9 @@ class LocalChatModel:
         found = next(iter(self._renderer.prompts([prompt])))
         if isinstance(found, Problem):
             raise RunError(f"the chat template cannot render this: {found.what}")
-        return found
+        if found.pictures:
+            raise RunError("this model is not given pictures while it chats")
+        return found.ids
 
     def _stream(self, ids: Ids, attempt: int, stops: Sequence[str]) -> Iterator[str]:
         text = TextStream(self.model.tokenizer, ids, stops=stops)

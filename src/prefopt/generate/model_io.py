@@ -156,9 +156,14 @@ class PromptSet:
                 self.problems += problems
             else:
                 good.append(prompt)
-        for prompt, ids in zip(good, renderer.prompts(good), strict=True):
-            if isinstance(ids, Problem):
-                self.problems.append(ids)
+        for prompt, found in zip(good, renderer.prompts(good), strict=True):
+            if isinstance(found, Problem):
+                self.problems.append(found)
+                continue
+            ids = found.ids
+            if found.pictures:
+                what = "has pictures, which are not given to a model that samples"
+                self.problems.append(Problem("prompt with pictures", prompt.row, what, prompt.file))
             elif context is not None and len(ids) + room > context:
                 more = "" if room == 1 else f" --max-new-tokens {room} more are wanted, and"
                 what = f"has {len(ids)} tokens,{more or ' and'} the model's context is {context}"

@@ -216,8 +216,16 @@ def check_scalars(scorer: ScalarScorer, groups: Sequence[Group]) -> CheckReport:
         together = scorer(pack(some, scorer.layout).to(device))
         noise = _rms(together - torch.cat([scorer(pack([g], scorer.layout).to(device)) for g in some]))
         rows = [ids[: int(trained.nonzero()[-1]) + 1].to(device)[None] for ids, trained in _sequences(some)]
+        placed = [g.placed(k) for g in some for k in range(len(g.continuations))]
+        more = [
+            scorer.vision.own_arguments(x, [p.picture for p in ps]) if ps else {}
+            for x, ps in zip(rows, placed, strict=True)
+        ]
         with scorer.attention_by(None), scorer.gathered():
-            own = [model(input_ids=x, attention_mask=torch.ones_like(x), use_cache=False).logits[0, 0] for x in rows]
+            own = [
+                model(input_ids=x, attention_mask=torch.ones_like(x), use_cache=False, **given).logits[0, 0]
+                for x, given in zip(rows, more, strict=True)
+            ]
     sharing = _rms(together + scorer.shift - torch.stack(own).to(together.dtype))
     gross = _GROSS[scorer.dtype] * max(1.0, float(together.abs().max()))
     if not max(sharing, noise) < gross:
@@ -253,9 +261,12 @@ def _checked_clone(scorer: PackedModel) -> float | None:
 
 
 def _typical(groups: Sequence[Group]) -> list[Group]:
-    """A few groups of typical length, cheap enough for every start."""
-    far = np.abs(GroupTable.of(groups).tokens_G - 300)
-    return [groups[i] for i in np.argsort(far, kind="stable")[:3].tolist()]
+    """A few groups of typical length, cheap enough for every start; with pictures, where there are some."""
+    table = GroupTable.of(groups)
+    order = np.argsort(np.abs(table.tokens_G - 300), kind="stable")
+    if table.has_pictures:  # one with pictures comes first
+        order = order[np.argsort(table.pictures_G[order] == 0, kind="stable")]
+    return [groups[i] for i in order[:3].tolist()]
 
 
 @torch.no_grad()

@@ -24,10 +24,9 @@ from prefopt.errors import ModelError
 from prefopt.model.architectures import body_of
 from prefopt.model.kernels.blocks import Block, Blocks
 from prefopt.model.packing import ForwardPass
+from prefopt.records import Picture
 
-SHARED = frozenset(
-    "gemma3 idefics3 internvl llava qwen2_5_vl qwen2_vl qwen3_5 qwen3_vl qwen3_vl_moe smolvlm".split()
-)
+SHARED = frozenset("gemma3 idefics3 internvl llava qwen2_5_vl qwen2_vl qwen3_5 qwen3_vl qwen3_vl_moe smolvlm".split())
 """Model types whose rows with pictures share prefixes, as tests show; those of others are scored apart."""
 BIDIRECTIONAL = {"gemma3": "all", "gemma4": "sliding"}
 """Types in which the image tokens of a picture see each other, and in which layers."""
@@ -69,7 +68,8 @@ class VisionInputs:
         name = type(model).__name__
         if not takes_pictures(model):
             raise ModelError(f"{name} takes no pictures, which some rows have: give a vision-language model")
-        self.model, self.body = model, body_of(model)
+        self.model = model
+        self.body: Any = body_of(model)
         self.token_id = _image_token(model)
 
     @cached_property
@@ -96,6 +96,15 @@ class VisionInputs:
         if (blocks := self._blocks(row, images)) is not None:
             found["prefix_blocks"] = blocks
         return found
+
+    def own_arguments(self, ids: torch.Tensor, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
+        """What the class's own forward pass is given beside ``ids`` [1, L], a whole sequence with these pictures."""
+        if not pictures:
+            return {}
+        named = inspect.signature(self.model.forward).parameters
+        types = (ids == self.token_id).long()
+        found = {**self.processor.pixels(pictures), "mm_token_type_ids": types, "token_type_ids": types}
+        return {name: value.to(ids.device) for name, value in found.items() if name in named}
 
     def features(self, pixels: dict[str, Any], device: torch.device) -> Any:
         """The features of pictures as the class's own forward pass takes them, without gradients where no weight of a

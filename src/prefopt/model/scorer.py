@@ -78,6 +78,7 @@ class PackedModel(torch.nn.Module):
         config = causal.config.get_text_config()
         self.reason = sharing_obstacle(causal, config) if share else "sharing is switched off"
         self.reason = self.reason or (picture_obstacle(causal) if pictures else None)
+        self.pictures = pictures
         self.layout = PackLayout(self.reason is None, rope_limit(config))
         self.attention = attention
         self.compiled: CompiledLayers | None = None

@@ -68,9 +68,12 @@ class PictureProcessor:
     def _call(self, pictures: Sequence[Picture]) -> Mapping[str, Any]:
         images = [decoded(picture) for picture in pictures]
         try:
-            text = {"add_special_tokens": False, "return_text_replacement_offsets": True}
             found: Mapping[str, Any] = self._inner(
-                images=images, text=[self.token * len(images)], return_tensors="pt", text_kwargs=text
+                images=images,
+                text=[self.token * len(images)],
+                return_tensors="pt",
+                return_text_replacement_offsets=True,
+                text_kwargs={"add_special_tokens": False},
             )
             return found
         except UserError:
@@ -182,4 +185,3 @@ def _class_of(folder: str, settings: Mapping[str, Any], tokenizer: Tokenizer) ->
         if isinstance(name, str) and name.endswith("Processor") and hasattr(transformers, name):
             return getattr(transformers, name)
     raise ModelError(f"{folder}: no class of transformers is named for its processor; copy {FILES[1]} again")
-
