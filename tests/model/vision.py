@@ -41,7 +41,8 @@ TOWER: dict[str, Any] = {
     "image_size": 16,
     "patch_size": 4,
 }
-_MROPE = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0, "mrope_interleaved": True}
+_SECTIONS = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
+_MROPE = {**_SECTIONS, "mrope_interleaved": True}
 _QWEN_PIXELS = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
 _QWEN_PIXELS = {**_QWEN_PIXELS, "size": {"shortest_edge": 64, "longest_edge": 1024}}
 _QWEN_TOKENS = {
@@ -73,7 +74,7 @@ _IDEFICS = {"text_config": {**TEXT, "model_type": "llama"}, "vision_config": TOW
 FAMILIES: dict[str, tuple[dict[str, Any], str, dict[str, Any], dict[str, str], dict[str, Any]]] = {
     "qwen2_5_vl": (
         {
-            "text_config": {**TEXT, "rope_parameters": _MROPE},
+            "text_config": {**TEXT, "rope_parameters": _SECTIONS},
             "vision_config": {
                 **{"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4},
                 **{"out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1]},
@@ -149,21 +150,6 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, dict[str, Any], dict[str, str], d
         },
         {"image_seq_length": 4},
     ),
-    "mistral3": (
-        {
-            "text_config": {**TEXT, "model_type": "mistral", "sliding_window": None},
-            "vision_config": {**TOWER, "model_type": "pixtral", "image_size": 32, "head_dim": 8},
-            "spatial_merge_size": 2,
-        },
-        "PixtralProcessor",
-        {
-            "image_processor_type": "PixtralImageProcessor",
-            "size": {"longest_edge": 32},
-            "patch_size": {"height": 4, "width": 4},
-        },
-        {"image": "[IMG]", "break": "[IMG_BREAK]", "end": "[IMG_END]"},
-        {"patch_size": 4, "spatial_merge_size": 2},
-    ),
     "qwen3_5": (
         {
             "text_config": {
@@ -185,7 +171,6 @@ PLACES = {
     "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "gemma3": "<start_of_image>",
     "internvl": "<IMG_CONTEXT>\n",
-    "mistral3": "[IMG]",
     **dict.fromkeys(("llava", "smolvlm", "idefics3"), "<image>"),
 }
 PLACES |= dict.fromkeys(("qwen3_vl", "qwen3_5"), PLACES["qwen2_5_vl"])
