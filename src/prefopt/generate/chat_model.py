@@ -12,11 +12,12 @@ from http.client import HTTPException, HTTPResponse
 from typing import Any
 
 from prefopt.data.chat.render import Renderer
+from prefopt.data.layouts.messages import write_parts
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.data.validate import Problem
 from prefopt.errors import ConfigError, RunError
 from prefopt.generate.model_io import CONTEXT_TOKENS, SampledModel, continuation
-from prefopt.generate.sampler import Ids, SamplingParams
+from prefopt.generate.sampler import Ids, PicturedIds, SamplingParams
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.records import Comparison, Message
 
@@ -85,9 +86,7 @@ class LocalChatModel:
         found = next(iter(self._renderer.prompts([prompt])))
         if isinstance(found, Problem):
             raise RunError(f"the chat template cannot render this: {found.what}")
-        if found.pictures:
-            raise RunError("this model is not given pictures while it chats")
-        return found.ids
+        return PicturedIds(found.ids, found.pictures) if found.pictures else found.ids
 
     def _stream(self, ids: Ids, attempt: int, stops: Sequence[str]) -> Iterator[str]:
         text = TextStream(self.model.tokenizer, ids, stops=stops)
@@ -178,7 +177,7 @@ class RemoteChatModel:
 
     def answer(self, messages: Messages, attempt: int) -> Iterator[str]:
         """Raises :class:`ContextLengthError` where the server refuses the length."""
-        turns = [{"role": m.role, "content": m.content} for m in messages]
+        turns = [{"role": m.role, "content": write_parts(m, urls=True) if m.pictures else m.content} for m in messages]
         yield from self._stream("chat/completions", {"messages": turns}, attempt)
 
     def complete(self, text: str, attempt: int) -> Iterator[str]:

@@ -21,19 +21,49 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from prefopt.data.group import Group, IntArray
+from prefopt.data.group import Group, IntArray, Pictures
 from prefopt.errors import ConfigError
 from prefopt.model.packing import packed_batches
 from prefopt.model.scorer import Scorer
 
 FloatArray = npt.NDArray[np.float64]
+
+
+class PicturedIds(Sequence[int]):
+    """Token ids [P] of a prompt with the pictures that some of them stand for."""
+
+    def __init__(self, ids: IntArray, pictures: Pictures) -> None:
+        self.ids, self.pictures = ids, pictures
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.ids[index]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> IntArray:
+        return np.array(self.ids, dtype, copy=copy)
+
+    def tobytes(self) -> bytes:
+        """What identifies the prompt: its ids, and its pictures with their places."""
+        held = (p.picture.digest + p.start.to_bytes(8, "little") for p in self.pictures)
+        return self.ids.tobytes() + b"".join(held)
+
+
 Ids = Sequence[int] | IntArray
+
+
+def pictures_in(prompt: Ids) -> Pictures:
+    """The pictures of a prompt."""
+    return prompt.pictures if isinstance(prompt, PicturedIds) else ()
+
+
 ProgressCallback = Callable[[int, int], None]
 """Called with the number of samples that ended and of tokens drawn since the last call; may raise to stop the sampler.
 Both are negative where a batch ran out of memory and will be drawn again."""
@@ -46,7 +76,8 @@ class SamplingParams:
     ``temperature`` divides the logits; 0 is greedy. Then ``top_k`` keeps the k likeliest tokens, then ``top_p`` the
     smallest set of likeliest tokens with this probability; tokens as likely as the last one kept stay too. The rest is
     renormalised. A sample ends with a token of ``stop`` (which it keeps, but not among its first ``min_new_tokens``),
-    after ``max_new_tokens``, or where the model's context ends.
+    after ``max_new_tokens``, or where the model's context ends. Tokens ``never`` drawn, such as that in whose place a
+    picture's features go, have no probability, whatever the other settings.
     """
 
     max_new_tokens: int
@@ -56,6 +87,7 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int | None = None
     seed: int = 0
+    never: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         good = {
@@ -71,7 +103,9 @@ class SamplingParams:
     @property
     def pure(self) -> bool:
         """Whether tokens come from the model's own distribution, so that both log-probabilities are the same."""
-        return self.temperature == 1 and self.top_p == 1 and self.top_k is None and self.min_new_tokens == 0
+        return (
+            self.temperature == 1 and self.top_p == 1 and self.top_k is None and not (self.min_new_tokens or self.never)
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,7 +173,7 @@ def occurrences(prompts: Sequence[Ids]) -> list[int]:
     seen: dict[bytes, int] = {}
     numbers = []
     for prompt in prompts:
-        key = np.asarray(prompt, np.int32).tobytes()
+        key = prompt.tobytes() if isinstance(prompt, PicturedIds) else np.asarray(prompt, np.int32).tobytes()
         numbers.append(seen.get(key, 0))
         seen[key] = numbers[-1] + 1
     return numbers
@@ -150,7 +184,8 @@ def group_of(prompt: Ids, samples: Sequence[Sample], row: int = 0) -> Group:
     start = np.asarray(prompt, np.int32)
     wholes = [np.concatenate([start, sample.ids]) for sample in samples]
     sequences = [(ids, np.arange(len(ids)) >= len(start)) for ids in wholes]
-    return Group.from_sequences(sequences, row=row, pairs=())
+    pictures = pictures_in(prompt)
+    return Group.from_sequences(sequences, row=row, pairs=(), pictures=[pictures] * len(wholes) if pictures else ())
 
 
 # -- drawing tokens --------------------------------------------------------------------------------------------
@@ -179,9 +214,11 @@ def choose(z: torch.Tensor, params: SamplingParams, key_n: torch.Tensor, step: S
 
     Without top-p, nothing waits for the device.
     """
-    w = z
+    w = z.clone() if params.never else z
+    for never in params.never:
+        w[:, never] = -math.inf
     if params.min_new_tokens and params.stop:
-        w, early = z.clone(), torch.as_tensor(step, device=z.device) < params.min_new_tokens
+        w, early = w.clone(), torch.as_tensor(step, device=z.device) < params.min_new_tokens
         for stop in params.stop:
             w[:, stop].masked_fill_(early, -math.inf)
     if params.temperature == 0:

@@ -128,6 +128,7 @@ class _SampleRun:
             config.top_p,
             config.top_k,
             config.seed,
+            model.never_drawn,
         )
         self.longest = max(map(len, self.prompts.ids)) + config.max_new_tokens
         names = ", ".join(map(str, model.tokenizer.convert_ids_to_tokens(list(stop_ids))))

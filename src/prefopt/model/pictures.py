@@ -84,6 +84,8 @@ class VisionInputs:
         device, named = row.ids.device, inspect.signature(self.body.forward).parameters
         pixels = self.processor.pixels([placed.picture for placed in row.pictures])
         grid, images = pixels.get("image_grid_thw"), row.host_ids == self.token_id
+        if int(images.sum()) != sum(int(images[p.start : p.stop].sum()) for p in row.pictures):
+            raise ModelError("a response holds the token in whose place a picture's features go; remove that row")
         found: dict[str, Any] = {"mm_encoder_outputs": {"image": self.features(pixels, device)}}
         if not shared:
             types = torch.from_numpy(images.astype(np.int64))[None].to(device)

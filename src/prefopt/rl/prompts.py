@@ -14,8 +14,9 @@ from prefopt.data.load import load_groups
 from prefopt.data.sampler import BatchSampler
 from prefopt.data.table import GroupTable
 from prefopt.data.tokenizer import Tokenizer
+from prefopt.errors import DataError
 from prefopt.generate.model_io import PromptSet, SampledModel, read_prompt_set, renderer_for
-from prefopt.generate.sampler import SamplingParams
+from prefopt.generate.sampler import SamplingParams, pictures_in
 from prefopt.model.architectures import causal_model, vocabulary_size
 from prefopt.model.scorer import Scorer
 from prefopt.train.batch import Batch
@@ -47,6 +48,7 @@ def read_prompts(
     )
     for line in prompts.summary():
         reporter.say(f"prompts: {line}")
+    start.pictures = start.pictures or any(map(pictures_in, prompts.ids))
     return prompts, start.stop_ids(renderer)
 
 
@@ -60,6 +62,8 @@ def read_rollout_prompts(
     """
     # A response that the context cuts off would be penalised through no fault of the policy.
     prompts, stop = read_prompts(config, start, rows, reporter, room=config.max_new_tokens)
+    if start.pictures:
+        raise DataError("--prompts has pictures, which PPO and RLOO do not take yet; leave those rows out")
     if repeated := len(prompts.ids) - len({ids.tobytes() for ids in prompts.ids}):
         reporter.say(f"prompts: {repeated} repeat others, whose responses count more for it")
     if config.chat_template:

@@ -16,6 +16,7 @@ from prefopt.core.options import flag
 from prefopt.data.group import Group, IntArray
 from prefopt.data.table import GroupTable
 from prefopt.errors import RunError
+from prefopt.generate.sampler import PicturedIds
 from prefopt.runs.history import RECORD, in_use, read_metrics, read_record
 
 FREE = frozenset("resume overwrite shard progress save_every keep_last output dry_run track track_project".split())
@@ -173,11 +174,12 @@ def _tidy(path: Path, record: Mapping[str, Any]) -> None:
     lock.release()
 
 
-def digest_of(many: Sequence[IntArray]) -> str:
-    """A digest of sequences of token ids, in order."""
+def digest_of(many: Sequence[IntArray | PicturedIds]) -> str:
+    """A digest of sequences of token ids with their pictures, in order."""
     digest = hashlib.blake2b(digest_size=16)
     for ids in many:
-        digest.update(len(ids).to_bytes(4, "little") + ids.astype("<i4").tobytes())
+        held = ids.tobytes() if isinstance(ids, PicturedIds) else ids.astype("<i4").tobytes()
+        digest.update(len(ids).to_bytes(4, "little") + held)
     return digest.hexdigest()
 
 

@@ -234,12 +234,16 @@ def _write_message(m: Message) -> dict[str, object]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def write_parts(m: Message) -> list[dict[str, object]]:
-    """The content of a message with pictures as parts, in order: files by their path, others as ``data:`` URLs."""
+def write_parts(m: Message, *, urls: bool = False) -> list[dict[str, object]]:
+    """The content of a message with pictures as parts, in order: files by their path, others as ``data:`` URLs; all so
+    and in OpenAI's form with ``urls``."""
     words = m.content.split(PICTURE)
     parts: list[dict[str, object]] = [{"type": "text", "text": words[0]}] if words[0] else []
     for picture, text in zip(m.pictures, words[1:], strict=True):
-        parts.append({"type": "image", "image": picture.source or data_url(picture)})
+        if urls:
+            parts.append({"type": "image_url", "image_url": {"url": data_url(picture)}})
+        else:
+            parts.append({"type": "image", "image": picture.source or data_url(picture)})
         parts += [{"type": "text", "text": text}] if text else []
     return parts
 
