@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from model.oracle import assert_same, assert_same_gradients, gradients
-from model.vision import FAMILIES, groups_of, picture, row, rows, write_folder
+from model.vision import FAMILY_PARAMS, groups_of, picture, row, rows, write_folder
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.template import Rendering
 from prefopt.data.group import Group
@@ -32,7 +32,7 @@ LOOSE = {"qwen3_5": 1e-5}
 """Gated delta networks compute part of their state in float32, whatever their weights are in."""
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=FAMILY_PARAMS)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
@@ -167,6 +168,11 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, dict[str, Any], dict[str, str], d
         {},
     ),
 }
+FAMILY_PARAMS = [
+    pytest.param(family, marks=() if family in ("qwen2_5_vl", "qwen3_vl", "llava", "gemma3") else pytest.mark.slow)
+    for family in FAMILIES
+]
+"""The families as parameters of a test; those that are built of the parts of others are slow ones."""
 PLACES = {
     "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "gemma3": "<start_of_image>",
