@@ -16,11 +16,13 @@ import pytest
 from PIL import Image
 
 from model.vision import picture, tokenizer_of, write_folder
+from prefopt.config.tools import DataCheckConfig, DataSplitConfig
 from prefopt.core.terminal import Reporter
 from prefopt.data import pictures
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.template import Rendering
-from prefopt.data.comparisons import parse_comparisons, read_comparisons
+from prefopt.data.check import run_check
+from prefopt.data.comparisons import parse_comparisons, read_comparisons, run_split
 from prefopt.data.group import Group, Placed
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.load import load_groups
@@ -265,3 +267,28 @@ def test_a_tokenizer_without_a_processor_says_so(files: Path, tmp_path: Path) ->
     path = written(files, {"images": ["a.png"], "prompt": [{"role": "user", "content": "hm"}], **ANSWERS})
     with pytest.raises(Exception, match="has no processor"):
         load_groups([str(path)], load_tokenizer(tmp_path / "bare"), reporter=Reporter("none"))
+
+
+def test_data_check_counts_pictures(model: Path, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"images": ["a.png", "b.png"], "prompt": [{"role": "user", "content": "hm"}], **ANSWERS}
+    path = written(
+        files, row, {**row, "images": ["a.png"]}, {**row, "images": [], "prompt": [{"role": "user", "content": "?"}]}
+    )
+    assert run_check(DataCheckConfig(data=[str(path)], model=str(model), json=True)) == 0
+    found = json.loads(capsys.readouterr().out)["pictures"]
+    assert (found["rows"], found["count"], found["different"], found["total_tokens"]) == (2, 3, 2, 48)
+    assert found["width"]["max"] == 20 and found["tokens"]["min"] == 16
+    assert run_check(DataCheckConfig(data=[str(path)])) == 0
+    assert "3 pictures in 2 rows, 1.5 each; 2 different" in capsys.readouterr().out
+
+
+def test_split_files_keep_their_pictures(files: Path, tmp_path: Path) -> None:
+    """Rows whose paths are relative are not copied as they are to a folder where those lead nowhere."""
+    rows = [{"images": ["a.png"], "prompt": [{"role": "user", "content": f"hm {n}"}], **ANSWERS} for n in range(4)]
+    path, other = written(files, *rows), tmp_path / "elsewhere"
+    other.mkdir()
+    outputs = {"output_train": str(other / "train.jsonl"), "output_eval": str(other / "eval.jsonl")}
+    assert run_split(DataSplitConfig(data=[str(path)], fraction=0.5, **outputs)) == 0
+    for name in outputs.values():
+        found = read_comparisons(name)
+        assert not found.problems and all(c.pictures for c in found.comparisons)

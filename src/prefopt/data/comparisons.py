@@ -229,6 +229,9 @@ def run_split(config: DataSplitConfig) -> int:
             and len(paths) == len(sources)
             and all(raw_lines(path) is not None for path in paths)
         )
+        if copied and {p.resolve().parent for p in paths} != {file.path.resolve().parent for file in files}:
+            # Relative paths of pictures would lead nowhere: such rows are written anew, with whole ones.
+            copied = not any(c.pictures for c in chain.from_iterable(readings) if isinstance(c, Comparison))
         known, problems = bytearray(), []
         for c in chain.from_iterable(readings):
             row = c if copied else _written(c, CANONICAL)

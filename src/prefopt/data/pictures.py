@@ -106,6 +106,13 @@ def decoded(picture: Picture) -> Any:
         return ImageOps.exif_transpose(image).convert("RGB")
 
 
+def reencoded(picture: Picture) -> Picture:
+    """The picture as PNG, of the same pixels, without metadata. Raises as :func:`decoded`."""
+    written = io.BytesIO()
+    decoded(picture).save(written, "PNG")
+    return of_bytes(written.getvalue())
+
+
 def data_url(picture: Picture) -> str:
     """The picture as a ``data:`` URL."""
     data = bytes_of(picture)
