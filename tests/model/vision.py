@@ -151,6 +151,31 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, dict[str, Any], dict[str, str], d
         },
         {"image_seq_length": 4},
     ),
+    "gemma4": (
+        {
+            "text_config": {
+                **TEXT,
+                **{"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+                **{"global_head_dim": 16, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0},
+                "vocab_size_per_layer_input": 400,
+                "use_bidirectional_attention": "vision",
+            },
+            "vision_config": {**TOWER, "num_key_value_heads": 2, "head_dim": 8, "pooling_kernel_size": 2},
+            "audio_config": None,
+        },
+        "Gemma4Processor",
+        {
+            "image_processor_type": "Gemma4ImageProcessor",
+            "patch_size": 4,
+            "max_soft_tokens": 70,
+            "pooling_kernel_size": 2,
+        },
+        {
+            **{"image": "<|image|>", "boi": "<|image>", "eoi": "<image|>", "video": "<|video|>"},
+            **{"audio": "<|audio|>", "boa": "<|audio>", "eoa": "<audio|>"},
+        },
+        {},
+    ),
     "qwen3_5": (
         {
             "text_config": {
@@ -177,6 +202,7 @@ PLACES = {
     "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "gemma3": "<start_of_image>",
     "internvl": "<IMG_CONTEXT>\n",
+    "gemma4": "<|image|>",
     **dict.fromkeys(("llava", "smolvlm", "idefics3"), "<image>"),
 }
 PLACES |= dict.fromkeys(("qwen3_vl", "qwen3_5"), PLACES["qwen2_5_vl"])

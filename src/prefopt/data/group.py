@@ -16,6 +16,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,27 @@ class Placed:
 
 
 Pictures = tuple[Placed, ...]
+
+
+class PicturedIds(Sequence[int]):
+    """Token ids [P] of a prompt with the pictures that some of them stand for."""
+
+    def __init__(self, ids: IntArray, pictures: Pictures) -> None:
+        self.ids, self.pictures = ids, pictures
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.ids[index]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> IntArray:
+        return np.array(self.ids, dtype, copy=copy)
+
+    def tobytes(self) -> bytes:
+        """What identifies the prompt: its ids, and its pictures with their places."""
+        held = (p.picture.digest + p.start.to_bytes(8, "little") for p in self.pictures)
+        return self.ids.tobytes() + b"".join(held)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,12 +12,13 @@ from http.client import HTTPException, HTTPResponse
 from typing import Any
 
 from prefopt.data.chat.render import Renderer
+from prefopt.data.group import PicturedIds
 from prefopt.data.layouts.messages import write_parts
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.data.validate import Problem
 from prefopt.errors import ConfigError, RunError
 from prefopt.generate.model_io import CONTEXT_TOKENS, SampledModel, continuation
-from prefopt.generate.sampler import Ids, PicturedIds, SamplingParams
+from prefopt.generate.sampler import Ids, SamplingParams
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.records import Comparison, Message
 

@@ -23,11 +23,11 @@ from prefopt.data.chat.template import Rendering
 from prefopt.data.comparisons import open_comparisons
 from prefopt.data.files.content import DAMAGED, damaged, look
 from prefopt.data.files.sources import MemoryOrigin, Source, find_sources
-from prefopt.data.group import IntArray
+from prefopt.data.group import IntArray, PicturedIds
 from prefopt.data.tokenizer import Tokenizer, tokenizer_digest
 from prefopt.data.validate import Problem, check, convert, describe, refuse, refused_rows
 from prefopt.errors import ConfigError, DataError
-from prefopt.generate.sampler import Ids, PicturedIds
+from prefopt.generate.sampler import Ids
 from prefopt.model.architectures import context_length
 from prefopt.model.load import base_and_adapter, load_config, load_model
 from prefopt.model.precision import MasterWeights, disable_dropout, resolve_device, resolve_dtype

@@ -21,41 +21,18 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from prefopt.data.group import Group, IntArray, Pictures
+from prefopt.data.group import Group, IntArray, PicturedIds, Pictures
 from prefopt.errors import ConfigError
 from prefopt.model.packing import packed_batches
 from prefopt.model.scorer import Scorer
 
 FloatArray = npt.NDArray[np.float64]
-
-
-class PicturedIds(Sequence[int]):
-    """Token ids [P] of a prompt with the pictures that some of them stand for."""
-
-    def __init__(self, ids: IntArray, pictures: Pictures) -> None:
-        self.ids, self.pictures = ids, pictures
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.ids[index]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> IntArray:
-        return np.array(self.ids, dtype, copy=copy)
-
-    def tobytes(self) -> bytes:
-        """What identifies the prompt: its ids, and its pictures with their places."""
-        held = (p.picture.digest + p.start.to_bytes(8, "little") for p in self.pictures)
-        return self.ids.tobytes() + b"".join(held)
-
-
 Ids = Sequence[int] | IntArray
 
 

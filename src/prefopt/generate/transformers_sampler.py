@@ -20,7 +20,6 @@ from prefopt.generate.packed_linear import FEWEST_ROWS, packed_linears
 from prefopt.generate.sampler import Ids, ProgressCallback, Sample, SamplingParams, occurrences, pictures_in
 from prefopt.model.architectures import attention_shapes, causal_model, context_length, vocabulary_size
 from prefopt.model.costs import MEMORY_ERRORS, free_memory, halved
-from prefopt.model.pictures import picture_obstacle
 from prefopt.model.scorer import Scorer
 
 log = logging.getLogger(__name__)
@@ -125,7 +124,7 @@ class TransformersSampler:
             yield
 
     def _check(self, prompts: Sequence[Ids], params: SamplingParams) -> None:
-        if any(map(pictures_in, prompts)) and (self._decoder is not SlotDecoder or picture_obstacle(self._model)):
+        if any(map(pictures_in, prompts)) and self._decoder is not SlotDecoder:
             name = type(self._model).__name__
             raise ModelError(f"{name} is sampled from with its own cache, which takes no pictures here")
         size = vocabulary_size(self._model)

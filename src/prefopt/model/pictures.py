@@ -26,8 +26,10 @@ from prefopt.model.kernels.blocks import Block, Blocks
 from prefopt.model.packing import ForwardPass
 from prefopt.records import Picture
 
-SHARED = frozenset("gemma3 idefics3 internvl llava qwen2_5_vl qwen2_vl qwen3_5 qwen3_vl qwen3_vl_moe smolvlm".split())
-"""Model types whose rows with pictures share prefixes, as tests show; those of others are scored apart."""
+FAMILIES = frozenset(
+    "gemma3 gemma4 idefics3 internvl llava qwen2_5_vl qwen2_vl qwen3_5 qwen3_vl qwen3_vl_moe smolvlm".split()
+)
+"""Types of models that are given pictures: those that tests show to equal their class's own forward."""
 BIDIRECTIONAL = {"gemma3": "all", "gemma4": "sliding"}
 """Types in which the image tokens of a picture see each other, and in which layers."""
 
@@ -53,13 +55,6 @@ def tower_names(model: PreTrainedModel) -> set[str]:
     return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in inside}
 
 
-def picture_obstacle(model: PreTrainedModel) -> str | None:
-    """Why rows with pictures cannot share a prefix, in one line; None where they can."""
-    if model.config.model_type in SHARED:
-        return None
-    return f"{type(model).__name__} is not among the vision-language models that are known to share pictures"
-
-
 class VisionInputs:
     """Inputs of one vision-language model for rows with pictures. Raises :class:`ModelError` for a model without a
     tower or a processor, such as a language model that was loaded without its tower."""
@@ -68,6 +63,8 @@ class VisionInputs:
         name = type(model).__name__
         if not takes_pictures(model):
             raise ModelError(f"{name} takes no pictures, which some rows have: give a vision-language model")
+        if model.config.model_type not in FAMILIES:
+            raise ModelError(f"{name} is not given pictures yet; the families that are: {', '.join(sorted(FAMILIES))}")
         self.model = model
         self.body: Any = body_of(model)
         self.token_id = _image_token(model)

@@ -48,7 +48,7 @@ from prefopt.model.kernels.head_class import Head, head_of
 from prefopt.model.kernels.shared import segments_tensor
 from prefopt.model.offload import HeldElsewhere, HostActivations
 from prefopt.model.packing import ForwardPass, PackedBatch, PackLayout
-from prefopt.model.pictures import VisionInputs, attention_configs, own_attention, picture_obstacle
+from prefopt.model.pictures import VisionInputs, attention_configs, own_attention
 from prefopt.model.recurrence.mixers import mask_for, mixers_of, share_prefixes
 
 if TYPE_CHECKING:
@@ -77,7 +77,6 @@ class PackedModel(torch.nn.Module):
             raise ModelError(f"{type(causal).__name__} is an encoder-decoder; prefopt trains causal language models")
         config = causal.config.get_text_config()
         self.reason = sharing_obstacle(causal, config) if share else "sharing is switched off"
-        self.reason = self.reason or (picture_obstacle(causal) if pictures else None)
         self.pictures = pictures
         self.layout = PackLayout(self.reason is None, rope_limit(config))
         self.attention = attention

@@ -28,6 +28,7 @@ from prefopt.core.plugins import installed_version
 from prefopt.errors import ModelError, UserError, first_line
 from prefopt.model.architectures import architectures_of
 from prefopt.model.costs import out_of_memory
+from prefopt.model.pictures import FAMILIES
 
 log = logging.getLogger(__name__)
 
@@ -80,10 +81,10 @@ def refuse_packed(name: str, config: Any, *, adapter: bool, merged: bool = False
 
 def language_class(config: Any, *, pictures: bool = False) -> Any:
     """The auto class of transformers that loads a model: with its vision tower where it takes ``pictures``, or where
-    its language model is not loaded by itself."""
+    its language model is not loaded by itself and its family is one that is known."""
     causal: Any = AutoModelForCausalLM._model_mapping
     whole: Any = AutoModelForImageTextToText._model_mapping
-    if type(config) in whole and (pictures or type(config) not in causal):
+    if type(config) in whole and (pictures or (type(config) not in causal and config.model_type in FAMILIES)):
         return AutoModelForImageTextToText
     return AutoModelForCausalLM
 

@@ -13,10 +13,9 @@ from filelock import FileLock, Timeout
 
 from prefopt.core.files import output_errors, remove_folder, remove_leftovers, write_json
 from prefopt.core.options import flag
-from prefopt.data.group import Group, IntArray
+from prefopt.data.group import Group, IntArray, PicturedIds
 from prefopt.data.table import GroupTable
 from prefopt.errors import RunError
-from prefopt.generate.sampler import PicturedIds
 from prefopt.runs.history import RECORD, in_use, read_metrics, read_record
 
 FREE = frozenset("resume overwrite shard progress save_every keep_last output dry_run track track_project".split())
