@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
 from model.oracle import assert_same, assert_same_gradients, gradients
 from model.vision import FAMILY_PARAMS, groups_of, picture, row, rows, write_folder
@@ -20,6 +21,7 @@ from prefopt.data.pictures import decoded
 from prefopt.data.tokenizer import load_tokenizer
 from prefopt.errors import ModelError
 from prefopt.model.architectures import body_of, causal_model
+from prefopt.model.check import CLONE_TOLERANCE, clone_difference, tiny_clone
 from prefopt.model.load import load_model
 from prefopt.model.packing import pack
 from prefopt.model.scalar import ScalarScorer, load_scalar
@@ -183,3 +185,11 @@ def test_a_language_model_takes_no_pictures(tmp_path: Path) -> None:
     scorer = Scorer(text)
     with pytest.raises(ModelError, match="takes no pictures"):
         scorer(pack(groups, scorer.layout))
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "llava", "gemma3"])
+def test_the_load_check_builds_a_small_copy(kind: str) -> None:
+    """Of the language model where that has a class of its own, else with a small tower; of the families' real sizes."""
+    clone = tiny_clone(AutoConfig.for_model(kind))
+    assert clone is not None
+    assert clone_difference(clone) < CLONE_TOLERANCE
