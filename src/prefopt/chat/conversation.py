@@ -229,10 +229,12 @@ class Chat:
             self._vote(order, prompt, answers)
 
     def _take_back(self) -> None:
-        """Forget the last message of the user and what followed."""
+        """Forget the last message of the user and what followed; its pictures go with the next one."""
         for participant in self.participants:
-            while participant.messages and participant.messages.pop().role != "user":
-                pass
+            while participant.messages and (taken := participant.messages.pop()):
+                if taken.role == "user":
+                    self._pictures = list(taken.pictures)
+                    break
 
     def _answer_chunks(self, participant: Participant) -> Iterator[str]:
         messages = whole = with_system(self.system, participant.messages)
