@@ -67,6 +67,11 @@ class PicturedIds(Sequence[int]):
         return self.ids.tobytes() + b"".join(held)
 
 
+def pictures_in(prompt: object) -> Pictures:
+    """The pictures of a prompt."""
+    return prompt.pictures if isinstance(prompt, PicturedIds) else ()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Continuation:
     """What one response adds to the shared prefix: ``ids`` and ``trained``, both [R], and its pictures."""

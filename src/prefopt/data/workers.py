@@ -26,7 +26,7 @@ from typing import Any
 
 from prefopt.data.chat.render import Rendered, Renderer
 from prefopt.data.chat.template import Rendering
-from prefopt.data.group import Group
+from prefopt.data.group import Group, PicturedIds, pictures_in
 from prefopt.data.table import Array, TableBuilder
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.data.validate import DataKind, Problem, Warnings, validate
@@ -95,7 +95,8 @@ class Preparer:
             if isinstance(prompt, Problem):
                 yield prompt
             else:
-                yield Rendered(Group(prompt.ids, (), comparison.row, (), pictures=prompt.pictures))
+                ids = prompt.ids if isinstance(prompt, PicturedIds) else prompt
+                yield Rendered(Group(ids, (), comparison.row, (), pictures=pictures_in(prompt)))
 
 
 def chunks(rows: Iterable[ParsedRow]) -> Iterator[list[ParsedRow]]:

@@ -12,7 +12,6 @@ from http.client import HTTPException, HTTPResponse
 from typing import Any
 
 from prefopt.data.chat.render import Renderer
-from prefopt.data.group import PicturedIds
 from prefopt.data.layouts.messages import write_parts
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.data.validate import Problem
@@ -87,7 +86,7 @@ class LocalChatModel:
         found = next(iter(self._renderer.prompts([prompt])))
         if isinstance(found, Problem):
             raise RunError(f"the chat template cannot render this: {found.what}")
-        return PicturedIds(found.ids, found.pictures) if found.pictures else found.ids
+        return found
 
     def _stream(self, ids: Ids, attempt: int, stops: Sequence[str]) -> Iterator[str]:
         text = TextStream(self.model.tokenizer, ids, stops=stops)

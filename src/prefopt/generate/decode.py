@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from prefopt.data.group import pictures_in
 from prefopt.data.table import IndexArray
 from prefopt.generate.packed_linear import is_packed
-from prefopt.generate.sampler import Ids, pictures_in
+from prefopt.generate.sampler import Ids
 from prefopt.generate.slots import HOOK, Filling, Slots
 from prefopt.model.architectures import body_of, causal_model
 from prefopt.model.costs import count_pass, out_of_memory, uncounted

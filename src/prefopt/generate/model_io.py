@@ -167,18 +167,16 @@ class PromptSet:
                 self.problems += problems
             else:
                 good.append(prompt)
-        for prompt, found in zip(good, renderer.prompts(good), strict=True):
-            if isinstance(found, Problem):
-                self.problems.append(found)
-                continue
-            ids = found.ids
-            if context is not None and len(ids) + room > context:
+        for prompt, ids in zip(good, renderer.prompts(good), strict=True):
+            if isinstance(ids, Problem):
+                self.problems.append(ids)
+            elif context is not None and len(ids) + room > context:
                 more = "" if room == 1 else f" --max-new-tokens {room} more are wanted, and"
                 what = f"has {len(ids)} tokens,{more or ' and'} the model's context is {context}"
                 self.problems.append(Problem("prompt too long", prompt.row, what, prompt.file))
             else:
                 self.rows.append(prompt)
-                self.ids.append(PicturedIds(ids, found.pictures) if found.pictures else ids)
+                self.ids.append(ids)
 
 
 def read_prompt_set(

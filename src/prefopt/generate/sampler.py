@@ -27,18 +27,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from prefopt.data.group import Group, IntArray, PicturedIds, Pictures
+from prefopt.data.group import Group, IntArray, PicturedIds, pictures_in
 from prefopt.errors import ConfigError
 from prefopt.model.packing import packed_batches
 from prefopt.model.scorer import Scorer
 
 FloatArray = npt.NDArray[np.float64]
 Ids = Sequence[int] | IntArray
-
-
-def pictures_in(prompt: Ids) -> Pictures:
-    """The pictures of a prompt."""
-    return prompt.pictures if isinstance(prompt, PicturedIds) else ()
 
 
 ProgressCallback = Callable[[int, int], None]

@@ -13,11 +13,12 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
+from prefopt.data.group import pictures_in
 from prefopt.errors import ModelError, first_line
 from prefopt.generate.batch import Job, Queue, SampleBatch
 from prefopt.generate.decode import Decoder, SlotDecoder, WholeDecoder, decoder_of
 from prefopt.generate.packed_linear import FEWEST_ROWS, packed_linears
-from prefopt.generate.sampler import Ids, ProgressCallback, Sample, SamplingParams, occurrences, pictures_in
+from prefopt.generate.sampler import Ids, ProgressCallback, Sample, SamplingParams, occurrences
 from prefopt.model.architectures import attention_shapes, causal_model, context_length, vocabulary_size
 from prefopt.model.costs import MEMORY_ERRORS, free_memory, halved
 from prefopt.model.scorer import Scorer

@@ -10,13 +10,14 @@ from prefopt.config.sample import SampleConfig
 from prefopt.core.terminal import Reporter
 from prefopt.data.chat.template import Rendering, parse_variables, read_template
 from prefopt.data.chat.truncate import sequence_limit
+from prefopt.data.group import pictures_in
 from prefopt.data.load import load_groups
 from prefopt.data.sampler import BatchSampler
 from prefopt.data.table import GroupTable
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import DataError
 from prefopt.generate.model_io import PromptSet, SampledModel, read_prompt_set, renderer_for
-from prefopt.generate.sampler import SamplingParams, pictures_in
+from prefopt.generate.sampler import SamplingParams
 from prefopt.model.architectures import causal_model, vocabulary_size
 from prefopt.model.scorer import Scorer
 from prefopt.train.batch import Batch

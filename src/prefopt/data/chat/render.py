@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
-from typing import NamedTuple
 
 import numpy as np
 
@@ -32,7 +31,7 @@ from prefopt.data.chat.template import (
     strip_reasoning,
 )
 from prefopt.data.chat.truncate import Sequences, Shortener, prompt_excess, truncate, windows
-from prefopt.data.group import BoolArray, Group, IntArray, Pictures
+from prefopt.data.group import BoolArray, Group, IntArray, PicturedIds, Pictures
 from prefopt.data.pictures import BAD_PICTURE, BadPicture
 from prefopt.data.tokenizer import Tokenizer, end_marks, eos_id, leading_ids, tokenizer_digest
 from prefopt.data.validate import Problem, Warnings, warning_lines
@@ -67,13 +66,6 @@ class Rendered:
     prompt_cut: int = 0
     responses_cut: tuple[int, ...] = ()
     more: tuple[Group, ...] = ()
-
-
-class Prompt(NamedTuple):
-    """The token ids [P] of a prompt, and its pictures."""
-
-    ids: IntArray
-    pictures: Pictures = ()
 
 
 class Renderer:
@@ -146,8 +138,8 @@ class Renderer:
                 result = replace(result, prompt_cut=result.prompt_cut + longest - left)
             yield result
 
-    def prompts(self, comparisons: Iterable[Comparison]) -> Iterator[Prompt | Problem]:
-        """Each prompt with its generation prompt as tokens, or the problem that prevents it, in order.
+    def prompts(self, comparisons: Iterable[Comparison]) -> Iterator[IntArray | PicturedIds | Problem]:
+        """Token ids [P] of each prompt with its generation prompt, or the problem that prevents it, in order.
 
         This is the input for sampling. Trained sequences begin with it, except in rows with the warning ``ELSEWHERE``.
         Responses are ignored, and nothing is truncated.
@@ -157,11 +149,10 @@ class Renderer:
                 yield found
                 continue
             ((ids, _),) = found
-            yield (
-                Prompt(ids, *pictures)
-                if len(ids)
-                else Problem("empty prompt", c.row, "the prompt has no token", c.file)
-            )
+            if len(ids):
+                yield PicturedIds(ids, *pictures) if any(pictures) else ids
+            else:
+                yield Problem("empty prompt", c.row, "the prompt has no token", c.file)
 
     def _tokenized(
         self, comparisons: Iterable[Comparison], render: Callable[[Comparison], list[RenderedText] | Problem]

@@ -128,7 +128,7 @@ class Layout:
         object.__setattr__(self, "fields", fields)
         if not self.name.endswith("-text"):
             object.__setattr__(self, "optional", (*self.optional, PICTURES))
-            object.__setattr__(self, "aliases", {"image": PICTURES, **self.aliases})
+            object.__setattr__(self, "aliases", {**self.aliases, "image": PICTURES})
         object.__setattr__(self, "known", frozenset((*fields, *self.optional)))
         if self.own_columns is None and set(SCORES) <= self.known:
             object.__setattr__(self, "own_columns", scored_sides)
