@@ -5,7 +5,7 @@ Two tables:
 - every family of ``tests/model/families.py``, built in miniature: shared or separate, and why;
 - a step (scores and gradients of ``--groups`` prompts with two responses each) of random hybrids, shared and with a row
   for each response, and of their dense twin, a Llama of the same width and depth. Of tokens alone a prompt of twice the
-  response gives 4 / 6. Sides take turns, and the median is told; the ratio is taken within each round. Seconds are the
+  response gives 4 / 6. Sides take turns; medians are printed, and the ratio within each round. Seconds are the
   processor's, of one thread: other programs on the machine disturb those least.
 """
 

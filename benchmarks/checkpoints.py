@@ -46,7 +46,7 @@ def as_before(folder: Path, found: Checkpoint) -> None:
 
 
 def forget_peak() -> None:
-    """From here on the peak is counted anew."""
+    """Reset the peak."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -2,8 +2,8 @@
 
 Forward and backward passes of the benchmark's Llama (40M parameters, random weights) over packed pairs, by the layers
 as they are and compiled, in turn in one process: the ratio is that of the medians, and holds on a busy machine too. The
-rows differ in length and in the number of pairs, so that graphs that depend on shapes would be compiled anew; how many
-were made, and how far values and gradients are apart, is told as well.
+rows differ in length and in the number of pairs, so that graphs that depend on shapes would be recompiled; how many
+were made, and how far values and gradients are apart, is printed as well.
 """
 
 from __future__ import annotations

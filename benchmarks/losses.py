@@ -9,7 +9,7 @@ tables:
   in parts.
 - the loss functions alone, forward and backward, on vectors of ``--rows`` pairs: what they add to a step.
 
-Rounds are taken in turn, so that a machine that slows down slows all down; the median is told.
+Rounds are taken in turn, so that a machine that slows down slows all down; the median is printed.
 """
 
 from __future__ import annotations

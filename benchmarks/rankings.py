@@ -8,7 +8,7 @@ A training step of the Plackett-Luce loss (forward, loss, backward) on groups of
 - separate, together: the same K sequences in one row, so that what rows of their own cost by themselves is seen apart.
 
 The model is a random Llama, prompts and responses are random tokens of fixed lengths; both ways must give the same
-loss. Rounds are taken in turn, the first one warms up, medians are told. The bar is shared / separate at K = 8 with a
+loss. Rounds are taken in turn, the first warms up, medians are printed. The bar is shared / separate at K = 8 with a
 prompt twice as long as a response: at most 0.45. By the body's tokens alone it would be (P + K R) / (K (P + R)) =
 10 / 24 = 0.42; the head works on the same K R tokens either way. "By arithmetic" counts both, and attention. The
 vocabulary is small by default, so that the head has the share of the weights (4 %) that it has in models of billions.

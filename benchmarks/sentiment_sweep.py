@@ -42,7 +42,7 @@ def save(folder: Path, file: Path) -> int:
 
 def _rounded(point: Mapping[str, Any]) -> dict[str, Any]:
     """``point`` with numbers of prompts of few digits."""
-    short = {name: [round(x, DIGITS) for x in point.get(name, ())] for name in ("rewards", "kls", "earlier")}
+    short = {name: [round(x, DIGITS) for x in point.get(name, ())] for name in ("rewards", "kls", "earlier", "judged")}
     return {**point, **short}
 
 

@@ -1,6 +1,6 @@
 """One DPO run with TRL, measured. Runs in TRL's own environment: python trl_dpo.py SPEC.json
 
-SPEC holds the fields of `dpo_throughput.Spec`. After every step the answer is written anew to the file `result` names,
+SPEC holds the fields of `dpo_throughput.Spec`. After every step the answer is rewritten to the file `result` names,
 so that a run that is stopped leaves what it did: step_seconds (one per optimiser step, the warm-up first), metrics (one
 dict per step), peak_bytes, versions, settings.
 

@@ -13,7 +13,7 @@ MARKS = re.compile(r"(<!-- (layouts|precedence) -->\n).*?(<!-- end -->)", re.S)
 
 
 def written(page: str) -> str:
-    """The page with what stands between its marks as the layouts are now."""
+    """The page with the text between its marks made from the layouts."""
     precedence = " > ".join(f"`{name}`" for name in LAYOUTS) + "\n"
     layouts = "\n".join(_family(*family) for family in families(LAYOUTS.values()).items())
     parts = {"layouts": layouts, "precedence": precedence}

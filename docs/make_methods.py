@@ -50,7 +50,7 @@ TITLE = "{name}: the loss on the left, its gradient on the right"
 
 
 def written(page: str) -> str:
-    """The page with what stands between its marks as the declarations are now."""
+    """The page with the text between its marks made from the declarations."""
     weightings = "\n".join(_section(w) for w in WEIGHTINGS.values())
     parts = {"losses": _losses(), "weightings": weightings, "inputs": _inputs(), "training": _training()}
     return MARKS.sub(lambda found: f"{found[1]}\n{parts[found[2]]}\n{found[3]}", page)

@@ -7,7 +7,11 @@ answers at temperature 0. A count that differs is another chat template, or one 
 The folder computes in the precision of the server (--dtype: what the server was started with). Answers may still part
 where two tokens are about equally likely, since kernels add in different orders. So where they part, the folder's model
 is asked how much less likely the server's word is: a difference that rounding can make is a near tie, a larger one is
-other weights, or a coarse quantisation. Exit status 0: nothing differs that should not; 1: something does.
+other weights, or a coarse quantisation.
+
+Where the server gives log-probabilities, they are compared too: of every token of 32 prompts where it echoes prompts
+(vLLM), else of the tokens of its answers. The largest and the mean difference are printed, beside what rounding to the
+server's precision explains. Exit status 0: nothing differs that should not; 1: something does.
 
 A folder without a chat template is asked to continue text.
 """
@@ -23,27 +27,33 @@ import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import prefopt
+from prefopt.export.scores import Difference, Floats, stored_prompts, token_logprobs
+from prefopt.model.architectures import context_length
 
 QUESTIONS = ("Hello!", "Name three colours.", "Grüße aus 北京 – what is 12 × 12?")
 LIKELY = 256
 """Tokens among which the server's is looked for."""
 ORDER = 1e-3
 """How far logits in float32 may move, in nats, when sums are taken in another order."""
+KERNELS = 4
+"""How many times as far as rounding on this machine moves log-probabilities other kernels may move them."""
+ABSENT, REFUSED = (404, 405, 501), (400, 422)
 
 
-def ask(url: str, body: dict[str, Any] | None, key: str | None) -> Any:
-    """The JSON that a server answers; none where it has no such address."""
+def ask(url: str, body: dict[str, Any] | None, key: str | None, *, optional: bool = False) -> Any:
+    """The JSON that a server answers; none where it has no such address, or refuses what is ``optional``."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(url, json.dumps(body).encode() if body is not None else None, headers)
     try:
         with urllib.request.urlopen(request, timeout=300) as response:
             return json.loads(response.read())
     except urllib.error.HTTPError as error:
-        if error.code in (404, 405, 501):
+        if error.code in ABSENT or (optional and error.code in REFUSED):
             return None
         raise SystemExit(f"{url}: the server answers {error.code}: {error.read().decode('utf-8', 'replace')}") from None
     except OSError as error:
@@ -61,6 +71,7 @@ class Folder:
     def __post_init__(self) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(self.path)
         self.chat = self.tokenizer.chat_template is not None
+        self.context = context_length(AutoConfig.from_pretrained(self.path))
         self.models: list[Any] = []
 
     def ids(self, prompt: Any) -> list[int]:
@@ -100,16 +111,24 @@ class Folder:
         special = token in self.tokenizer.all_special_ids
         return special if self.text(ids) == there else not special and there.startswith(self.text([*ids, token]))
 
+    def logprobs(self, rows: list[list[int]]) -> tuple[list[Floats], list[Floats]]:
+        """Log-probability of every token but the first of each row, in float32 and in the server's precision."""
+        exact, rounded = (token_logprobs(self._model(which), rows) for which in range(2))
+        return exact, rounded
+
     @torch.no_grad()
     def _logits(self, which: int, ids: list[int]) -> torch.Tensor:
+        model = self._model(which)
+        logits: torch.Tensor = model(torch.tensor([ids], device=model.device)).logits[0, -1].float().cpu()
+        return logits
+
+    def _model(self, which: int) -> Any:
         if not self.models:
             self.models = [
                 AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype).to(self.device or "cpu").eval()
                 for dtype in (torch.float32, getattr(torch, self.dtype))
             ]
-        model = self.models[which]
-        logits: torch.Tensor = model(torch.tensor([ids], device=model.device)).logits[0, -1].float().cpu()
-        return logits
+        return self.models[which]
 
 
 def same_prompt(ids: list[int], theirs: list[int] | None, count: int | None) -> bool:
@@ -142,6 +161,67 @@ def same_answer(folder: Folder, prompt: list[int], mine: list[int], there: str) 
     return near
 
 
+def prompt_logprobs(base: str, model: str, key: str | None, rows: list[list[int]]) -> list[Floats] | None:
+    """The server's log-probability of every token but the first of each row; none where it echoes no prompts."""
+    found: list[Floats] = []
+    for ids in rows:
+        body = {"model": model, "prompt": ids, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
+        answered = ask(f"{base}/completions", body, key, optional=True)
+        values = ((answered or {"choices": [{}]})["choices"][0].get("logprobs") or {}).get("token_logprobs") or []
+        if len(values) < len(ids) or any(value is None for value in values[1 : len(ids)]):
+            return None
+        found.append(np.array(values[1 : len(ids)], np.float64))
+    return found
+
+
+def answer_logprobs(folder: Folder, choice: Any, mine: list[int]) -> list[float]:
+    """The server's log-probabilities of its answer's first tokens, as long as they are those of ``mine``."""
+    given = choice.get("logprobs") or {}
+    if given.get("content"):
+        pairs = [(token["token"], token["logprob"]) for token in given["content"]]
+    else:
+        pairs = list(zip(given.get("tokens") or (), given.get("token_logprobs") or (), strict=False))
+    found: list[float] = []
+    there = ""
+    for count, (text, value) in enumerate(pairs[: len(mine)], 1):
+        there += text
+        if value is None or folder.text(mine[:count]) != there:
+            break
+        found.append(float(value))
+    return found
+
+
+def same_logprobs(folder: Folder, what: str, rows: list[list[int]], there: list[Floats]) -> bool:
+    """Whether the server's log-probabilities of the last tokens of rows are the folder's up to rounding; says so."""
+    exact, rounded = (
+        [values[len(values) - len(few) :] for values, few in zip(side, there, strict=True)]
+        for side in folder.logprobs(rows)
+    )
+    found, rounding = Difference.between(exact, there), Difference.between(exact, rounded)
+    same = found.largest <= KERNELS * rounding.largest + ORDER
+    print(f"log-probabilities of {what} ({found.count} values): {'the same up to rounding' if same else 'OTHER'}")
+    print(
+        f"  largest difference {found.largest:.2g}, mean {found.mean:.2g}; rounding moves them {rounding.largest:.2g}"
+    )
+    return same
+
+
+def compare_logprobs(base: str, model: str, key: str | None, folder: Folder, answers: list[Any]) -> bool:
+    """Compare log-probabilities of the stored prompts, else of ``answers``: prompt, own answer and the server's."""
+    prompts = stored_prompts(None, folder.tokenizer, folder.context)
+    if (there := prompt_logprobs(base, model, key, prompts.ids)) is not None:
+        return same_logprobs(folder, f"{len(there)} prompts", prompts.ids, there)
+    rows, values = [], []
+    for prompt, mine, choice in answers:
+        if few := answer_logprobs(folder, choice, mine):
+            rows.append([*prompt, *mine[: len(few)]])
+            values.append(np.array(few, np.float64))
+    if not values:
+        print("the server gives no log-probabilities, so they are not compared")
+        return True
+    return same_logprobs(folder, f"{len(values)} answers", rows, values)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="what was trained, merged where it was an adapter")
@@ -166,11 +246,15 @@ def main() -> int:
     folder = Folder(args.folder, dtype, args.device)
     print(f"the folder's model computes in {dtype}")
     asked: list[Any] = [[{"role": "user", "content": q}] for q in QUESTIONS] if folder.chat else list(QUESTIONS)
-    wrong = 0
+    wrong, answers = 0, []
     for prompt, mine, question in zip(asked, folder.answers(asked, args.tokens), QUESTIONS, strict=True):
         body = {"messages" if folder.chat else "prompt": prompt}
         more = {"model": model, "temperature": 0, "max_tokens": args.tokens}
-        found = ask(f"{base}/{'chat/' if folder.chat else ''}completions", {**body, **more}, key)
+        address, wanted = (
+            f"{base}/{'chat/' if folder.chat else ''}completions",
+            {"logprobs": True if folder.chat else 1},
+        )
+        found = ask(address, {**body, **more, **wanted}, key, optional=True) or ask(address, {**body, **more}, key)
         if found is None:
             raise SystemExit(f"{base} has no such interface; the address ends in /v1 as a rule")
         tokenized = ask(urllib.parse.urljoin(base + "/", "../tokenize"), {"model": model, **body}, key)
@@ -180,8 +264,13 @@ def main() -> int:
         counted = (found.get("usage") or {}).get("prompt_tokens")
         same = same_prompt(ids, (tokenized or {}).get("tokens"), counted)
         wrong += not same_answer(folder, ids, mine, there) or not same
-    print("the server has what was trained" if not wrong else f"{wrong} of {len(QUESTIONS)} questions differ")
-    return int(bool(wrong))
+        answers.append((ids, mine, choice))
+    if wrong:
+        print(f"{wrong} of {len(QUESTIONS)} questions differ")
+    same = compare_logprobs(base, model, key, folder, answers)
+    if same and not wrong:
+        print("the server has what was trained")
+    return int(not same or bool(wrong))
 
 
 if __name__ == "__main__":

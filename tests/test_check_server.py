@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 import threading
@@ -23,8 +24,11 @@ Change = Callable[[Any, Any], None]
 
 
 @contextmanager
-def served(folder: Path, change: Change, *, tokenize: bool, dtype: str = "float32") -> Iterator[str]:
-    """The model as transformers runs it, behind OpenAI's interface; ``change`` may spoil tokenizer and model."""
+def served(
+    folder: Path, change: Change, *, tokenize: bool, dtype: str = "float32", logprobs: str = "none"
+) -> Iterator[str]:
+    """The model as transformers runs it, behind OpenAI's interface; ``change`` may spoil tokenizer and model.
+    ``logprobs``: of nothing, of answers, or of prompts that it echoes too; a server of "strict" refuses to be asked."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     change(tokenizer, model)
 
@@ -33,7 +37,15 @@ def served(folder: Path, change: Change, *, tokenize: bool, dtype: str = "float3
             return list(tokenizer(body["prompt"])["input_ids"])
         return list(tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, return_dict=False))
 
+    def logprobs_of(ids: list[int]) -> list[float]:
+        with torch.no_grad():
+            found = torch.log_softmax(model(torch.tensor([ids])).logits[0, :-1].float(), -1)
+        return found[range(len(ids) - 1), ids[1:]].tolist()
+
     def answer(body: dict[str, Any]) -> dict[str, Any]:
+        if body.get("echo"):
+            values = [None, *logprobs_of(body["prompt"]), -1.0] if logprobs == "prompts" else None
+            return {"choices": [{"text": "", "logprobs": values and {"token_logprobs": values}}]}
         ids = ids_of(body)
         made: list[int] = []
         with torch.no_grad():
@@ -42,7 +54,15 @@ def served(folder: Path, change: Change, *, tokenize: bool, dtype: str = "float3
                 if made[-1] == tokenizer.eos_token_id:
                     break
         text = tokenizer.decode(made, skip_special_tokens=True)
-        choice = {"text": text} if "prompt" in body else {"message": {"role": "assistant", "content": text}}
+        choice: dict[str, Any] = {"text": text}
+        words, values = [tokenizer.decode([i], skip_special_tokens=True) for i in made], logprobs_of(ids + made)
+        given = values[len(ids) - 1 :] if logprobs in ("answers", "prompts") else []
+        if "prompt" in body:
+            choice["logprobs"] = {"tokens": words, "token_logprobs": given}
+        else:
+            pairs = zip(words, given, strict=False)
+            choice = {"message": {"role": "assistant", "content": text}}
+            choice["logprobs"] = {"content": [{"token": word, "logprob": value} for word, value in pairs]}
         return {"choices": [choice], "usage": {"prompt_tokens": len(ids)}}
 
     class Handler(BaseHTTPRequestHandler):
@@ -54,7 +74,9 @@ def served(folder: Path, change: Change, *, tokenize: bool, dtype: str = "float3
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if self.path == "/tokenize" and tokenize:
+            if logprobs == "strict" and "logprobs" in body:
+                self.send_error(400)
+            elif self.path == "/tokenize" and tokenize:
                 self.tell({"tokens": ids_of(body)})
             elif self.path in ("/v1/chat/completions", "/v1/completions"):
                 self.tell(answer(body))
@@ -183,3 +205,44 @@ def test_a_near_tie_is_told_from_another_model(
     with served(tmp_path, moved(by), tokenize=True) as url:
         assert check(tmp_path, url, monkeypatch) == (told == "OTHER")
     assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("logprobs", ["prompts", "answers"])
+def test_log_probabilities_are_compared_where_a_server_gives_them(
+    logprobs: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    with served(folder, nothing, tokenize=True, logprobs=logprobs) as url:
+        assert check(folder, url, monkeypatch) == 0
+    out = capsys.readouterr().out
+    values = int(re.findall(rf"of \d+ {logprobs} \((\d+) values\): the same up to rounding", out)[0])
+    assert values > (1000 if logprobs == "prompts" else 3) and "largest difference" in out
+    with served(folder, sharper, tokenize=True, logprobs=logprobs) as url:  # the same answers with other probabilities
+        assert check(folder, url, monkeypatch) == 1
+    out = capsys.readouterr().out
+    assert out.count("answer: the same") == 3 and f"{logprobs} (" in out and "OTHER" in out
+
+
+def sharper(tokenizer: Any, model: Any) -> None:
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1.02)
+
+
+@pytest.mark.parametrize("logprobs", ["none", "strict"])
+def test_servers_without_log_probabilities_are_checked_by_their_answers(
+    logprobs: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    with served(folder, nothing, tokenize=True, logprobs=logprobs) as url:
+        assert check(folder, url, monkeypatch) == 0
+    assert "gives no log-probabilities" in capsys.readouterr().out
+
+
+def test_the_text_of_a_base_model_is_compared_by_log_probabilities_too(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
+    with served(tmp_path, nothing, tokenize=True, logprobs="answers") as url:
+        assert check(tmp_path, url, monkeypatch) == 0
+    assert re.search(r"of 3 answers \(\d+ values\): the same", capsys.readouterr().out)

@@ -56,8 +56,9 @@ class Message:
     """One turn of a conversation; ``role`` is ``system``, ``user``, ``assistant`` or ``tool``.
 
     ``reasoning`` is what a thinking model wrote before its answer. ``trained`` is false for an assistant turn of a
-    response that is not trained on. ``pictures`` belong to the characters :data:`PICTURE` in ``content``, in order; in
-    a message without pictures that character is one like any other.
+    response that is not trained on. A turn may be judged by itself: ``label`` is whether it is desirable, ``rejected``
+    what is worse in its place, one turn or several. ``pictures`` belong to the characters :data:`PICTURE` in
+    ``content``, in order; in a message without pictures that character is one like any other.
     """
 
     role: str
@@ -67,6 +68,8 @@ class Message:
     tool_call_id: str | None = None
     name: str | None = None
     trained: bool = True
+    label: bool | None = None
+    rejected: tuple[Message, ...] = ()
     pictures: tuple[Picture, ...] = ()
 
 

@@ -349,6 +349,28 @@ def test_no_page_is_wider_than_its_screen(width: int, opened: Open, tmp_path: Pa
             assert page.evaluate("document.documentElement.scrollWidth") <= width, path
 
 
+@pytest.mark.parametrize("language", LOCALES)
+def test_a_phone_shows_words_on_buttons_and_every_number_of_the_lead(
+    language: str, opened: Open, tmp_path: Path
+) -> None:
+    t = LANGUAGES[language]
+    with busy_study(tmp_path / "s.db") as study, served(study) as site:
+        phone = {"viewport": {"width": 375, "height": 812}, "locale": LOCALES[language]}
+        page = opened(site, site.link("Lee", lead=True), **phone)
+        begin(page)
+        words = [small.inner_text() for small in page.locator(".scale small").all()]
+        assert words == [t[w] for w in ("much", "better", "slightly", "tie short", "slightly", "better", "much")]
+        assert all(small.is_visible() for small in page.locator(".scale small").all())
+        total = re.sub(r"\D+", " ", page.locator("nav .number").inner_text()).split()
+        assert total[0] == "1" and int(total[1]) > 1
+        page.goto(site.base + "/lead")
+        cells = page.locator(".stacked td[data-label]")
+        assert cells.count() > 8
+        outside = "c => c.scrollWidth > c.clientWidth + 1 || c.getBoundingClientRect().right > 375"
+        cut = f"cells => cells.filter({outside}).map(c => c.textContent)"
+        assert page.eval_on_selector_all(".stacked td, .figures th, .figures td", cut) == []
+
+
 def test_hostile_texts_in_every_field_execute_nothing(opened: Open, tmp_path: Path) -> None:
     title, instructions = TEXTS[0] + TEXTS[7], "\n\n".join(TEXTS[:24])
     settings = StudySettings(title=title, instructions=instructions, overlap=2, tags=tuple(TEXTS[8:12]), seed="s")

@@ -197,7 +197,7 @@ def test_same_tokens_of_other_pictures_are_not_shared() -> None:
     ids = np.array([5, 9, 9, 6, 1, 2])
     trained = np.array([0, 0, 0, 0, 1, 1], bool)
     same, other = (picture(seed=s) for s in (0, 1))
-    group = Group.from_sequences([(ids, trained)] * 2, 1, (), [(Placed(same, 1, 3),), (Placed(other, 1, 3),)])
+    group = Group.from_sequences([(ids, trained)] * 2, 1, (), pictures=[(Placed(same, 1, 3),), (Placed(other, 1, 3),)])
     assert len(group.prefix) == 1 and [c.pictures[0].picture for c in group.continuations] == [same, other]
     assert group.placed(1) == (Placed(other, 1, 3),)
 

@@ -119,11 +119,19 @@ def test_end_of_turn_behind_white_space_is_trained_with_it() -> None:
 def test_template_that_rewrites_earlier_turns() -> None:
     tokenizer = with_template(REWRITES, eos_token="<|im_end|>")
     prompt = (("user", "1?"), ("assistant", "<think>hm</think>one"), ("user", "2?"))
-    rendered = Renderer(tokenizer).render(pair("<think>so</think>two", "three", *prompt))
-    earlier = "<|im_start|>user\n1?<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n"
-    asked = earlier + "<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n"
-    assert runs(tokenizer, rendered, 0) == [(False, asked), (True, "<think>so</think>two<|im_end|>")]
-    assert runs(tokenizer, rendered, 1) == [(False, asked), (True, "three<|im_end|>")]
+    # The prompt is what sampling begins with, which still shows the reasoning of the answer before; or, with
+    # --earlier-turns as-shown, what the finished conversation makes of it.
+    for how, earlier in (("as-generated", "<think>hm</think>one"), ("as-shown", "one")):
+        renderer = Renderer(tokenizer, Rendering(earlier_turns=how))
+        comparison = pair("<think>so</think>two", "three", *prompt)
+        rendered = renderer.render(comparison)
+        start = f"<|im_start|>user\n1?<|im_end|>\n<|im_start|>assistant\n{earlier}<|im_end|>\n"
+        asked = start + "<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n"
+        assert runs(tokenizer, rendered, 0) == [(False, asked), (True, "<think>so</think>two<|im_end|>")]
+        assert runs(tokenizer, rendered, 1) == [(False, asked), (True, "three<|im_end|>")]
+        (sampled,) = renderer.prompts([comparison])
+        assert not isinstance(sampled, Problem)
+        assert (tokenizer.decode(sampled.tolist()) == asked) == (how == "as-generated")
 
 
 def test_several_answers_in_one_response_are_trained_without_what_lies_between() -> None:
@@ -137,9 +145,10 @@ def test_several_answers_in_one_response_are_trained_without_what_lies_between()
         "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n",
         "\n<|im_start|>user\ngo on<|im_end|>\n<|im_start|>assistant\n",
     )
+    # A template that rewrites the first turn: with --earlier-turns as-shown what the finished conversation shows.
     for template, first in ((CHATML, "<think>a</think>b"), (REWRITES, "b")):
         tokenizer = with_template(template, eos_token="<|im_end|>")
-        rendered = Renderer(tokenizer).render(comparison)
+        rendered = Renderer(tokenizer, Rendering(earlier_turns="as-shown")).render(comparison)
         assert runs(tokenizer, rendered, 0) == [
             (False, start),
             (True, f"{first}<|im_end|>"),

@@ -21,7 +21,7 @@ from data.small import small_tokenizer
 from data.templates import CHATML, TEMPLATES, Template
 from prefopt.data.chat.render import STRIPPED, Renderer
 from prefopt.data.chat.spans import CHANGED, ELSEWHERE
-from prefopt.data.chat.template import Rendering, Turns, field_reasoning
+from prefopt.data.chat.template import Rendering, Turns, field_reasoning, split_reasoning, strip_reasoning
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.group import IntArray
 from prefopt.data.layouts import LAYOUTS
@@ -127,6 +127,11 @@ def check(renderer: Renderer, comparison: Comparison, template: Template, *, spe
         if template.added:
             full = full.removesuffix("<|im_end|>\n") + template.added
         begins = full.startswith(asked)
+        thought, _ = split_reasoning(answer.content)
+        if not begins and asked.endswith("<think>\n") and thought:
+            # The block that the generation prompt opens holds the reasoning that the finished answer does not show.
+            expected = f"{thought}\n</think>\n\n{template.trained(strip_reasoning(answer))}"
+            full, begins = asked + expected, True
         start = len(asked) if begins else full.rindex(expected)
         assert full.startswith(expected, start), "the test does not know the template"
         assert spell(renderer.tokenizer, ids[:first]) == full[:start]
@@ -164,15 +169,20 @@ def test_an_answer_that_was_cut_off_has_no_end(name: str, data: st.DataObject) -
     comparison = replace(whole, responses=tuple(replace(r, cut=True) for r in whole.responses))
     renderer, template = renderer_of(name), TEMPLATES[name]
     (rendered,) = renderer.render_all([comparison])
-    trained = [template.trained(r.messages[0]) for r in whole.responses]
+    thoughts = [split_reasoning(r.messages[0].content)[0] if name == "forgets" else "" for r in whole.responses]
+    # What `forgets` removes stands behind its generation prompt, which opens the block for it.
+    bare = [
+        strip_reasoning(r.messages[0]) if t else r.messages[0] for r, t in zip(whole.responses, thoughts, strict=True)
+    ]
+    trained = [(f"{t}\n</think>\n\n" if t else "") + template.trained(m) for m, t in zip(bare, thoughts, strict=True)]
     # Of all these templates one has a place of its own for the block that an answer begins with.
-    turns = [field_reasoning(r.messages[0]) if name == "channels" else r.messages[0] for r in whole.responses]
+    turns = [field_reasoning(m) if name == "channels" else m for m in bare]
     words = [turn.content.strip() for turn in turns]
     if isinstance(rendered, Problem):
         # Words that the template changes, or that end in what it drops, are not what an answer ends with. An answer
         # that is nothing but a reasoning block has no words at all where the template has a field for that.
         ends = [said_of(template, shown, word) for word, shown in zip(words, trained, strict=True)]
-        assert "" in words if rendered.kind == "empty response" else None in ends
+        assert "" in words if rendered.kind == "empty response" or (name == "forgets" and "" in words) else None in ends
         return
     for k, (shown, word) in enumerate(zip(trained, words, strict=True)):
         ids, mask = rendered.group.sequence(k)

@@ -27,7 +27,8 @@ def groups(draw: st.DrawFn) -> Group:
     for _ in range(k):
         ids = draw(st.lists(st.integers(0, 70_000), min_size=1, max_size=5))
         trained = draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
-        continuations.append(Continuation(np.array(ids, np.int32), np.array(trained, np.bool_)))
+        starts = sorted(draw(st.sets(st.integers(1, len(ids) - 1), max_size=2))) if len(ids) > 1 else []
+        continuations.append(Continuation(np.array(ids, np.int32), np.array(trained, np.bool_), tuple(starts)))
     pairs: list[tuple[int, int]] = []
     if k > 1:
         index = st.integers(0, k - 1)
@@ -48,7 +49,7 @@ def groups(draw: st.DrawFn) -> Group:
 
 
 def plain(group: Group) -> tuple[Any, ...]:
-    parts = [(c.ids.tolist(), c.trained.tolist()) for c in group.continuations]
+    parts = [(c.ids.tolist(), c.trained.tolist(), c.starts) for c in group.continuations]
     said = (group.pairs, group.weights, group.tiers, group.scores, group.labels)
     return group.prefix.tolist(), parts, group.row, said
 
@@ -90,7 +91,10 @@ def check_columns(table: GroupTable, many: Sequence[Group]) -> None:
     has = table.responses_G > 0
     assert table.tokens_G.tolist() == [g.tokens for g in many]
     assert table.longest_G[has].tolist() == [g.longest for g in some]
-    assert table.shortest_G[has].tolist() == [len(g.prefix) + min(len(c.ids) for c in g.continuations) for g in some]
+    lengths = [[len(x) for k in range(len(g.continuations)) for x, _ in g.sequences(k)] for g in some]
+    assert table.longest_G[has].tolist() == list(map(max, lengths))
+    assert table.shortest_G[has].tolist() == list(map(min, lengths)) == [g.shortest for g in some]
+    assert table.sequences_G.tolist() == [g.count for g in many]
     assert table.responses_G.tolist() == [len(g.continuations) for g in many]
     assert table.trained_N.tolist() == [int(c.trained.sum()) for g in many for c in g.continuations]
     assert table.key_N.tobytes() == b"".join(g.key(k) for g in many for k in range(len(g.continuations)))

@@ -76,8 +76,8 @@ def test_a_call_is_trained_to_the_end_of_its_turn(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["thinking", "forgets", "quoted"])
-def test_calls_results_and_answers_of_one_response(name: str) -> None:
-    found = runs(renderer(name), row(CALL, RESULT, DONE))
+def test_calls_results_and_answers_as_the_finished_conversation_shows_them(name: str) -> None:
+    found = runs(renderer(name, earlier_turns="as-shown"), row(CALL, RESULT, DONE))
     between = {
         "thinking": "\n<|im_start|>user\n<result>4</result><|im_end|>\n<|im_start|>assistant\n",
         "forgets": "<|out|>4<|/out|><|assistant|>",
@@ -108,8 +108,11 @@ def test_words_beside_calls_and_several_calls() -> None:
 
 
 def test_an_answer_that_is_not_the_last_may_end_otherwise() -> None:
-    final = "<|channel|>final<|message|>It is 4."
-    assert trained(renderer("channels"), row(DONE, ASKED, DONE)) == [f"{final}<|end|>", f"{final}<|return|>"]
+    final, shown = "<|channel|>final<|message|>It is 4.", renderer("channels", earlier_turns="as-shown")
+    assert trained(shown, row(DONE, ASKED, DONE)) == [
+        f"{final}<|end|>",
+        f"{final}<|return|>",
+    ]
 
 
 @pytest.mark.parametrize("tool", [ADD, BARE])
@@ -181,10 +184,13 @@ def test_reasoning_without_a_place_is_written_into_the_answer() -> None:
 
 def test_reasoning_that_a_template_drops_is_refused_or_counted() -> None:
     for turn in (THOUGHT, INLINE):
-        assert "--reasoning strip" in problem(renderer("forgets"), row(turn))
+        # `forgets` removes it from every answer; it stands where the generation prompt opens a block for it.
+        assert runs(renderer("forgets"), row(turn))[-1] == (True, "2 and 2.\n</think>\n\nIt is 4.</s>")
+        shown = renderer("forgets", earlier_turns="as-shown")
+        assert "--reasoning strip" in problem(shown, row(turn))
         assert trained(renderer("forgets", reasoning="strip"), row(turn)) == ["It is 4.</s>"]
         # That of an earlier answer of the response is dropped by design, and said.
-        r = renderer("thinking")
+        r = renderer("thinking", earlier_turns="as-shown")
         assert trained(r, row(turn, ASKED, DONE)) == [
             "It is 4.<|im_end|>",
             "<think>\n\n</think>\n\nIt is 4.<|im_end|>",

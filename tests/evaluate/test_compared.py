@@ -59,6 +59,23 @@ def test_methods_are_compared_where_all_their_seeds_have_been() -> None:
     assert less.rows[0][0] == "dpo less ppo-true" and less.rows[0][3] == "not reached"
 
 
+def test_a_judge_shows_a_reward_that_is_over_optimised() -> None:
+    """The reward goes on rising with the root of the KL, what the judge sees of it falls beyond 4 nats."""
+    judged = {1.0: 0.5, 4.0: 0.8, 9.0: 0.2}
+    trained = [
+        replace(p, judged=tuple(k * judged[round(p.kl or 0)] for k in np.linspace(0.5, 1.5, 40)))
+        for p in points("ppo-learned", 0.3, 2)
+    ]
+    found = sweep(trained, judge="other")
+    assert "Judged by other, at fixed KL, nats" not in by_title(found)  # the reference was not judged
+    start = replace(found.points[0], judged=(0.1,) * 40)
+    table = by_title(replace(found, points=(start, *found.points[1:])))["Judged by other, at fixed KL, nats"]
+    (row,) = table.rows
+    assert [float(cell.split()[0]) for cell in row[1:3]] == pytest.approx([0.5, 0.65], abs=0.03)
+    assert float(row[3].split()[0]) == pytest.approx(0.5, abs=0.05) and row[4].startswith("0.200 at 9")
+    assert "0.100 of the reference" in table.note
+
+
 def test_areas_are_tested_over_seeds_and_corrected_for_all_pairs() -> None:
     parts = points("dpo", 0.3, 5), points("sft", 0.2, 5), points("ppo-true", 0.2, 5)
     found = sweep(*parts)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import prefopt
 from data.small import small_tokenizer
-from prefopt.data.chat.spans import trained_ends
+from prefopt.data.chat.ends import trained_ends
 from prefopt.data.group import Group
 from prefopt.data.table import GroupTable, TableBuilder
 from prefopt.errors import Diverged

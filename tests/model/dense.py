@@ -12,14 +12,14 @@ from prefopt.data.group import Group
 
 def who_sees_whom(groups: Sequence[Group], window: int | None) -> torch.Tensor:
     """Bool [T, T] for a row of shared groups, from the meaning of a group alone."""
-    who = []  # group, response (-1: the prompt), position
+    who = []  # group, step of a response (-1: the prompt), position
     for g, group in enumerate(groups):
         prefix = len(group.prefix)
         who += [(g, -1, p) for p in range(prefix)]
-        for k, c in enumerate(group.continuations):
-            who += [(g, k, prefix + p) for p in range(len(c.ids))]
-    group, response, position = torch.tensor(who).T
-    visible = (group[:, None] == group) & ((response == -1) | (response[:, None] == response))
+        for k, (ids, _) in enumerate(step for c in group.continuations for step in c.steps):
+            who += [(g, k, prefix + p) for p in range(len(ids))]
+    group, step, position = torch.tensor(who).T
+    visible = (group[:, None] == group) & ((step == -1) | (step[:, None] == step))
     distance = position[:, None] - position
     visible &= distance >= 0
     return visible if window is None else visible & (distance < window)

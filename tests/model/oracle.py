@@ -38,9 +38,17 @@ class Draw:
             sequences.append((ids, mask))
         return Group.from_sequences(sequences, row=1)
 
+    def steps(self, prefix: int, *responses: Sequence[Sequence[tuple[int, int]]]) -> Group:
+        """The same, for responses of several steps, each with spans of its own."""
+        one_by_one = self.spans(prefix, *(spans for steps in responses for spans in steps))
+        sequences = [one_by_one.sequence(k) for k in range(len(one_by_one.continuations))]
+        pairs = tuple((0, k) for k in range(1, len(responses)))
+        return Group.from_sequences(sequences, row=1, pairs=pairs, steps=list(map(len, responses)))
+
 
 def groups_of_every_kind(seed: int = 0) -> list[Group]:
-    """One to four responses, prompts of none, one and many tokens, several turns, and every side of a window of 8."""
+    """One to four responses, prompts of none, one and many tokens, several turns, several steps, and every side of
+    a window of 8."""
     draw = Draw(seed)
     return [
         draw.group(13, 7, 9),
@@ -54,6 +62,7 @@ def groups_of_every_kind(seed: int = 0) -> list[Group]:
         draw.group(WINDOW - 2, 1, 2, 3),
         draw.spans(9, [(0, 3), (4, 2)], [(2, 5), (3, 1), (1, 1)]),
         draw.spans(0, [(1, 3), (4, 2)], [(2, 5)]),
+        draw.steps(6, [[(0, 3)], [(4, 2), (3, 2)]], [[(2, 5)]], [[(0, 1)], [(WINDOW, 2)], [(2 * WINDOW, 1)]]),
     ]
 
 
@@ -61,8 +70,7 @@ def oracle_logprobs(model: torch.nn.Module, groups: Sequence[Group]) -> torch.Te
     """Token log-probabilities [M], in the order that the packer gives them."""
     parts = []
     for group in groups:
-        for k in range(len(group.continuations)):
-            ids, trained = group.sequence(k)
+        for ids, trained in (one for k in range(len(group.continuations)) for one in group.sequences(k)):
             tokens = torch.tensor(ids, dtype=torch.long)
             logits = model(input_ids=tokens[None], use_cache=False).logits[0]
             logp = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)

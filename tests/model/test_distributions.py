@@ -107,8 +107,8 @@ def held_logits(model: Any) -> torch.Tensor:
     """Logits [M, V] by the model's own forward, one sequence per call."""
     parts = []
     for group in groups_of_every_kind():
-        for k in range(len(group.continuations)):
-            ids, trained = (torch.from_numpy(x.copy()) for x in group.sequence(k))
+        for one in (one for k in range(len(group.continuations)) for one in group.sequences(k)):
+            ids, trained = (torch.from_numpy(x.copy()) for x in one)
             parts.append(model(input_ids=ids.long()[None], use_cache=False).logits[0][trained.nonzero()[:, 0] - 1])
     return torch.cat(parts)
 

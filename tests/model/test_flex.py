@@ -16,7 +16,7 @@ from prefopt.model.kernels import flex
 from prefopt.model.kernels.attention import shared_attention
 from prefopt.model.packing import pack
 
-GROUPS = [*groups_of_every_kind(), Draw(3).group(300, 280, 90), Draw(4).group(1, 257, 130, 64)]
+GROUPS = [Draw(3).group(300, 280, 90), Draw(4).group(1, 257, 130, 64), *groups_of_every_kind()]
 """Whole blocks of prompts and of responses, and rows that end within a block."""
 
 

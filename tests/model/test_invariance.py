@@ -59,6 +59,19 @@ def test_nothing_leaks_between_responses_or_groups(name: str, attention: str) ->
                         assert_same(moved[i], expected, 1e-13)
 
 
+@pytest.mark.parametrize("name", DIVERSE)
+def test_no_gradient_reaches_a_step_from_another_of_its_response(name: str) -> None:
+    model = build(name, tie_word_embeddings=False)
+    rng = np.random.default_rng(0)
+    prefix, ones, twos = (rng.integers(a, a + 20, 12) for a in (3, 23, 43))
+    sequences = [(np.concatenate([prefix, step]), np.arange(24) >= 12) for step in (ones, twos)]
+    scores = score(model, [Group.from_sequences(sequences, row=1, pairs=(), steps=[2])])[0]
+    embedding = model.get_input_embeddings().weight
+    for seen, unseen, logp in ((ones, twos, scores[:12]), (twos, ones, scores[12:])):
+        (grad,) = torch.autograd.grad(logp.sum(), embedding, retain_graph=True)
+        assert grad[seen[:-1]].any() and grad[prefix].any() and not grad[unseen].any()
+
+
 @pytest.mark.parametrize("attention", KERNELS)
 @pytest.mark.parametrize("name", DIVERSE)
 def test_no_gradient_reaches_tokens_that_a_response_does_not_see(name: str, attention: str) -> None:

@@ -41,11 +41,11 @@ def rewarded(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
 
 
 def endings(groups: list[Group]) -> list[np.ndarray]:
-    """Every response from the first token of its prompt to its last trained one."""
+    """Every response, of several steps the last one, from the first token of its prompt to its last trained one."""
     found = []
     for group in groups:
         for k in range(len(group.continuations)):
-            ids, trained = group.sequence(k)
+            ids, trained = group.sequences(k)[-1]
             found.append(ids[: np.nonzero(trained)[0][-1] + 1])
     return found
 
@@ -107,8 +107,7 @@ def test_values_of_tokens_are_read_before_them() -> None:
         scorer.detach_hook()
         expected = []
         for group in groups:
-            for k in range(len(group.continuations)):
-                ids, trained = group.sequence(k)
+            for ids, trained in (one for k in range(len(group.continuations)) for one in group.sequences(k)):
                 hidden = model.model(input_ids=torch.tensor(ids, dtype=torch.long)[None]).last_hidden_state[0]
                 expected.append(model.score(hidden)[np.nonzero(trained)[0] - 1, 0] - 0.25)
         assert_same(values, torch.cat(expected), 1e-9)

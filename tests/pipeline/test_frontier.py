@@ -53,7 +53,7 @@ def sweep(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Fronti
 
     with quick_runs_in(output.parent) as patch:
         patch.setattr(ReferenceCache, "fill", counted)
-        found = frontier.run(config(place, output, methods=methods, checkpoints=2))
+        found = frontier.run(config(place, output, methods=methods, checkpoints=2, judge="length"))
     return found, output, scored
 
 
@@ -76,6 +76,20 @@ def test_every_road_has_its_points(sweep: tuple[Frontier, Path, list[int]]) -> N
     for p in found.points:
         assert p.reward is not None and p.interval is not None and p.interval[0] <= p.reward <= p.interval[1]
         assert p.length is not None and 1 <= p.length <= 3
+
+
+def test_a_judge_scores_the_samples_that_the_reward_was_measured_on(sweep: tuple[Frontier, Path, list[int]]) -> None:
+    found, output, _ = sweep
+    for p in found.points:
+        last = [q for q in found.points if (q.method, q.setting) == (p.method, p.setting)][-1] is p
+        if not last or p.method == "dpo":  # their samples are in files named by step
+            continue
+        samples = output / (p.folder or "reference") / "samples.jsonl"
+        if samples.exists():
+            rows = [json.loads(line) for line in samples.read_text("utf-8").splitlines()]
+            assert p.judged == tuple(np.mean([len(text.split()) for text in row["responses"]]) for row in rows)
+    assert all(len(p.judged) == len(p.rewards) == 6 for p in found.points)
+    assert sum(p.judged != p.rewards for p in found.points) == len(found.points)
 
 
 def mean_scores(file: Path) -> list[float]:

@@ -14,15 +14,19 @@ import numpy as np
 from prefopt.config import collect
 from prefopt.core.plugins import how_to_install
 from prefopt.core.terminal import size, tell, tell_json, tell_lines
-from prefopt.data.files.write import row_files
+from prefopt.data.files.write import ENDINGS, row_files
 from prefopt.data.sampler import split_by_prompt
 from prefopt.data.table import KEY
 from prefopt.errors import ConfigError, DataError, StudyError
 from prefopt.studies.annotators import annotators, invite, revoke
-from prefopt.studies.export import Exported, ExportOptions, export_rows
-from prefopt.studies.items import NewItem, add_items
+from prefopt.studies.export import Exported, ExportOptions, export_rows, vote_rows
+from prefopt.studies.items import NewItem, add_items, for_everyone
+from prefopt.studies.quality import MEANING
+from prefopt.studies.served import address_of
 from prefopt.studies.study import Study, StudySettings, backup, check_study_file
 from prefopt.studies.summary import Estimate, StudySummary, summarise
+
+NOT_SERVED = "http://127.0.0.1:8700"
 
 
 def collect_new(config: collect.CollectNewConfig) -> int:
@@ -76,7 +80,7 @@ def _gathered(config: collect.ImportOptions) -> list[NewItem]:
             for line in found.report(config.on_bad_row):
                 tell(f"{what}: {line}")
             items += found.items
-    return items
+    return for_everyone(items, config.for_everyone)
 
 
 def _tell_added(added: int, there: int) -> None:
@@ -113,7 +117,10 @@ def collect_invite(config: collect.CollectInviteConfig) -> int:
             return 0
         annotator, secret = invite(study, config.name, lead=config.lead, days=config.days)
     tell(f"{annotator.name} ({annotator.pseudonym}{', lead' if annotator.lead else ''}), for {config.days:g} days:")
-    tell(f"{config.url.rstrip('/')}/join/{secret}")
+    served = address_of(Path(config.study))
+    tell(f"{(config.url or served or NOT_SERVED).rstrip('/')}/join/{secret}")
+    if config.url is None and served is None:
+        tell("the study is not being served now; this is where prefopt collect serve would serve it by default")
     return 0
 
 
@@ -157,6 +164,7 @@ def _in_words(s: StudySummary) -> list[str]:
             f" agreement with others {_number(a.agreement)}, kappa with the majority {_number(a.kappa)},"
             f" shown first {_estimate(a.first)}, gold {_number(a.gold.value)} of {a.golds:,}"
         )
+        lines += [f"    look at these votes: {flag} ({MEANING[flag]})" for flag in a.flags]
     lines += [f"  {m.name}: won {m.won:,}, tied {m.tied:,}, lost {m.lost:,}; {_estimate(m.share)}" for m in s.models]
     if s.disputed:
         lines.append("most disputed items: " + ", ".join(str(d.item) for d in s.disputed))
@@ -171,12 +179,27 @@ def _estimate(e: Estimate) -> str:
     return _number(e.value) + ("" if math.isnan(e.low) else f" [{e.low:.3f}, {e.high:.3f}]")
 
 
+def _export_votes(study: Study, config: collect.CollectExportConfig) -> int:
+    rows = list(vote_rows(study, _pseudonyms(study, config.exclude or ())))
+    if not rows:
+        raise DataError("no vote is in force", file=str(study.path))
+    outputs, endings = {"--output": config.output}, (*ENDINGS, ".csv")
+    with row_files(outputs, overwrite=config.overwrite, inputs=[study.path], endings=endings) as (file,):
+        for row in rows:
+            file.write(row)
+        file.finish()
+        tell(f"{file.path}: {file.written:,} votes and skips")
+    return 0
+
+
 def collect_export(config: collect.CollectExportConfig) -> int:
     outputs = {"--output": config.output}
     if config.eval_output is not None:
         outputs["--eval-output"] = config.eval_output
     path = Path(config.study)
     with Study(path) as study:
+        if config.form == "votes":
+            return _export_votes(study, config)
         options = ExportOptions(
             form=config.form,
             disagreement=config.disagreement,

@@ -10,10 +10,13 @@ from pathlib import Path
 
 from prefopt.config import tools
 from prefopt.config.compare import CompareConfig
+from prefopt.config.export import ExportConfig
 from prefopt.config.frontier import FrontierConfig
 from prefopt.config.launch import LaunchConfig
 from prefopt.config.methods import METHODS
+from prefopt.config.reward_bench import RewardBenchConfig
 from prefopt.config.sample import SampleConfig
+from prefopt.config.scoring import ScorerOptions
 from prefopt.config.sweeps import MethodsConfig
 from prefopt.core import cache_folder
 from prefopt.core.model_folder import require_adapter
@@ -86,6 +89,13 @@ def merge(config: tools.MergeConfig) -> int:
         device=resolve_device(config.device),
     )
     tell_lines(done.in_words())
+    return 0
+
+
+def export(config: ExportConfig) -> int:
+    from prefopt.export.run import run
+
+    tell_lines(run(config).lines())
     return 0
 
 
@@ -206,15 +216,41 @@ def sample(config: SampleConfig) -> int:
 def score(config: tools.ScoreConfig) -> int:
     from prefopt.evaluate.score import run
 
-    if config.model is not None:
-        from prefopt.model.load import base_and_adapter
-        from prefopt.model.quantised import chosen
-        from prefopt.reference.identity import adapter_line
-
-        quantise = chosen(config.quantise, base_and_adapter(config.model, config.adapter)[1])
-        if line := adapter_line(config.model, config.adapter, quantise):
-            tell(line)
+    _tell_adapter(config)
     tell_lines(run(config).lines())
+    return 0
+
+
+def _tell_adapter(config: ScorerOptions) -> None:
+    """Say what is scored where an adapter is named in the place of a model."""
+    if config.model is None:
+        return
+    from prefopt.model.load import base_and_adapter
+    from prefopt.model.quantised import chosen
+    from prefopt.reference.identity import adapter_line
+
+    quantise = chosen(config.quantise, base_and_adapter(config.model, config.adapter)[1])
+    if line := adapter_line(config.model, config.adapter, quantise):
+        tell(line)
+
+
+def reward_bench(config: RewardBenchConfig) -> int:
+    from prefopt.evaluate.reward_bench import run
+    from prefopt.reports.bench import write_page
+    from prefopt.runs.plot import require_matplotlib
+
+    if config.html is not None:
+        require_matplotlib()
+    if not config.json:
+        _tell_adapter(config)
+    report = run(config)
+    page = write_page(report, config.html) if config.html is not None else None
+    if config.json:
+        tell_json(report.to_dict(with_scores=False))
+        return 0
+    tell_lines(report.lines())
+    for written in filter(None, (config.output, page)):
+        tell(f"written: {written}")
     return 0
 
 

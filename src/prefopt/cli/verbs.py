@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from prefopt.config import collect, tools
 from prefopt.config.compare import CompareConfig
+from prefopt.config.export import ExportConfig
 from prefopt.config.frontier import FrontierConfig
 from prefopt.config.launch import LaunchConfig
 from prefopt.config.methods import METHODS, RlhfConfig
+from prefopt.config.reward_bench import RewardBenchConfig
 from prefopt.config.sample import ChatConfig, SampleConfig
 from prefopt.config.sweeps import MethodsConfig
 from prefopt.core.options import Config, Option, option, options
@@ -81,6 +83,12 @@ ROWS: list[tuple[str, type[Config], str, str]] = [
         "--adapter runs/lora --output runs/merged",
     ),
     (
+        "export",
+        ExportConfig,
+        "write a model as servers take it (GGUF, Ollama, vLLM), scored before and after",
+        "runs/dpo exported --to gguf",
+    ),
+    (
         "push",
         tools.PushConfig,
         "upload a finished model to the Hugging Face Hub, after confirmation",
@@ -141,6 +149,12 @@ ROWS: list[tuple[str, type[Config], str, str]] = [
         "score responses by a rule, a reward model or your own function",
         "samples.jsonl --reward length --output scored.jsonl",
     ),
+    (
+        "reward-bench",
+        RewardBenchConfig,
+        "score a reward on RewardBench, RewardBench 2, RM-Bench and JudgeBench, from local files",
+        "--reward runs/reward --data reward-bench",
+    ),
     ("demo", tools.DemoConfig, "run the demonstration, offline, in a few minutes", ""),
     ("completion", tools.CompletionConfig, "print a script that completes commands and options in a shell", "bash"),
 ]
@@ -162,7 +176,7 @@ PATHS = {
 VERBS = {m.name: Verb(m.help, m.config, m.run_path, True, EXAMPLES.get(m.name, "")) for m in METHODS.values()}
 for _name, _config, _help, _example in ROWS:  # functions of cli/tools.py or cli/collect.py, named as the command is
     _module = "collect" if _name.startswith("collect ") else "tools"
-    _path = PATHS.get(_name, f"prefopt.cli.{_module}:{_name.replace(' ', '_')}")
+    _path = PATHS.get(_name, f"prefopt.cli.{_module}:{_name.replace(' ', '_').replace('-', '_')}")
     VERBS[_name] = Verb(_help, _config, _path, _name in WITH_YAML, _example)
 
 

@@ -23,7 +23,8 @@ from prefopt.collect.security import Buckets, Guard, RateLimit, Sessions, addres
 from prefopt.collect.views import LANGUAGES, REASONS, Form, Lead, field_of, language_of, number, read_ballot, view_of
 from prefopt.errors import StudyError
 from prefopt.studies.annotators import DAY, SESSION_DAYS, Annotator, close_session, invited, open_session, session_of
-from prefopt.studies.items import get_item, items_seen, next_item, was_shown
+from prefopt.studies.items import get_item, items_left, items_seen, next_item, was_shown
+from prefopt.studies.quality import FAST_SECONDS, FAST_SHARE, FEWEST, ONE_SIDE
 from prefopt.studies.study import Study
 from prefopt.studies.votes import RefusedVote, latest_ticket, record, shown_order, undo
 
@@ -32,6 +33,7 @@ THEMES = ("auto", "light", "dark")
 PREFERENCES = {"language": tuple(LANGUAGES), "theme": THEMES, "keys": ("on", "off")}
 STATIC = {"style.css": "text/css", "vote.js": "text/javascript", "icon.svg": "image/svg+xml"}
 PAGES = ("/", "/lead")
+LIMITS = {"seconds": f"{FAST_SECONDS:g}", "share": f"{FAST_SHARE:.0%}", "level": f"{ONE_SIDE:.1%}", "votes": FEWEST}
 NOTICES = ("saved", "undone", "nothing to undo", "already stored", "left")
 
 
@@ -136,7 +138,8 @@ class _Pages:
             values: dict[str, Any] = {
                 "annotator": annotator,
                 "last": latest_ticket(connection, annotator),
-                "number": items_seen(connection, annotator),
+                "number": (seen := items_seen(connection, annotator)),
+                "total": seen + items_left(connection, annotator),
                 "instructions": self.instructions,
             }
         if found is None:
@@ -229,7 +232,7 @@ class _Pages:
 
     def lead(self, request: Request) -> Response:
         annotator = self._lead(request)
-        return self.render(request, "lead.html", annotator=annotator, s=self.statistics.summary())
+        return self.render(request, "lead.html", annotator=annotator, s=self.statistics.summary(), limits=LIMITS)
 
     def lead_item(self, request: Request) -> Response:
         annotator = self._lead(request)

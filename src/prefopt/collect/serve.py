@@ -7,6 +7,7 @@ import asyncio
 import ipaddress
 import signal
 import socket
+import ssl
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from types import FrameType
 
 import h11
 import uvicorn
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -24,6 +25,7 @@ from prefopt.config.collect import LOCAL, CollectServeConfig
 from prefopt.core.terminal import tell
 from prefopt.errors import ConfigError, Interrupted, StudyError
 from prefopt.studies.annotators import invite, live_invitations
+from prefopt.studies.served import forget_address, lock_of, note_address
 from prefopt.studies.study import Study
 
 PLACES = 500
@@ -40,8 +42,9 @@ def serve(config: CollectServeConfig) -> None:
     unavailable, or is reachable from other machines while no annotator is invited.
     """
     path = Path(config.study)
+    _check_certificate(config)
     study = Study(path)
-    lock = FileLock(path.with_name(path.name + ".lock"))
+    lock = lock_of(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -56,10 +59,13 @@ def serve(config: CollectServeConfig) -> None:
         with _stopping(), _listen(config.host, config.port) as listening:
             port = listening.getsockname()[1]
             site = site_of(config, port)
+            note_address(path, _address(config, site, port))
             _announce(study, config, site, port)
-            uvicorn.Server(settings_of(build_app(study, site), config.trusted_proxies)).run(sockets=[listening])
+            settings = settings_of(build_app(study, site), config.trusted_proxies, config.certfile, config.keyfile)
+            uvicorn.Server(settings).run(sockets=[listening])
     finally:
         study.close()  # merges SQLite's log into the file
+        forget_address(path)
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
@@ -83,18 +89,49 @@ def _announce(study: Study, config: CollectServeConfig, site: Site, port: int) -
     tell(f"{study.path}: {study.settings.title}")
     if config.host in LOCAL:
         _, secret = invite(study, "lead", lead=True)
-        origin = (config.url or f"http://{_in_url(config.host)}:{port}").rstrip("/")
-        tell(f"Your own link, to vote and to see progress: {origin}/join/{secret}")
+        tell(f"Your own link, to vote and to see progress: {_address(config, site, port)}/join/{secret}")
     else:
         tell(f"serving on {config.host} port {port}, for invited annotators")
         if not site.secure:
-            tell("note: without TLS cookies and votes can be read on the network; use a proxy with TLS (--url)")
-    if site.secure and not config.trusted_proxies:
+            what = "use a certificate (--certfile), or a proxy with TLS (--url)"
+            tell(f"note: without TLS cookies and votes can be read on the network; {what}")
+    if site.secure and config.certfile is None and not config.trusted_proxies:
         tell("note: without --trusted-proxies all clients of the proxy share one address and its limits")
     tell("Ctrl-C stops; acknowledged votes are stored", flush=True)
 
 
-def settings_of(app: ASGIApp, trusted_proxies: Sequence[str] | None) -> uvicorn.Config:
+def _address(config: CollectServeConfig, site: Site, port: int) -> str:
+    """What links to the server begin with."""
+    if config.url is not None:
+        return config.url.rstrip("/")
+    if config.host in LOCAL:
+        return f"{'https' if site.secure else 'http'}://{_in_url(config.host)}:{port}"
+    return next(iter(site.origins))
+
+
+def _check_certificate(config: CollectServeConfig) -> None:
+    """Raises :class:`ConfigError` for a certificate or key that cannot be used."""
+    if config.certfile is None:
+        return
+    given = " ".join(
+        f"{flag} {file}" for flag, file in (("--certfile", config.certfile), ("--keyfile", config.keyfile)) if file
+    )
+
+    def refuse() -> str:
+        raise ConfigError(f"{given}: the key has a password; give one without")
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.certfile, config.keyfile, password=refuse)
+    except ssl.SSLError as error:
+        what = "no certificate with its key, in PEM"
+        raise ConfigError(f"{given}: is {what} ({error.reason or error}); give both files") from None
+    except OSError as error:
+        raise ConfigError(f"{given}: {error.strerror}; check the path") from None
+
+
+def settings_of(
+    app: ASGIApp, trusted_proxies: Sequence[str] | None, certfile: str | None = None, keyfile: str | None = None
+) -> uvicorn.Config:
     """The settings of uvicorn. X-Forwarded-For is accepted from ``trusted_proxies`` alone."""
     return uvicorn.Config(
         app,
@@ -104,6 +141,8 @@ def settings_of(app: ASGIApp, trusted_proxies: Sequence[str] | None) -> uvicorn.
         proxy_headers=bool(trusted_proxies),
         forwarded_allow_ips=list(trusted_proxies or ()),
         http=Connection,
+        ssl_certfile=certfile,
+        ssl_keyfile=keyfile,
         ws="none",
         lifespan="off",
         timeout_keep_alive=10,
@@ -119,8 +158,9 @@ def site_of(config: CollectServeConfig, port: int) -> Site:
     if names is None:
         names = ["127.0.0.1", "localhost", "[::1]"] if config.host in LOCAL else [_in_url(config.host)]
     with_port = {name for name in names if name.rpartition(":")[2].isdecimal()}  # [::1] ends in a bracket
-    origins = [f"http://{name}" if name in with_port else f"http://{name}:{port}" for name in names]
-    return Site(origins + [f"http://{name}" for name in names if port == 80])
+    scheme, usual = ("http", 80) if config.certfile is None else ("https", 443)
+    origins = [f"{scheme}://{name}" if name in with_port else f"{scheme}://{name}:{port}" for name in names]
+    return Site(origins + [f"{scheme}://{name}" for name in names if port == usual], secure=scheme == "https")
 
 
 def _in_url(host: str) -> str:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from prefopt.config.data import RowOptions, SamplingOptions
 from prefopt.config.training import MachineOptions
-from prefopt.core.options import Config, option
+from prefopt.core.options import Config, flag, option
 from prefopt.errors import ConfigError
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -37,6 +37,13 @@ class ImportOptions(RowOptions):
         group="items",
     )
     gold: list[str] | None = option(None, "files with known preferences, mixed in to measure the quality of annotators")
+    for_everyone: float = option(
+        0.0,
+        "fraction of the new items that every annotator judges, to measure agreement; a column overlap of --responses"
+        " sets the annotators of its item (a number, or all)",
+        at_least=0,
+        at_most=1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +99,10 @@ class CollectServeConfig(StudyOptions):
         None, "host names that the server accepts", default_text="--host and localhost, or the name in --url"
     )
     url: str | None = option(None, "public address behind a TLS proxy, such as https://votes.example.org")
+    certfile: str | None = option(
+        None, "certificate (PEM) to serve https with, its chain behind it", default_text="none: http"
+    )
+    keyfile: str | None = option(None, "private key of --certfile", default_text="the one in --certfile")
     trusted_proxies: list[str] | None = option(
         None,
         "addresses or networks of proxies whose X-Forwarded-For is trusted, so that rate limits count each client's"
@@ -99,6 +110,10 @@ class CollectServeConfig(StudyOptions):
     )
 
     def check(self) -> None:
+        if self.keyfile is not None and self.certfile is None:
+            raise ConfigError("--keyfile is the key of a certificate: give that with --certfile")
+        if self.certfile is not None and (self.url or "").startswith("http:"):
+            raise ConfigError(f"--url {self.url} is not what --certfile serves: make it https")
         if self.url is not None and not re.fullmatch(r"https?://[A-Za-z0-9.-]+(:\d+)?/?", self.url):
             raise ConfigError(f"--url is {self.url!r}; it must be scheme and name alone, as https://votes.example.org")
         for proxy in self.trusted_proxies or ():
@@ -133,7 +148,9 @@ class CollectInviteConfig(StudyOptions):
     lead: bool = option(False, "the annotator also sees progress, agreement and all votes")
     days: float = option(30.0, "days that the link is valid", above=0)
     revoke: bool = option(False, "revoke the annotator's link and sessions instead; votes are kept")
-    url: str = option("http://127.0.0.1:8700", "address of the server, for the link")
+    url: str | None = option(
+        None, "address of the server, for the link", default_text="where the study is served, or http://127.0.0.1:8700"
+    )
 
     def check(self) -> None:
         if self.revoke and self.lead:
@@ -151,12 +168,13 @@ class CollectStatsConfig(StudyOptions):
 class CollectExportConfig(StudyOptions):
     """Votes as training data. Construction raises ``ConfigError``."""
 
-    output: str = option(help="file to write: .jsonl or .parquet", group="output")
+    output: str = option(help="file to write: .jsonl or .parquet, for --form votes also .csv", group="output")
     eval_output: str | None = option(None, "file for the prompts of --eval-fraction")
     overwrite: bool = option(False, "replace files that exist")
-    form: Literal["pairs", "rankings", "soft"] = option(
+    form: Literal["pairs", "rankings", "soft", "votes"] = option(
         "pairs",
-        "rows: pairs, rankings of all responses to an item, or pairs with soft labels, the fraction of votes",
+        "rows: pairs, rankings of all responses to an item, pairs with soft labels, the fraction of votes, or a table"
+        " of all votes and skips (.csv too)",
         group="rows",
     )
     disagreement: Literal["majority", "unanimous", "every"] = option(
@@ -174,6 +192,10 @@ class CollectExportConfig(StudyOptions):
     def check(self) -> None:
         if (self.eval_output is None) != (self.eval_fraction == 0):
             raise ConfigError("--eval-output and --eval-fraction go together")
+        if self.form == "votes":
+            names = ("disagreement", "ties", "all_bad", "min_votes", "eval_fraction")
+            if given := [flag(name) for name in names if self.is_given(name)]:
+                raise ConfigError(f"--form votes is every vote as it was given: leave out {' and '.join(given)}")
         if self.form == "soft" and self.disagreement != "majority":
             raise ConfigError(
                 f"--form soft uses all votes, so --disagreement {self.disagreement} does nothing: leave it out"

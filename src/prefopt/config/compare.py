@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from prefopt.config.data import READING, RowOptions, SamplingOptions
-from prefopt.config.tools import is_model_reward
+from prefopt.config.scoring import is_model_reward
 from prefopt.config.training import MachineOptions, ProgressOptions
 from prefopt.core.options import flag, option, options
 from prefopt.errors import ConfigError
@@ -28,7 +28,7 @@ class CompareConfig(MachineOptions, ProgressOptions, SamplingOptions, RowOptions
     a: str | None = option(
         None, "a model, or a .jsonl file of its samples from prefopt sample", group="model", default_text="required"
     )
-    b: str | None = option(None, "the model to compare it with, likewise", default_text="required")
+    b: str | None = option(None, "the model to compare it with, named in the same way", default_text="required")
     others: list[str] | None = option(
         None, "more models: all pairs are compared, and all models get a place on one scale"
     )

@@ -107,10 +107,26 @@ class RenderOptions(TemplateOptions):
         at_least=2,
     )
     reasoning: Literal["keep", "strip"] = option("keep", "reasoning blocks of responses: train on them, or remove them")
+    earlier_turns: Literal["as-generated", "as-shown"] = option(
+        "as-generated",
+        "turns of a response that the chat template changes once another follows, such as by dropping their reasoning:"
+        " trained as they were generated, in a sequence of their own, or as the finished conversation shows them",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions(RenderOptions, RowOptions):
+class CompareOptions(RenderOptions):
+    """The same, and what of a row is compared."""
+
+    compare: Literal["responses", "steps"] = option(
+        "responses",
+        "what is compared: whole responses, or each assistant turn of them that has a label or a rejected alternative,"
+        " behind the turns before it",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(CompareOptions, RowOptions):
     """The data of a run: part of the config of every command that trains."""
 
     data: list[str] = option(help="files, folders, globs or Hub data sets to train on; one or more", group="data")

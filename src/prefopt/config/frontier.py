@@ -95,6 +95,13 @@ class FrontierConfig(SweepOptions):
         default_text=" ".join(DEFAULT_SWEEPS),
     )
     seeds: int = option(1, "trainings of every setting, seed after seed", at_least=1)
+    seconds: float | None = option(
+        None,
+        "processor seconds of each training, with those of its reward model, which --responses still sets: a few steps"
+        " of each method are timed, and it makes as many as fit",
+        default_text="equally many responses",
+        above=0,
+    )
     rloo: list[str] | None = stage_options("ppo with --algorithm rloo")
     rate_factors: list[str] = option(
         help="train every setting with the first seed at its learning rate times each of these; each method's best one,"
@@ -110,6 +117,13 @@ class FrontierConfig(SweepOptions):
         above=0,
         at_most=0.3,
     )
+    judge: str | None = option(
+        None,
+        "a second reward, named as --reward is, that nothing is trained on or chosen by: it scores the samples of every"
+        " policy too, and where it stops rising with the true reward, that one is over-optimised",
+        group="reward",
+        default_text="none",
+    )
     kl_at: list[str] = option(
         help="KLs in nats to compare methods at; the largest bounds the area under a method's frontier",
         computed=lambda c: list(KL_AT),
@@ -123,6 +137,10 @@ class FrontierConfig(SweepOptions):
     )
 
     def check(self) -> None:
+        if self.judge == self.reward:
+            raise ConfigError(f"--judge {self.judge} is the reward of --reward: name another, or leave it out")
+        if self.seconds is not None and self.is_given("responses") and not any(t.learned for t in self.trainings()):
+            raise ConfigError("--responses: --seconds sets the steps of all methods; leave one of them out")
         if (len(self.factors) > 1) != (self.tune is not None):
             raise ConfigError("--tune is for choosing among several --rate-factors: give both, or neither")
         _ = self.targets
@@ -181,8 +199,11 @@ class FrontierConfig(SweepOptions):
                     factor = 1.0 if method == "best-of" else (rates or {}).get(method, self.factors[0])
                     yield Training(method, name, parse_value(text), text, seed, factor)
 
-    def config_of(self, one: Training, *, data: list[str], prompts: str, each: float) -> MethodConfig:
-        """The config that trains ``one``; ``each``: responses per row of ``data``. Raises ``ConfigError``."""
+    def config_of(
+        self, one: Training, *, data: list[str], prompts: str, each: float, steps: int | None = None
+    ) -> MethodConfig:
+        """The config that trains ``one``, in so many ``steps`` if they are given; ``each``: responses per row of
+        ``data``. Raises ``ConfigError``."""
         kind = TRAINED_BY[one.method]
         given: dict[str, Any] = {"model": self.model}
         if kind in ONLINE:
@@ -198,7 +219,7 @@ class FrontierConfig(SweepOptions):
             given[one.name] = one.value
         # Fine-tuning learns from the best response of each row: as many rows, not as many responses.
         rows = 1.0 if kind == "sft" else each
-        found = self.training(kind, Path(self.output) / one.folder, given, each=rows, seed=one.seed)
+        found = self.training(kind, Path(self.output) / one.folder, given, each=rows, seed=one.seed, steps=steps)
         found = at_rate(found, one.factor, f"--{GIVEN[kind]}")
         steps = found.max_steps or 1
         # The checkpoints to measure are requested at the steps of :meth:`marks`.

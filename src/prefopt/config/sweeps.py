@@ -108,8 +108,18 @@ class SweepOptions(MachineOptions, ProgressOptions, PromptOptions):
         """Options that this sweep does not read, as it is; where it grows it may."""
         return set()
 
-    def training(self, kind: str, output: Path, given: Mapping[str, object], *, each: float, seed: int) -> MethodConfig:
-        """The config of one training of ``kind`` (a name in :data:`GIVEN`) that learns from ``responses`` responses.
+    def training(
+        self,
+        kind: str,
+        output: Path,
+        given: Mapping[str, object],
+        *,
+        each: float,
+        seed: int,
+        steps: int | None = None,
+    ) -> MethodConfig:
+        """The config of one training of ``kind`` (a name in :data:`GIVEN`) that learns from ``responses`` responses, or
+        in so many ``steps``.
 
         ``given``: options that the sweep sets (``model``, ``data`` and so on). ``each``: responses per row of its
         data. Raises ``ConfigError``.
@@ -130,7 +140,7 @@ class SweepOptions(MachineOptions, ProgressOptions, PromptOptions):
             ours["on_bad_row"] = "skip"  # samples may be empty, or all equally good
         found: MethodConfig = METHODS[command].config.from_dict(ours | own | dict(given), place)
         per_step = found.batch_size * (found.num if isinstance(found, PpoConfig) else each)
-        steps = max(1, round(self.responses / per_step))
+        steps = steps or max(1, round(self.responses / per_step))
         return found.from_dict(found.to_dict() | {"max_steps": steps}, place)
 
 

@@ -9,16 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from prefopt.config.data import ReadOptions, RenderOptions, RowOptions
-from prefopt.config.training import MachineOptions, Quantise, quantise_option
-from prefopt.core.files import SHIPPED, expanded
+from prefopt.config.data import CompareOptions, ReadOptions, RowOptions
+from prefopt.config.scoring import ScorerOptions
 from prefopt.core.model_folder import is_adapter
 from prefopt.core.options import Config, flag, option
 from prefopt.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataCheckConfig(RenderOptions, ReadOptions):
+class DataCheckConfig(CompareOptions, ReadOptions):
     """Contents and problems of data files. Construction raises ``ConfigError``."""
 
     data: list[str] = option(
@@ -40,7 +39,7 @@ class DataCheckConfig(RenderOptions, ReadOptions):
     json: bool = option(False, "print one JSON document with all rows of every problem, and nothing else")
 
     def check(self) -> None:
-        for f in fields(RenderOptions):
+        for f in fields(CompareOptions):
             if self.model is None and self.is_given(f.name):
                 raise ConfigError(f"{flag(f.name)} is about tokens: add --model with a model or tokenizer")
 
@@ -75,68 +74,15 @@ class DataSplitConfig(WriteOptions):
     output_eval: str = option(help="file for the rows to evaluate on: .jsonl or .parquet", positional=True)
 
 
-IMPLICIT = "implicit"
-BETA = 0.1
-RULES = ("vader", "length")
-
-
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig(MachineOptions, RenderOptions, ReadOptions):
+class ScoreConfig(ScorerOptions, ReadOptions):
     """Scores for all responses of some files. Construction raises ``ConfigError``."""
 
     files: list[str] = option(
         help="files, folders, globs or Hub data sets with responses, in any layout", group="data", positional=True
     )
-    reward: str = option(
-        help="score of a response: a rule (vader: sentiment; length: words), MODULE:FUNCTION of prompts and responses"
-        " (two lists of text), the folder or Hub name of a reward model, or implicit",
-        group="reward",
-    )
-    model: str | None = option(None, "of --reward implicit: the model that was aligned")
-    adapter: str | None = option(None, "of --reward implicit: LoRA adapter on the model")
-    reference: str | None = option(
-        None,
-        "of --reward implicit: the model it was aligned from",
-        default_text="with an adapter, the model without it",
-    )
-    quantise: Quantise = quantise_option("load the reward model, or --model and --reference, in")
-    beta: float | None = option(
-        help="of --reward implicit: factor of the log-ratio, as in training",
-        computed=lambda c: BETA if c.reward == IMPLICIT else None,
-        default_text=f"{BETA}",
-        above=0,
-    )
     output: str = option(help="file to write, JSON lines: the same rows with their scores", group="output")
     overwrite: bool = option(False, "replace an existing output file")
-
-    def check(self) -> None:
-        if self.reward == IMPLICIT:
-            if self.model is None:
-                raise ConfigError("--reward implicit compares two models: give --model and --reference")
-            if self.reference is None and self.adapter is None and not is_adapter(self.model):
-                raise ConfigError("--reward implicit: --model has no reference; give --reference")
-            return
-        of_models = [f.name for f in (*fields(MachineOptions), *fields(RenderOptions))] + ["quantise"]
-        if not self.by_model and (given := [name for name in of_models if self.is_given(name)]):
-            raise ConfigError(
-                f"{flag(given[0])} is for rewards that are models, and {self.reward} is not: leave it out"
-            )
-        for name in ("model", "adapter", "reference", "beta"):
-            if getattr(self, name) is not None:
-                raise ConfigError(f"{flag(name)} is read with --reward implicit alone; leave it out")
-
-    @property
-    def by_model(self) -> bool:
-        """Whether a model gives the scores: ``implicit``, a folder, or a name on the Hub."""
-        return self.reward == IMPLICIT or is_model_reward(self.reward)
-
-
-def is_model_reward(name: str) -> bool:
-    """Whether a reward is named like a model: ``owner/name``, a path, an existing folder, or ``prefopt:FOLDER``, which
-    ships with prefopt."""
-    if name.startswith(SHIPPED):
-        return True
-    return name not in RULES and ":" not in name and ("/" in name or expanded(name).is_dir())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -234,7 +234,7 @@ class RunOptions(MachineOptions, ProgressOptions):
         "adamw-8bit: AdamW with moments in 8 bits, 2 bytes of state for a weight and not 8; paged-adamw-8bit: its"
         ' moments move to host memory where a GPU is full. Both need pip install "prefopt[quantise]"',
     )
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; a huge number clips nothing", above=0)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 1e9 clips nothing", above=0)
 
     output: str = option(help="folder for the model, its card and the metrics", group="output")
     save_every: int | None = option(None, "steps between checkpoints", default_text="only on interruption", at_least=1)

@@ -101,6 +101,25 @@ def rate_interval(values: npt.ArrayLike, *, level: float = 0.95) -> Interval:
     return Interval(float(x.mean()), max(0.0, found.low), min(1.0, found.high), len(x), level)
 
 
+def weighted_interval(groups: Sequence[npt.ArrayLike], weights: npt.ArrayLike, *, level: float = 0.95) -> Interval:
+    """The weighted mean of the means of ``groups`` of values [prompts of the group] between 0 and 1; ``weights``
+    [groups] sum to one. The interval is normal, clipped to [0, 1], with the variances of a stratified sample, each
+    group's spread estimated with a 0 and a 1 added, as in :func:`rate_interval`. Raises ``ValueError`` for an empty
+    group.
+
+    >>> str(weighted_interval([[1.0] * 30, [0.0] * 30], [0.75, 0.25]))
+    '+0.750 [+0.702, +0.798]'
+    """
+    shares = np.asarray(weights, np.float64)
+    values = [np.asarray(group, np.float64) for group in groups]
+    if not values or any(x.ndim != 1 or not len(x) for x in values):
+        raise ValueError("every group needs at least one prompt")
+    mean = float(shares @ [float(x.mean()) for x in values])
+    padded = [np.append(x, [0.0, 1.0]) for x in values]
+    half = float(ndtri((1 + level) / 2)) * math.sqrt(float(shares**2 @ [x.var(ddof=1) / len(x) for x in padded]))
+    return Interval(mean, max(0.0, mean - half), min(1.0, mean + half), sum(map(len, values)), level)
+
+
 def wilson(share: float, count: float, *, level: float = 0.95) -> tuple[float, float]:
     """Wilson score interval (E. B. Wilson, JASA 22, 1927) of a ``share`` of ``count`` independent trials; (0, 1) for
     no trial. ``scipy.stats`` has it for whole successes only; here a success may be fractional, which errs to the wide

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -74,11 +74,24 @@ def pictures_in(prompt: object) -> Pictures:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Continuation:
-    """What one response adds to the shared prefix: ``ids`` and ``trained``, both [R], and its pictures."""
+    """What one response adds to the shared prefix: ``ids`` and ``trained``, both [R], and its pictures.
+
+    A response of several turns may be several *steps*, laid end to end: sequences that each follow the shared prefix
+    and do not see one another, because the chat template shows an earlier turn otherwise than it was generated.
+    ``starts`` are the places in ``ids`` where the second step and the later ones begin. It has no pictures then.
+    """
 
     ids: IntArray
     trained: BoolArray
+    starts: tuple[int, ...] = ()
     pictures: Pictures = ()
+
+    @property
+    def steps(self) -> list[tuple[IntArray, BoolArray]]:
+        """What each step adds to the shared prefix."""
+        if not self.starts:
+            return [(self.ids, self.trained)]
+        return [(self.ids[a:b], self.trained[a:b]) for a, b in pairwise((0, *self.starts, len(self.ids)))]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,12 +119,14 @@ class Group:
         sequences: Sequence[tuple[npt.ArrayLike, npt.ArrayLike]],
         row: int,
         pairs: tuple[tuple[int, int], ...] = ((0, 1),),
+        steps: Sequence[int] | None = None,
         pictures: Sequence[Pictures] = (),
     ) -> Group:
-        """Compute the shared prefix of K whole sequences, each (ids [L], trained [L]), with the ``pictures`` of each:
-        the same tokens are not shared where they stand for different pictures.
+        """Compute the shared prefix of whole sequences, each (ids [L], trained [L]), with the ``pictures`` of each: the
+        same tokens are not shared where they stand for different pictures.
 
-        Raises ``ValueError`` where a sequence has no trained token after its first token, which is never scored.
+        Each is a response; or ``steps`` [K] says how many consecutive ones are the steps of each response. Raises
+        ``ValueError`` where a sequence has no trained token after its first token, which is never scored.
         """
         whole = [(np.asarray(i, np.int32), np.array(t, np.bool_)) for i, t in sequences]
         for ids, trained in whole:
@@ -124,12 +139,15 @@ class Group:
         if not length:
             for _, trained in whole:
                 trained[0] = False
-        own = [tuple(p.moved(-length) for p in found if p.start >= length) for found in pictures] or [()] * len(whole)
-        continuations = tuple(
-            Continuation(ids[length:], trained[length:], found)
-            for (ids, trained), found in zip(whole, own, strict=True)
-        )
-        shared = tuple(p for p in (pictures[0] if pictures else ()) if p.stop <= length)
+        added = iter([(ids[length:], trained[length:]) for ids, trained in whole])
+        counts = [1] * len(whole) if steps is None else steps
+        continuations = tuple(_continuation(list(islice(added, count))) for count in counts)
+        if not any(pictures):
+            return cls(whole[0][0][:length], continuations, row, pairs)
+        assert len(continuations) == len(pictures), "a response with pictures has one step"
+        own = [tuple(p.moved(-length) for p in found if p.start >= length) for found in pictures]
+        continuations = tuple(replace(c, pictures=found) for c, found in zip(continuations, own, strict=True))
+        shared = tuple(p for p in pictures[0] if p.stop <= length)
         return cls(whole[0][0][:length], continuations, row, pairs, pictures=shared)
 
     @property
@@ -140,13 +158,27 @@ class Group:
     @property
     def longest(self) -> int:
         """Tokens of the longest whole sequence."""
-        return len(self.prefix) + max(len(c.ids) for c in self.continuations)
+        return len(self.prefix) + max(len(ids) for c in self.continuations for ids, _ in c.steps)
+
+    @property
+    def shortest(self) -> int:
+        """Tokens of the shortest whole sequence."""
+        return len(self.prefix) + min(len(ids) for c in self.continuations for ids, _ in c.steps)
+
+    @property
+    def count(self) -> int:
+        """The number of sequences: the steps of all responses, most of which have one."""
+        return sum(1 + len(c.starts) for c in self.continuations)
 
     def sequence(self, k: int) -> tuple[IntArray, BoolArray]:
-        """Response k as a whole sequence: ids [L], trained [L]."""
-        c = self.continuations[k]
-        trained = np.concatenate([np.zeros(len(self.prefix), np.bool_), c.trained])
-        return np.concatenate([self.prefix, c.ids]), trained
+        """The first step of response k, in most cases its only one, as a whole sequence: ids [L], trained [L]."""
+        return self.sequences(k)[0]
+
+    def sequences(self, k: int) -> list[tuple[IntArray, BoolArray]]:
+        """All steps of response k as whole sequences, ids [L] and trained [L] each."""
+        untrained = np.zeros(len(self.prefix), np.bool_)
+        steps = self.continuations[k].steps
+        return [(np.concatenate([self.prefix, ids]), np.concatenate([untrained, trained])) for ids, trained in steps]
 
     def placed(self, k: int) -> Pictures:
         """The pictures of response k as a whole sequence."""
@@ -158,14 +190,22 @@ class Group:
         return bool(self.pictures) or any(c.pictures for c in self.continuations)
 
     def key(self, k: int) -> bytes:
-        """Digest (16 bytes) of the ids, mask and pictures of response k as a whole sequence."""
-        ids, trained = self.sequence(k)
-        digest = hashlib.blake2b(len(ids).to_bytes(8, "little"), digest_size=16)
-        digest.update(ids.astype("<i4").tobytes())
-        digest.update(np.packbits(trained).tobytes())
+        """Digest (16 bytes) of the ids, masks and pictures of response k as whole sequences."""
+        digest = hashlib.blake2b(digest_size=16)
+        for ids, trained in self.sequences(k):
+            digest.update(len(ids).to_bytes(8, "little"))
+            digest.update(ids.astype("<i4").tobytes())
+            digest.update(np.packbits(trained).tobytes())
         for p in self.placed(k):
             digest.update(p.picture.digest + p.start.to_bytes(8, "little"))
         return digest.digest()
+
+
+def _continuation(steps: Sequence[tuple[IntArray, BoolArray]]) -> Continuation:
+    if len(steps) == 1:
+        return Continuation(*steps[0])
+    ids, trained = (np.concatenate(column) for column in zip(*steps, strict=True))
+    return Continuation(ids, trained, tuple(accumulate(len(one) for one, _ in steps[:-1])))
 
 
 def common_length(sequences: Sequence[IntArray], most: int) -> int:
@@ -198,8 +238,10 @@ def show(group: Group, tokenizer: Tokenizer, *, most: int | None = None, flat: b
     lines = [f"shared prefix ({_count(len(group.prefix))})", *([prefix] if prefix else [])]
     for k, c in enumerate(group.continuations):
         name = _name(group, len(group.continuations), k)
-        lines.append(f"{name} ({_count(len(c.ids))}, {int(c.trained.sum())} trained)")
-        lines.append(shortened(_marked(tokenizer, group.prefix, c.ids, c.trained), most, flat=flat))
+        for number, (ids, trained) in enumerate(c.steps, 1):
+            step = f", step {number} of {len(c.starts) + 1}" if c.starts else ""
+            lines.append(f"{name}{step} ({_count(len(ids))}, {int(trained.sum())} trained)")
+            lines.append(shortened(_marked(tokenizer, group.prefix, ids, trained), most, flat=flat))
     return "\n".join(lines)
 
 

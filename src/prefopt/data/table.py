@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prefopt.data.group import BoolArray, Continuation, Group, Pictures, Placed
+from prefopt.data.picture_columns import picture_columns
 from prefopt.records import Picture
 
 KEY = np.dtype("S16")  # fixed width and padded with zero bytes, so that comparing as strings is comparing all 16
@@ -49,7 +50,8 @@ COLUMNS: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
     "prompt_key_G": (KEY, ()),  # Comparison.prompt_key
     "pictures_G": (np.dtype(np.int32), ()),  # pictures of the shared prefix
     # responses N
-    "length_N": (np.dtype(np.int32), ()),  # tokens beyond the shared prefix
+    "length_N": (np.dtype(np.int32), ()),  # tokens beyond the shared prefix, those of all steps
+    "steps_N": (np.dtype(np.int32), ()),  # sequences that the response consists of, see Continuation
     "trained_N": (np.dtype(np.int32), ()),  # how many of them are trained
     "cut_N": (np.dtype(np.int32), ()),
     "key_N": (KEY, ()),  # Group.key
@@ -57,6 +59,8 @@ COLUMNS: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
     "score_N": (np.dtype(np.float64), ()),  # NaN: none
     "label_N": (np.dtype(np.int8), ()),  # -1: none
     "pictures_N": (np.dtype(np.int32), ()),  # pictures beyond the shared prefix
+    # steps S, response after response
+    "length_S": (np.dtype(np.int32), ()),  # tokens beyond the shared prefix
     # pairs P
     "pair_P": (np.dtype(np.int32), (2,)),
     "weight_P": (np.dtype(np.float64), ()),  # NaN: none
@@ -79,6 +83,7 @@ class Part:
         self.max_id = int(columns["ids_T"].max(initial=-1)) if max_id is None else max_id
         self.token_starts = _starts(columns["tokens_G"])
         self.response_starts = _starts(columns["responses_G"])
+        self.step_starts = _starts(columns["steps_N"])
         self.pair_starts = _starts(columns["pairs_G"])
         self._picture_starts: tuple[IndexArray, IndexArray] | None = None
 
@@ -94,9 +99,11 @@ class Part:
         weights, scores = c["weight_P"][pairs].tolist(), c["score_N"][responses].tolist()
         labels, tier = c["label_N"][responses].tolist(), c["tier_N"][responses].tolist()
         shared, own = self._pictures(g, responses) if len(c["digest_I"]) else ((), [()] * len(labels))
+        inner = [self._inner_starts(n) for n in range(responses.start, responses.stop)]
+        added = zip(pairwise(cuts), inner, own, strict=True)
         return Group(
             ids[start : start + prefix],
-            tuple(Continuation(ids[a:b], trained[a:b], p) for (a, b), p in zip(pairwise(cuts), own, strict=True)),
+            tuple(Continuation(ids[a:b], trained[a:b], s, p) for (a, b), s, p in added),
             int(c["row_G"][g]),
             tuple(map(tuple, c["pair_P"][pairs].tolist())),
             weights=tuple(weights) if weights and weights[0] == weights[0] else None,
@@ -135,6 +142,11 @@ class Part:
             path = os.fsdecode(c["held_B"][ends[i] : ends[i + 1]].tobytes())
             found[path] = bytes(c["digest_I"][i]).ljust(KEY.itemsize, b"\0")
         return found
+
+    def _inner_starts(self, n: int) -> tuple[int, ...]:
+        """Where the second step of response n and the later ones begin."""
+        first, end = int(self.step_starts[n]), int(self.step_starts[n + 1])
+        return tuple(np.cumsum(self.columns["length_S"][first : end - 1]).tolist()) if end - first > 1 else ()
 
 
 class _Groups(Sequence[Group]):
@@ -214,6 +226,13 @@ class GroupTable(_Groups):
         return self._over_responses(np.minimum)
 
     @cached_property
+    def sequences_G(self) -> IndexArray:
+        """[G] the number of sequences: the steps of all responses."""
+        starts = _starts(self.steps_N)[self.response_starts]
+        found: IndexArray = np.diff(starts)
+        return found
+
+    @cached_property
     def truncated_G(self) -> BoolArray:
         """[G] whether prompt or a response was truncated."""
         found: BoolArray = self.prompt_cut_G > 0
@@ -234,7 +253,8 @@ class GroupTable(_Groups):
         found = self.prefix_G.astype(np.int64)
         has = self.responses_G > 0
         if has.any():
-            found[has] += best.reduceat(self.length_N, self.response_starts[:-1][has])
+            first_S = _starts(self.steps_N)[self.response_starts[:-1][has]]
+            found[has] += best.reduceat(self.length_S, first_S)
         return found
 
 
@@ -274,6 +294,8 @@ class TableBuilder:
             "prompt_cut_G": [prompt_cut],
             "prompt_key_G": [prompt_key],
             "length_N": [len(c.ids) for c in many],
+            "steps_N": [1 + len(c.starts) for c in many],
+            "length_S": [len(ids) for c in many for ids, _ in c.steps],
             "trained_N": [int(c.trained.sum()) for c in many],
             "cut_N": [0] * count if cuts is None else cuts,
             "key_N": [group.key(k) for k in range(count)],
@@ -284,7 +306,7 @@ class TableBuilder:
             "weight_P": [np.nan] * len(group.pairs) if group.weights is None else group.weights,
             "pictures_G": [len(group.pictures)],
             "pictures_N": [len(c.pictures) for c in many],
-            **(_picture_columns(group) if group.has_pictures else {}),
+            **(picture_columns(group) if group.has_pictures else {}),
         }
         for name, new in values.items():
             self._rows[name] += new
@@ -334,6 +356,7 @@ def _fewer(part: Part, keep_N: BoolArray) -> Part:
     c = part.columns
     group_N = _owners(c["responses_G"])
     columns: dict[str, Array] = {n: x[keep_N] if n.endswith("_N") else x for n, x in c.items()}
+    columns["length_S"] = c["length_S"][np.repeat(keep_N, c["steps_N"])]
     columns["responses_G"] = _counts(group_N[keep_N], len(part), c["responses_G"])
     # A group's tokens are its prefix and its responses: runs that stay or go as a whole.
     starts = part.response_starts[:-1]
@@ -358,21 +381,6 @@ def _fewer(part: Part, keep_N: BoolArray) -> Part:
         columns |= {name: c[name][keep_I] for name in COLUMNS if name.endswith("_I")}
         columns["held_B"] = c["held_B"][np.repeat(keep_I, c["held_I"])]
     return Part(columns, max_id=part.max_id, source=part.source)
-
-
-def _picture_columns(group: Group) -> dict[str, list[Any]]:
-    """The columns _I and _B of a group."""
-    found = [*group.pictures, *(p for c in group.continuations for p in c.pictures)]
-    paths = [os.fsencode(p.picture.source) for p in found]
-    held = [path or p.picture.data for path, p in zip(paths, found, strict=True)]
-    return {
-        "digest_I": [p.picture.digest for p in found],
-        "size_I": [(p.picture.width, p.picture.height) for p in found],
-        "place_I": [(p.start, p.stop) for p in found],
-        "path_I": [len(path) for path in paths],
-        "held_I": [len(data) for data in held],
-        "held_B": [np.frombuffer(data, np.uint8) for data in held],
-    }
 
 
 def _sums(values: Array, starts: IndexArray) -> IndexArray:

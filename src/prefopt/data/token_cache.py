@@ -185,16 +185,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_files(folder: Path, manifest: Mapping[str, Any], *, root: Path | None = None, anew: bool = False) -> None:
+def check_files(
+    folder: Path, manifest: Mapping[str, Any], *, root: Path | None = None, recompute: bool = False
+) -> None:
     """Raise ``Damaged`` where the checksum of a file differs from the manifest.
 
-    Checksums of large, unchanged files are remembered (see :func:`file_hashes`); ``anew`` computes them all.
+    Checksums of large, unchanged files are remembered (see :func:`file_hashes`); ``recompute`` computes them all.
     """
     files = manifest["files"]
     paths = [folder / name for name in files]
     try:
-        anew = anew or _small(files)
-        found = list(map(_sha256, paths)) if anew else file_hashes(paths, root, error=CacheError)
+        recompute = recompute or _small(files)
+        found = list(map(_sha256, paths)) if recompute else file_hashes(paths, root, error=CacheError)
     except (OSError, CacheError) as error:
         raise Damaged(str(error)) from error
     for name, digest in zip(files, found, strict=True):
@@ -347,7 +349,7 @@ def verify_tokens(root: Path | None = None, *, repair: bool = False) -> list[tup
     for folder in token_entries(root):
         try:
             with cache_errors(folder):
-                check_files(folder, read_manifest(folder), anew=True)
+                check_files(folder, read_manifest(folder), recompute=True)
         except Damaged as damage:
             problems.append((folder, str(damage)))
             if repair:

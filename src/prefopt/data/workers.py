@@ -27,6 +27,7 @@ from typing import Any
 from prefopt.data.chat.render import Rendered, Renderer
 from prefopt.data.chat.template import Rendering
 from prefopt.data.group import Group, PicturedIds, pictures_in
+from prefopt.data.steps import NOT_STEPWISE, STEPWISE, judged, judged_steps
 from prefopt.data.table import Array, TableBuilder
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.data.validate import DataKind, Problem, Warnings, validate
@@ -67,18 +68,23 @@ class Preparer:
         """Convert, render and tokenise; a row becomes a group or has a problem, independent of the other rows."""
         problems: list[Problem] = []
         good: list[Comparison] = []
+        keys: list[bytes] = []  # of the row's prompt: the steps of a trajectory are never split from one another
         for row in rows:
-            found = [row] if isinstance(row, Problem) else validate(row, self.kind)
-            if isinstance(found, Comparison):
-                good.append(found)
-            else:
-                problems += found
+            of_row: dict[Problem, None] = {}  # several steps may have the same
+            for step in [row] if isinstance(row, Problem) else self._steps(row):
+                found = [step] if isinstance(step, Problem) else validate(step, self.kind)
+                if isinstance(found, Comparison):
+                    good.append(found)
+                    keys.append(row.prompt_key if isinstance(row, Comparison) else b"")
+                else:
+                    of_row |= dict.fromkeys(found)
+            problems += of_row
         builder = TableBuilder()
-        for comparison, rendered in zip(good, self._rendered(good), strict=True):
+        for key, rendered in zip(keys, self._rendered(good), strict=True):
             if isinstance(rendered, Problem):
                 problems.append(rendered)
                 continue
-            key, cuts = comparison.prompt_key, rendered.responses_cut or None
+            cuts = rendered.responses_cut or None
             builder.add(rendered.group, prompt_key=key, prompt_cut=rendered.prompt_cut, cuts=cuts)
             for group in rendered.more:
                 builder.add(group, prompt_key=key)
@@ -86,6 +92,18 @@ class Preparer:
         self.renderer.warnings.clear()
         problems.sort(key=lambda p: p.row)
         return Chunk(len(rows), builder.columns(), problems, warnings, any(not c.text for c in good))
+
+    def _steps(self, row: Comparison) -> Sequence[Comparison | Problem]:
+        """The row, or the turns of it that are judged by themselves."""
+        if self.renderer.rendering.compare == "responses" or self.kind == "prompts":
+            if judged(row):
+                self.renderer.warnings.setdefault(NOT_STEPWISE, []).append(row.row)
+            return [row]
+        steps = judged_steps(row)
+        if isinstance(steps, Problem):
+            return [steps]
+        self.renderer.warnings.setdefault(STEPWISE, []).append(row.row)
+        return steps
 
     def _rendered(self, good: Sequence[Comparison]) -> Iterator[Rendered | Problem]:
         if self.kind != "prompts":

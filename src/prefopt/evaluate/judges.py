@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefopt.config.compare import CompareConfig
-from prefopt.config.tools import IMPLICIT, ScoreConfig, is_model_reward
+from prefopt.config.scoring import IMPLICIT, is_model_reward
+from prefopt.config.tools import ScoreConfig
 from prefopt.core.cache_folder import cache_root
 from prefopt.core.files import write_json
 from prefopt.core.options import nearest

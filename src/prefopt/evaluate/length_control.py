@@ -35,7 +35,7 @@ class LengthControlled:
 
 
 def length_controlled(outcomes: npt.ArrayLike, longer: npt.ArrayLike) -> LengthControlled | None:
-    r"""The length-controlled win rate of outcomes [prompts, samples]; ``longer``: differences of length likewise.
+    r"""The length-controlled win rate of outcomes [prompts, samples]; ``longer``: differences of length.
 
     A logistic regression of the outcome on the difference d, with s the standard deviation of d:
     :math:`\operatorname{logit} P = a + b\,d/s + c\tanh(d/s)`, evaluated at d = 0. Judges stop caring how much longer a

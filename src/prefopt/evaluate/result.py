@@ -85,7 +85,7 @@ class PairResult:
 
 def correct_pairs(pairs: Sequence[PairResult]) -> list[PairResult]:
     """The verdicts on pairs of models corrected for their number, those on categories for that of all categories of all
-    pairs, and those on tasks likewise."""
+    pairs, and those on tasks, too."""
     rates = corrected([pair.rate for pair in pairs])
     categories = iter(corrected([rate for pair in pairs for rate in pair.categories.values()]))
     tasks = iter(corrected_changes([task for pair in pairs for task in pair.tasks]))

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from prefopt.config.tools import IMPLICIT, ScoreConfig
+from prefopt.config.scoring import IMPLICIT, ScorerOptions
+from prefopt.config.tools import ScoreConfig
 from prefopt.core.files import OVERWRITE, output_errors, refuse_existing
 from prefopt.core.model_folder import NOT_QUANTISED
 from prefopt.core.statistics import Interval, rate_interval
@@ -90,7 +91,7 @@ class ModelScorer:
 RowScorer = TextScorer | ModelScorer
 
 
-def load_row_scorer(config: ScoreConfig) -> RowScorer:
+def load_row_scorer(config: ScorerOptions) -> RowScorer:
     """The scorer that ``--reward`` names: a rule, a function, a reward model or the implicit reward."""
     if not config.by_model:
         return TextScorer(load_reward(config.reward))
@@ -102,7 +103,7 @@ def load_row_scorer(config: ScoreConfig) -> RowScorer:
     return reward_model_scorer(config, device, resolve_dtype(config.dtype, device))
 
 
-def reward_model_scorer(config: ScoreConfig, device: torch.device, dtype: torch.dtype) -> ModelScorer:
+def reward_model_scorer(config: ScorerOptions, device: torch.device, dtype: torch.dtype) -> ModelScorer:
     """Raises :class:`ModelError` where ``--reward`` is no reward model, or has another number of labels."""
     source = local_folder(config.reward)
     if not has_scalar_head(source):
@@ -122,7 +123,7 @@ def reward_model_scorer(config: ScoreConfig, device: torch.device, dtype: torch.
     return ModelScorer(f"the reward model {config.reward}", score, _renderer(config, tokenizer, source))
 
 
-def implicit_reward_scorer(config: ScoreConfig, device: torch.device, dtype: torch.dtype) -> ModelScorer:
+def implicit_reward_scorer(config: ScorerOptions, device: torch.device, dtype: torch.dtype) -> ModelScorer:
     """beta log(pi(y|x) / ref(y|x)): Rafailov et al. 2023, equation 5 without its term of the prompt alone.
 
     Raises :class:`ModelError` where the tokenizers of policy and reference differ.
@@ -159,7 +160,7 @@ def response_logprobs(scorer: PackedModel, groups: Sequence[Group], token_budget
     return np.concatenate(parts) if parts else np.empty(0)
 
 
-def _renderer(config: ScoreConfig, tokenizer: Tokenizer, *sources: str) -> Renderer:
+def _renderer(config: ScorerOptions, tokenizer: Tokenizer, *sources: str) -> Renderer:
     limit = min(sequence_limit(config.max_length, context_length(load_config(source))) for source in sources)
     return Renderer(tokenizer, Rendering.from_options(config, limit))
 

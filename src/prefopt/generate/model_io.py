@@ -16,9 +16,9 @@ import torch
 from transformers import GenerationConfig
 
 from prefopt.core.model_folder import NOT_QUANTISED
+from prefopt.data.chat.ends import end_of_turn
 from prefopt.data.chat.pictures import token_of_pictures
 from prefopt.data.chat.render import Renderer
-from prefopt.data.chat.spans import end_of_turn
 from prefopt.data.chat.template import Rendering
 from prefopt.data.comparisons import open_comparisons
 from prefopt.data.files.content import DAMAGED, damaged, look

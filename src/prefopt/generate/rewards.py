@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import torch
 
-from prefopt.config.tools import is_model_reward
+from prefopt.config.scoring import is_model_reward
 from prefopt.data.group import Group
 from prefopt.data.tokenizer import Tokenizer, load_tokenizer
 from prefopt.errors import ModelError, RunError

@@ -18,7 +18,7 @@ UNDESIRABLE = loss_option("undesirable_weight", "weight of undesirable responses
 
 @loss(
     formula="lambda (1 - sigmoid(+-beta (s - z))), + where desirable, z = max(0, mean s of mismatched responses)",
-    paper="Ethayarajh et al. 2024 (KTO), arXiv 2402.01306, equation 7 of version 1 (later versions number anew)",
+    paper="Ethayarajh et al. 2024 (KTO), arXiv 2402.01306, equation 7 of version 1 (later versions have other numbers)",
     when="Thumbs up and down, without pairs. Weight the labels so that both count about the same.",
     options=(BETA, DESIRABLE, UNDESIRABLE),
     whole_batch=True,

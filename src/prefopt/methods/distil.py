@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from prefopt.config.distil import DistilConfig
-from prefopt.data.chat.spans import trained_ends
+from prefopt.data.chat.ends import trained_ends
 from prefopt.errors import ConfigError, ModelError
 from prefopt.generate.sampler import SamplingParams
 from prefopt.model.check import check_scoring

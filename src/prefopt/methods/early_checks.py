@@ -8,15 +8,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from prefopt.config.export import ExportConfig
 from prefopt.config.methods import method_of
+from prefopt.config.reward_bench import RewardBenchConfig
 from prefopt.config.sample import SampleConfig
-from prefopt.config.tools import IMPLICIT, RULES, ScoreConfig, is_model_reward
+from prefopt.config.scoring import IMPLICIT, RULES, ScorerOptions, is_model_reward
+from prefopt.config.tools import ScoreConfig
 from prefopt.core.files import OVERWRITE, RESUME, expanded, is_path, one_below, refuse_existing
 from prefopt.core.hub import no_telemetry, why_not_read
 from prefopt.core.ranks import ranks_in, restarted
 from prefopt.data.files.content import look
 from prefopt.data.files.sources import FileOrigin, Source, find_sources
 from prefopt.errors import ConfigError, DataError, ModelError
+from prefopt.export.checks import check_export
 from prefopt.rewards import load_reward
 from prefopt.runs.folder import check_output
 
@@ -41,6 +45,11 @@ def check_before_torch(config: Any) -> None:
             refuse_existing(Path(config.output), OVERWRITE, unless=config.overwrite)
         else:
             refuse_existing(Path(config.output), RESUME, unless=config.resume)
+    if isinstance(config, ExportConfig):
+        check_export(config)
+    if isinstance(config, RewardBenchConfig):
+        for file in filter(None, (config.output, config.html)):
+            refuse_existing(Path(file), OVERWRITE, unless=config.overwrite)
     for option in DATA:
         for source in find_sources(getattr(config, option, None) or []):
             _check_file(source)
@@ -53,7 +62,7 @@ def check_before_torch(config: Any) -> None:
     if isinstance(reward, str) and is_model_reward(reward):
         _check_model(reward)
         return
-    known = (*RULES, *([IMPLICIT] if isinstance(config, ScoreConfig) else []))
+    known = (*RULES, *([IMPLICIT] if isinstance(config, ScorerOptions) else []))
     if isinstance(reward, str) and reward not in known:
         load_reward(reward)  # refuses the name, or an absent module
 

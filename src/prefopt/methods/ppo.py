@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from prefopt.config.ppo import PpoConfig
-from prefopt.config.tools import is_model_reward
+from prefopt.config.scoring import is_model_reward
 from prefopt.core.terminal import size
 from prefopt.data.group import Group, shortened
 from prefopt.data.tokenizer import Tokenizer

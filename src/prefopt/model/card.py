@@ -1,6 +1,6 @@
 """The model card: README.md of a finished model, with the front matter that the Hub reads.
 
-It names no folder of this machine: what lies here is named by its last part.
+It names no folder of this machine: local paths are cut to their last part.
 """
 
 from __future__ import annotations

@@ -230,7 +230,8 @@ def check_scalars(scorer: ScalarScorer, groups: Sequence[Group]) -> CheckReport:
     with torch.no_grad():
         together = scorer(pack(some, scorer.layout).to(device))
         noise = _rms(together - torch.cat([scorer(pack([g], scorer.layout).to(device)) for g in some]))
-        rows = [ids[: int(trained.nonzero()[-1]) + 1].to(device)[None] for ids, trained in _sequences(some)]
+        ends = [g.sequences(k)[-1] for g in some for k in range(len(g.continuations))]
+        rows = [torch.from_numpy(ids[: int(np.flatnonzero(on)[-1]) + 1]).long().to(device)[None] for ids, on in ends]
         placed = [g.placed(k) for g in some for k in range(len(g.continuations))]
         more = [
             scorer.vision.own_arguments(x, [p.picture for p in ps]) if ps else {}
@@ -315,10 +316,9 @@ def _separately(model: PreTrainedModel, groups: Sequence[Group]) -> torch.Tensor
 
 
 def _sequences(groups: Sequence[Group]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids and mask of every response, prompt included."""
+    """Token ids and mask of every step of every response, prompt included."""
     for group in groups:
-        for k in range(len(group.continuations)):
-            ids, trained = group.sequence(k)
+        for ids, trained in (one for k in range(len(group.continuations)) for one in group.sequences(k)):
             yield torch.from_numpy(np.asarray(ids)).long(), torch.from_numpy(np.asarray(trained))
 
 

@@ -82,8 +82,8 @@ class FlopCount:
         return self._total(batch.tokens, len(batch.target), segments)
 
     def unshared(self, batch: PackedBatch) -> float:
-        """Operations of the responses of ``batch`` as sequences of their own, each with its prompt."""
-        lengths = [len(g.prefix) + len(c.ids) for g in batch.groups for c in g.continuations]
+        """Operations of the steps of all responses of ``batch`` as sequences of their own, each with its prompt."""
+        lengths = [len(g.prefix) + len(ids) for g in batch.groups for c in g.continuations for ids, _ in c.steps]
         return self._total(sum(lengths), len(batch.target), [(0, length, 0, 0) for length in lengths])
 
     def _total(self, tokens: int, scored: int, segments: Sequence[Segment]) -> float:

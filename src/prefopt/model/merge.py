@@ -24,8 +24,8 @@ from prefopt.core.model_folder import (
     quantisation_on_record,
     require_adapter,
 )
+from prefopt.data.chat.ends import end_of_turn
 from prefopt.data.chat.render import Renderer
-from prefopt.data.chat.spans import end_of_turn
 from prefopt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from prefopt.errors import ConfigError, ModelError, RunError
 from prefopt.model.adapter import peft_warnings_off

@@ -5,6 +5,8 @@ ordinary causal attention; R2 is a second segment whose queries also see P::
 
     segments = ((0, P + R1, 0, 0), (P + R1, P + R1 + R2, 0, P))
 
+A response of several steps (:class:`prefopt.data.group.Continuation`) has a segment for each: none sees another.
+
 A log-probability is read at the token *before* the scored one: for the first token of every response that is the last
 token of P, which is read K times and stored once.
 """
@@ -95,7 +97,7 @@ class PackLayout:
 
     def cost(self, group: Group) -> int:
         """Tokens that scoring ``group`` encodes."""
-        apart = len(group.continuations) - 1 if self.side(group) == "separate" else 0
+        apart = group.count - 1 if self.side(group) == "separate" else 0
         return group.tokens + apart * len(group.prefix)
 
     def costs(self, groups: GroupTable) -> IndexArray:
@@ -105,7 +107,7 @@ class PackLayout:
             return tokens
         limit = self.rope_limit or 0
         separate = np.logical_and(groups.longest_G > limit, groups.shortest_G <= limit) if self.share else True
-        tokens += groups.prefix_G * (groups.responses_G - 1) * separate
+        tokens += groups.prefix_G * (groups.sequences_G - 1) * separate
         return tokens
 
     def side(self, group: Group) -> str:
@@ -114,8 +116,7 @@ class PackLayout:
             return "separate"
         if self.rope_limit is None or group.longest <= self.rope_limit:
             return "shared"
-        shortest = len(group.prefix) + min(len(c.ids) for c in group.continuations)
-        return "long" if shortest > self.rope_limit else "separate"
+        return "long" if group.shortest > self.rope_limit else "separate"
 
 
 class _PackedRow:
@@ -145,9 +146,11 @@ class _PackedRow:
 
 
 @dataclass(slots=True)
-class _Response:
-    """The place of a response in a row: ``before`` is the row index of the last shared token, or -1."""
+class _Step:
+    """The place of a step of response ``owner`` in a row: ``before`` is the row index of the last shared token, or
+    -1."""
 
+    owner: int
     row: _PackedRow
     start: int
     before: int
@@ -160,52 +163,63 @@ def pack(groups: Sequence[Group], layout: PackLayout | None = None) -> PackedBat
     layout = layout or PackLayout()
     common: dict[str, _PackedRow] = {}
     rows: list[_PackedRow] = []
-    responses: list[_Response] = []
+    steps: list[_Step] = []
+    count = 0
     for group in groups:
         side = layout.side(group)
         if side == "separate":
-            for k in range(len(group.continuations)):
-                rows.append(row := _PackedRow())
-                ids, trained = group.sequence(k)
-                row.segments.append((0, len(ids), 0, 0))
-                row.repeated = len(group.prefix) if k else 0
-                responses.append(_Response(row, row.add(ids, 0, group.placed(k)), -1, ids, trained))
-            continue
-        if side not in common:
-            rows.append(common.setdefault(side, _PackedRow()))
-        responses += _add_shared(common[side], group)
-    return _finish(groups, rows, responses)
+            steps += _apart(rows, group, count)
+        else:
+            if side not in common:
+                rows.append(common.setdefault(side, _PackedRow()))
+            steps += _add_shared(common[side], group, count)
+        count += len(group.continuations)
+    return _finish(groups, rows, steps, count)
 
 
-def _add_shared(row: _PackedRow, group: Group) -> list[_Response]:
+def _apart(rows: list[_PackedRow], group: Group, first: int) -> list[_Step]:
+    """A row for every sequence of the group, whose responses are counted from ``first``."""
+    steps: list[_Step] = []
+    for k in range(len(group.continuations)):
+        for ids, trained in group.sequences(k):
+            rows.append(row := _PackedRow())
+            row.segments.append((0, len(ids), 0, 0))
+            row.repeated = len(group.prefix) if steps else 0
+            steps.append(_Step(first + k, row, row.add(ids, 0, group.placed(k)), -1, ids, trained))
+    return steps
+
+
+def _add_shared(row: _PackedRow, group: Group, first: int) -> list[_Step]:
     prefix = len(group.prefix)
     origin = row.add(group.prefix, 0, group.pictures)
-    responses = []
+    steps: list[_Step] = []
     for k, c in enumerate(group.continuations):
-        start = row.add(c.ids, prefix, c.pictures)
-        first = k == 0
-        row.segments.append((origin if first else start, row.length, 0 if first else origin, 0 if first else prefix))
-        responses.append(_Response(row, start, origin + prefix - 1 if prefix else -1, c.ids, c.trained))
-    return responses
+        for ids, trained in c.steps:
+            start = row.add(ids, prefix, c.pictures)
+            row.segments.append((start, row.length, origin, prefix) if steps else (origin, row.length, 0, 0))
+            steps.append(_Step(first + k, row, start, origin + prefix - 1 if prefix else -1, ids, trained))
+    return steps
 
 
-def _finish(groups: Sequence[Group], rows: list[_PackedRow], responses: list[_Response]) -> PackedBatch:
+def _finish(groups: Sequence[Group], rows: list[_PackedRow], steps: list[_Step], responses: int) -> PackedBatch:
     offsets = dict(zip(map(id, rows), np.cumsum([0, *(r.length for r in rows)]), strict=False))
-    read, target, owner, last = [], [], [], []
-    for n, r in enumerate(responses):
-        where = np.nonzero(r.trained)[0]
-        offset = offsets[id(r.row)]
-        read.append(np.where(where > 0, r.start + where - 1, r.before) + offset)
-        last.append(where[-1:] + r.start + offset)
-        target.append(r.ids[where])
-        owner.append(np.full(len(where), n))
+    read, target, owner = [], [], []
+    last = [np.empty(0, np.int64)] * responses
+    for step in steps:
+        where = np.nonzero(step.trained)[0]
+        offset = offsets[id(step.row)]
+        read.append(np.where(where > 0, step.start + where - 1, step.before) + offset)
+        last[step.owner] = where[-1:] + step.start + offset
+        target.append(step.ids[where])
+        owner.append(np.full(len(where), step.owner))
 
     def tensor(parts: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
-    length = torch.tensor([len(t) for t in target], dtype=torch.int64)
+    owner_M = tensor(owner)
+    length = torch.bincount(owner_M, minlength=responses)
     passes = tuple(row.finish() for row in rows)
-    return PackedBatch(tuple(groups), passes, tensor(read), tensor(target), tensor(owner), length, tensor(last))
+    return PackedBatch(tuple(groups), passes, tensor(read), tensor(target), owner_M, length, tensor(last))
 
 
 def split(items: Sequence[int], tokens: Sequence[int], token_budget: int) -> Iterator[list[int]]:

@@ -164,7 +164,7 @@ class PackedModel(torch.nn.Module):
         ids = torch.zeros(1, 2, dtype=torch.long, device=device)
         extra: dict[str, Any] = {"prefix_segments": ((0, 2, 0, 0),), "prefix_kernel": TRIAL}
         extra |= mask_for(body_of(model), extra["prefix_segments"])
-        if self.recurrent:  # others make a cache, as for sampling: what they cannot make one of is told here
+        if self.recurrent:  # others make a cache, as for sampling: what has none is found here
             extra["use_cache"] = False
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():

@@ -82,7 +82,9 @@ class SpaceKey:
     def costs(self, groups: GroupTable) -> IndexArray:
         """Tokens that scoring each group encodes, [G], whatever the limit of rotary frequencies."""
         tokens: IndexArray = groups.tokens_G.astype(np.int64)
-        return tokens if self.path == "shared" else tokens + groups.prefix_G * (groups.responses_G - 1)
+        if self.path != "shared":
+            tokens += groups.prefix_G * (groups.sequences_G - 1)
+        return tokens
 
 
 def json_digest(value: Any) -> str:

@@ -36,9 +36,11 @@ Row = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A section rendered elsewhere: ``html`` is inserted unescaped, ``sentences`` stand at the top of the page."""
+    """A section rendered elsewhere: ``html`` is inserted unescaped, ``sentences`` stand at the top of the page, and
+    ``title`` in the list of contents."""
 
     name: str
+    title: str
     html: Markup
     sentences: Sequence[str]
     caveats: Sequence[str]
@@ -185,7 +187,7 @@ def _contents(
 ) -> list[tuple[str, str]]:
     """The id and the name of each section of the page, in order."""
     found = [(f"comparison-{n}", f"Compared by {c['judge']}") for n, c in enumerate(comparisons, 1)]
-    found += [(f"sweep-{n}", f"Reward against KL: {section.name}") for n, section in enumerate(sections, 1)]
+    found += [(f"section-{n}", section.title) for n, section in enumerate(sections, 1)]
     found += [("runs", "Runs")] if len(runs) > 1 else []
     found += [("curves", "Curves")] if figures else []
     found += [("differences", "What differs between the runs")] if differing(runs) else []
@@ -276,10 +278,21 @@ def _curve_words(run: History, metric: str) -> str:
 
 def win_rates(found: Mapping[str, Any], *, name: str) -> Markup | None:
     """Win rates with their intervals and the line of no difference; None without any interval."""
+    rates = [(rate["name"], rate["bounds"]) for rate in found["rates"] if rate["bounds"] is not None]
+    axis, label = (
+        "win rate, a tie counting half; the line is its 95 % interval",
+        f"Win rates by the judge {found['judge']}",
+    )
+    return intervals(rates, axis=axis, name=name, label=label)
+
+
+def intervals(
+    rates: Sequence[tuple[str, tuple[float, float, float]]], *, axis: str, name: str, label: str, chance: float = 0.5
+) -> Markup | None:
+    """Rates with intervals and a line at ``chance``; None for no rate. ``name`` and ``label``: see :func:`inline`."""
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    rates = [(rate["name"], rate["bounds"]) for rate in found["rates"] if rate["bounds"] is not None]
     if not rates:
         return None
     figure: Any = Figure(figsize=(7.5, 0.9 + 0.34 * len(rates)), layout="constrained")
@@ -287,15 +300,15 @@ def win_rates(found: Mapping[str, Any], *, name: str) -> Markup | None:
     for y, (_, (mean, low, high)) in enumerate(rates):
         axes.plot([low, high], [y, y], color=COLOURS[0], linewidth=2)
         axes.plot([mean], [y], color=COLOURS[0], marker="o", markersize=6)
-    axes.axvline(0.5, color="0.45", linewidth=0.9, linestyle=":")
+    axes.axvline(chance, color="0.45", linewidth=0.9, linestyle=":")
     axes.set_xlim(0, 1)
     axes.set_ylim(len(rates) - 0.5, -0.5)
     axes.set_yticks(range(len(rates)), [plain(shortened(text, 48)) for text, _ in rates], fontsize=9)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set_xlabel("win rate, a tie counting half; the line is its 95 % interval", fontsize=9)
+    axes.set_xlabel(axis, fontsize=9)
     axes.tick_params(axis="x", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    return inline(figure, name=name, label=f"Win rates by the judge {found['judge']}")
+    return inline(figure, name=name, label=label)
 
 
 def inline(figure: Any, *, name: str, label: str) -> Markup:

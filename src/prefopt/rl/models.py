@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from prefopt.config.ppo import PpoConfig
-from prefopt.config.tools import is_model_reward
+from prefopt.config.scoring import is_model_reward
 from prefopt.config.training import LORA_ALPHA_PER_RANK, LORA_RANK
 from prefopt.core.model_folder import is_adapter
 from prefopt.core.terminal import size

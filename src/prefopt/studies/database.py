@@ -41,8 +41,16 @@ SEALS = 3
 COUNTER = "last_place"
 """The one setting that changes: the last place of the queue."""
 
-VERSION = 3
+VERSION = 4
 """The schema version: ``migrations/N.sql`` leads from version N - 1 to N."""
+
+
+EVERYONE = 2**31 - 1
+"""The overlap of an item that every annotator judges."""
+OWN_OVERLAP = (
+    f"CASE json_extract(i.row, '$.overlap') WHEN 'all' THEN {EVERYONE} ELSE json_extract(i.row, '$.overlap') END"
+)
+"""SQL: the number of annotators that an item i asks for itself, or null."""
 
 
 class DamagedRow(Exception):
@@ -73,6 +81,7 @@ def migrate(connection: sqlite3.Connection, file: str) -> None:
                 connection.execute(statement)
         if 0 < version < VERSION:
             rebuild(connection)
+        if 0 < version < SEALS:
             _seal_all(connection)
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {VERSION}")
@@ -122,9 +131,10 @@ def rebuild(connection: sqlite3.Connection) -> None:
     )
     overlap = int(json.loads(connection.execute("SELECT value FROM setting WHERE name = 'overlap'").fetchone()[0]))
     connection.execute(
-        "INSERT INTO queue (item, taken, votes, fresh, place)"
-        " SELECT id, votes, votes, touched = 0, CASE WHEN touched > 0 AND votes < ? THEN id END FROM ("
-        "  SELECT i.id, count(a.item) AS touched, coalesce(sum(a.state = 'voted'), 0) AS votes"
+        "INSERT INTO queue (item, taken, votes, fresh, place, overlap)"
+        " SELECT id, votes, votes, touched = 0, CASE WHEN touched > 0 AND votes < coalesce(own, ?) THEN id END, own"
+        " FROM ("
+        f"  SELECT i.id, count(a.item) AS touched, coalesce(sum(a.state = 'voted'), 0) AS votes, {OWN_OVERLAP} AS own"
         "  FROM item i LEFT JOIN assignment a ON a.item = i.id WHERE i.gold IS NULL GROUP BY i.id)",
         (overlap,),
     )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import combinations
@@ -76,6 +76,40 @@ def export_rows(study: Study, options: ExportOptions | None = None) -> Exported:
     return exporter.found
 
 
+def vote_rows(study: Study, exclude: Collection[str] = ()) -> Iterator[ExportedRow]:
+    """Every vote and skip in force, gold items included, as a flat row by item and time.
+
+    ``order`` is best first by the numbers of the responses, such as ``1 > 0 = 2``, ``shown`` the order on the page,
+    ``seconds`` those in which the page was visible where the browser said so. ``exclude`` are pseudonyms.
+    """
+    with study.reading() as connection:
+        everyone = {a.id: a.pseudonym for a in annotators(connection)}
+        items = {item.id: item for item in all_items(connection)}
+        found = list(stored_votes(connection))
+    for v in found:
+        if everyone[v.annotator] in exclude:
+            continue
+        item, vote = items[v.item], v.vote
+        yield {
+            "item": v.item,
+            "source": item.file,
+            "source_row": item.file_row,
+            "gold": item.gold is not None,
+            "annotator": everyone[v.annotator],
+            "at": v.at,
+            "seconds": v.seconds if v.active is None else v.active,
+            "order": " > ".join(" = ".join(map(str, tier)) for tier in vote.tiers),
+            "shown": " ".join(map(str, v.shown)),
+            "strength": vote.strength,
+            "all_bad": vote.all_bad,
+            "skipped": vote.skipped,
+            "correct": vote.matches(item.gold) if item.gold is not None and vote.skipped is None else None,
+            "tags": ", ".join(vote.tags),
+            "rationale": vote.rationale,
+            "models": ", ".join(origin.model or "unknown" for origin in item.origins),
+        }
+
+
 class _Exporter:
     def __init__(self, options: ExportOptions, study: str, everyone: Sequence[Annotator]) -> None:
         self.options, self.study, self.found = options, study, Exported()
@@ -96,7 +130,8 @@ class _Exporter:
         every = options.disagreement == "every" and options.form != "soft"
         for group in [[v] for v in usable] if every else [usable]:
             for values, indices in convert(item, group):
-                row = dict(item.row) | {"responses": [item.row["responses"][k] for k in indices]} | values
+                row = {name: value for name, value in item.row.items() if name != "overlap"}
+                row |= {"responses": [item.row["responses"][k] for k in indices]} | values
                 if options.provenance:
                     row |= self._provenance(item, indices, group)
                 elif any(item.origins[k].model is not None for k in indices):

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import secrets
 import sqlite3
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prefopt.errors import StudyError
 from prefopt.records import Tiers
 from prefopt.studies.annotators import Annotator
-from prefopt.studies.database import COUNTER, DamagedRow, check_complete, check_row, decoding, insert
+from prefopt.studies.database import COUNTER, EVERYONE, DamagedRow, check_complete, check_row, decoding, insert
 from prefopt.studies.study import Study, now
 
 MOST_RESPONSES = 9
@@ -39,7 +40,8 @@ class ResponseOrigin:
 
 @dataclass(frozen=True, slots=True)
 class NewItem:
-    """An item to add: ``row`` holds prompt and responses (and tools) in the canonical layout, ``prompt_key`` identifies
+    """An item to add: ``row`` holds prompt and responses (and tools) in the canonical layout, and ``overlap`` where the
+    item shall get another number of annotators than the study's (``all``: everyone's vote); ``prompt_key`` identifies
     the prompt, ``gold`` is the known order of a gold item; it was read from ``file_row`` of ``file``."""
 
     row: Mapping[str, Any]
@@ -93,8 +95,10 @@ def _add(connection: sqlite3.Connection, item: NewItem) -> bool:
         row.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which SQLite cannot store
         row = json.dumps(item.row)
-    # The same row at another place is the same item; a gold item is a different one.
-    identity = json.dumps([item.row, item.gold], sort_keys=True)
+    overlap = _overlap(item)
+    # The same row at another place is the same item, whatever its overlap; a gold item is a different one.
+    bare = {name: value for name, value in item.row.items() if name != "overlap"}
+    identity = json.dumps([bare, item.gold], sort_keys=True)
     values = {
         "digest": hashlib.blake2b(identity.encode(), digest_size=16).digest(),
         "prompt_key": item.prompt_key,
@@ -108,8 +112,30 @@ def _add(connection: sqlite3.Connection, item: NewItem) -> bool:
     }
     done = insert(connection, "item", values, "ON CONFLICT (digest) DO NOTHING")
     if done.rowcount and item.gold is None:
-        connection.execute("INSERT INTO queue (item) VALUES (?)", (done.lastrowid,))
+        connection.execute("INSERT INTO queue (item, overlap) VALUES (?, ?)", (done.lastrowid, overlap))
     return bool(done.rowcount)
+
+
+def _overlap(item: NewItem) -> int | None:
+    """The number of annotators that an item asks for itself. Raises :class:`StudyError`."""
+    given = item.row.get("overlap")
+    if given is None or (isinstance(given, int) and not isinstance(given, bool) and 1 <= given < EVERYONE):
+        return given
+    if given == "all":
+        return EVERYONE
+    place = f"{item.file}, row {item.file_row}"
+    raise StudyError(f"{place}: overlap is {given!r}; it should be a number of annotators from 1 on, or all")
+
+
+def for_everyone(items: Sequence[NewItem], fraction: float) -> list[NewItem]:
+    """The items, a ``fraction`` of which (rounded up) every annotator shall judge: which ones depends on their contents
+    alone. Gold items, which everyone judges, are not counted."""
+    own = [item for item in items if item.gold is None]
+    order = sorted(
+        own, key=lambda i: hashlib.blake2b(json.dumps(i.row, sort_keys=True).encode(), digest_size=8).digest()
+    )
+    chosen = {id(item) for item in order[: math.ceil(fraction * len(own))]}
+    return [replace(item, row={**item.row, "overlap": "all"}) if id(item) in chosen else item for item in items]
 
 
 def _sampling_id(connection: sqlite3.Connection, settings: Mapping[str, Any] | None) -> int | None:
@@ -199,6 +225,16 @@ def items_seen(connection: sqlite3.Connection, annotator: Annotator) -> int:
     return int(connection.execute("SELECT seen FROM annotator WHERE id = ?", (annotator.id,)).fetchone()[0])
 
 
+def items_left(connection: sqlite3.Connection, annotator: Annotator) -> int:
+    """The number of items that the annotator could still be shown, if others voted no more."""
+    queue = "SELECT (SELECT count(*) FROM queue WHERE fresh = 1) + (SELECT count(*) FROM queue WHERE place IS NOT NULL)"
+    own = "(SELECT count(*) FROM assignment a JOIN queue q ON q.item = a.item"
+    own += " WHERE a.annotator = ? AND (q.fresh = 1 OR q.place IS NOT NULL))"
+    gold = "(SELECT count(*) FROM item WHERE gold IS NOT NULL AND NOT EXISTS"
+    gold += " (SELECT 1 FROM assignment a WHERE a.annotator = ? AND a.item = item.id))"
+    return int(connection.execute(f"{queue} - {own} + {gold}", (annotator.id, annotator.id)).fetchone()[0])
+
+
 def order_shown(seed: str, annotator: int, item: int, count: int) -> tuple[int, ...]:
     """A uniformly distributed permutation of ``range(count)`` that depends on its arguments alone."""
     keys = [hashlib.blake2b(f"{seed}/{annotator}/{item}/{k}".encode(), digest_size=8).digest() for k in range(count)]
@@ -206,12 +242,12 @@ def order_shown(seed: str, annotator: int, item: int, count: int) -> tuple[int, 
 
 
 def change_taken(connection: sqlite3.Connection, item: int, change: int, overlap: int) -> None:
-    """Count one annotator more (1) or less (-1) for an item. At ``overlap`` annotators it leaves the queue; where it
-    needs votes again, it goes to the end."""
-    found = connection.execute("SELECT taken, place FROM queue WHERE item = ?", (item,)).fetchone()
+    """Count one annotator more (1) or less (-1) for an item. At its own number of annotators, or ``overlap``, it leaves
+    the queue; where it needs votes again, it goes to the end."""
+    found = connection.execute("SELECT taken, place, overlap FROM queue WHERE item = ?", (item,)).fetchone()
     if found is None:
         return  # gold items are shown to everyone
-    taken, place = found["taken"] + change, found["place"]
+    taken, place, overlap = found["taken"] + change, found["place"], found["overlap"] or overlap
     if taken >= overlap:
         place = None if change > 0 else place
     elif not place:  # one behind all that were ever given: those of full items are not given again
@@ -240,7 +276,7 @@ def _resume(connection: sqlite3.Connection, study: Study, annotator: Annotator, 
     found = connection.execute(
         "SELECT a.item, a.state FROM assignment a LEFT JOIN queue q ON q.item = a.item"
         " WHERE a.annotator = ? AND a.state IN ('pending', 'lapsed')"
-        " AND (a.state = 'pending' OR coalesce(q.taken, 0) < ?) ORDER BY a.since DESC LIMIT 1",
+        " AND (a.state = 'pending' OR coalesce(q.taken, 0) < coalesce(q.overlap, ?)) ORDER BY a.since DESC LIMIT 1",
         (annotator.id, overlap),
     ).fetchone()
     if found is None:

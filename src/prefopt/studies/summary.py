@@ -29,8 +29,9 @@ import numpy.typing as npt
 from prefopt.core.statistics import wilson
 from prefopt.records import Tiers
 from prefopt.studies.annotators import Annotator, annotators
-from prefopt.studies.database import check_complete, check_row
+from prefopt.studies.database import EVERYONE, OWN_OVERLAP, check_complete, check_row
 from prefopt.studies.items import gold_tiers
+from prefopt.studies.quality import Flag, flags_of
 from prefopt.studies.study import Study
 from prefopt.studies.votes import STRENGTHS, StoredVote, stored_votes
 
@@ -63,6 +64,7 @@ class AnnotatorSummary:
     - ``kappa``: Cohen's kappa with the majority of the others, on pairs where they have one.
     - ``first``: fraction of preferences for the response shown first.
     - ``gold``: fraction of the ``golds`` gold items voted on as known.
+    - ``flags``: why the votes should be looked at, see :mod:`prefopt.studies.quality`.
     """
 
     name: str
@@ -75,6 +77,7 @@ class AnnotatorSummary:
     first: Estimate
     gold: Estimate
     golds: int
+    flags: tuple[Flag, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +113,8 @@ class ModelWins:
 
 @dataclass(frozen=True, slots=True)
 class StudySummary:
-    """All statistics. ``wanted`` is items times annotators per item, ``votes`` those in force on these items."""
+    """All statistics. ``wanted`` are the annotators per item summed over the items (all who have voted, for an item
+    that everyone judges), ``votes`` those in force on these items."""
 
     title: str
     items: int
@@ -136,14 +140,17 @@ class StudySummary:
 def summarise(study: Study, *, resamples: int = 1000) -> StudySummary:
     with study.reading() as connection:
         gold, everyone, found = gold_tiers(connection), annotators(connection), list(stored_votes(connection))
-        prompts, origins = {}, {}
+        prompts, origins, wanted = {}, {}, dict[int, int]()
         check_complete(connection, "item")
-        for row in connection.execute("SELECT * FROM item WHERE gold IS NULL"):
+        for row in connection.execute(f"SELECT i.*, {OWN_OVERLAP} AS own FROM item i WHERE gold IS NULL"):
             check_row("item", row)
             prompts[row["id"]], origins[row["id"]] = row["prompt_key"], row["origins"]
+            wanted[row["id"]] = row["own"] or study.settings.overlap
         undone = connection.execute("SELECT count(*) FROM event WHERE kind = 'undo'").fetchone()[0]
     votes = [v for v in found if v.vote.skipped is None]
     counted = [v for v in votes if v.item not in gold]
+    voters = len({v.annotator for v in votes})
+    wanted = {item: max(1, voters) if n == EVERYONE else n for item, n in wanted.items()}
     nominal, ordinal = _units(counted)
     pairs = tuple(_annotator_pairs(nominal, {a.id: a.name for a in everyone}))
     kappas = [(p.kappa, p.units) for p in pairs if not math.isnan(p.kappa)]
@@ -156,8 +163,8 @@ def summarise(study: Study, *, resamples: int = 1000) -> StudySummary:
     return StudySummary(
         title=study.settings.title,
         items=len(prompts),
-        complete=sum(n >= study.settings.overlap for n in Counter(v.item for v in counted).values()),
-        wanted=len(prompts) * study.settings.overlap,
+        complete=sum(n >= wanted[item] for item, n in Counter(v.item for v in counted).items()),
+        wanted=sum(wanted.values()),
         votes=len(counted),
         gold_items=len(gold),
         gold_votes=len(votes) - len(counted),
@@ -187,13 +194,19 @@ def answer_kind(v: StoredVote) -> str:
 def first_shown(votes: Iterable[StoredVote]) -> Estimate:
     """The fraction of preferences for the response shown before the other; 0.5 without a position bias. A ranking
     counts as one vote, by the fraction of its pairs."""
+    fractions = _ahead(votes)
+    return share_of(sum(fractions) / len(fractions) if fractions else math.nan, len(fractions))
+
+
+def _ahead(votes: Iterable[StoredVote]) -> list[float]:
+    """Of each vote that prefers something, the fraction of pairs of which the response shown first is preferred."""
     fractions = []
     for v in votes:
         position = {k: n for n, k in enumerate(v.shown)}
         ahead = [(position[i] < position[k]) == (sign > 0) for i, k, sign in v.vote.pairs if sign]
         if ahead:
             fractions.append(sum(ahead) / len(ahead))
-    return share_of(sum(fractions) / len(fractions) if fractions else math.nan, len(fractions))
+    return fractions
 
 
 def _units(votes: Sequence[StoredVote]) -> tuple[Units, Units]:
@@ -238,22 +251,32 @@ def _annotators(
             (majority, times), *others = rest.most_common()
             if not others or others[0][1] < times:
                 with_majority[annotator].append((value, majority))
+    seconds_of = {a.id: _durations(own[a.id]) for a in everyone}
+    medians = {id: statistics.median(seconds) for id, seconds in seconds_of.items() if seconds}
     for a in everyone:
         votes = [v for v in own[a.id] if v.vote.skipped is None]
+        fractions = _ahead(votes)
+        ahead, behind = sum(f > 0.5 for f in fractions), sum(f < 0.5 for f in fractions)
+        elsewhere = [median for id, median in medians.items() if id != a.id]
         right = [v.vote.matches(gold[v.item]) for v in votes if v.item in gold]
-        durations = [v.seconds if v.active is None else v.active for v in votes]
         yield AnnotatorSummary(
             name=a.name,
             pseudonym=a.pseudonym,
             votes=len(votes),
             skips=len(own[a.id]) - len(votes),
-            seconds=statistics.median(durations) if durations else math.nan,
+            seconds=medians.get(a.id, math.nan),
             agreement=equal[a.id] / compared[a.id] if compared[a.id] else math.nan,
             kappa=kappa(with_majority[a.id]),
             first=first_shown(votes),
             gold=share_of(sum(right) / len(right) if right else math.nan, len(right)),
             golds=len(right),
+            flags=flags_of(seconds_of[a.id], ahead, behind, elsewhere),
         )
+
+
+def _durations(votes: Iterable[StoredVote]) -> list[float]:
+    """Seconds of each vote, those in which the page was visible where the browser said so."""
+    return [v.seconds if v.active is None else v.active for v in votes if v.vote.skipped is None]
 
 
 def _disputed(units: Units) -> list[DisputedItem]:

@@ -35,8 +35,8 @@ class Table:
 
 def tables(sweep: Frontier) -> list[Table]:
     """All tables that the sweep's points can fill."""
-    made = (_at_fixed_kl(sweep), _differences(sweep), _areas(sweep), _tax(sweep), _rates(sweep), _costs(sweep))
-    return [table for table in made if table.rows]
+    makers = (_at_fixed_kl, _judged, _differences, _areas, _tax, _rates, _costs)
+    return [table for make in makers if (table := make(sweep)).rows]
 
 
 def methods_of(sweep: Frontier) -> list[str]:
@@ -44,21 +44,22 @@ def methods_of(sweep: Frontier) -> list[str]:
     return list(dict.fromkeys(p.method for p in sweep.points if p.included and p.method != "reference"))
 
 
-def curves_of(sweep: Frontier, method: str) -> dict[int, RewardCurve]:
+def curves_of(sweep: Frontier, method: str, rewards: str = "rewards") -> dict[int, RewardCurve]:
     """The curve of each seed, of the last points of its included trainings; best-of-n is at its bound for every prompt.
-    None for sweeps of earlier versions, which kept no rewards of prompts."""
+    ``rewards``: the field of points that holds them, ``judged`` for those of the judge. None for sweeps of earlier
+    versions, which kept no rewards of prompts."""
     start = next((p for p in sweep.points if p.method == "reference"), None)
     found: dict[int, list[Point]] = {}
     for p in last_points(sweep.points):
-        if p.method == method and p.rewards and (p.kls or p.kl_is == "bound"):
+        if p.method == method and getattr(p, rewards) and (p.kls or p.kl_is == "bound"):
             found.setdefault(p.seed, []).append(p)
-    if start is None or not start.rewards:
+    if start is None or not getattr(start, rewards):
         return {}
     return {
         seed: RewardCurve(
             np.array([p.kls or [p.kl or 0.0] * len(p.rewards) for p in points]),
-            np.array([p.rewards for p in points]),
-            np.array(start.rewards),
+            np.array([getattr(p, rewards) for p in points]),
+            np.array(getattr(start, rewards)),
         )
         for seed, points in found.items()
     }
@@ -89,6 +90,24 @@ def _at_fixed_kl(sweep: Frontier) -> Table:
         tuple(rows),
         "Average over seeds, interpolated between the settings of each; 95 % intervals over prompts, for these"
         " trainings. A KL that a seed does not reach has no number. Best: the most that was reached, and where",
+    )
+
+
+def _judged(sweep: Frontier) -> Table:
+    """The same policies by a reward that none was trained on or chosen by."""
+    rows = []
+    for method in methods_of(sweep):
+        if curves := [*curves_of(sweep, method, "judged").values()]:
+            cells = [_interval(found) for found in rewards_at(curves, sweep.kl_at)]
+            furthest = max((p for p in last_points(sweep.points) if p.method == method), key=lambda p: p.kl or 0.0)
+            rows.append((method, *cells, f"{np.mean(furthest.judged):.3f} at {furthest.kl:.2f}"))
+    start = next((p.judged for p in sweep.points if p.method == "reference" and p.judged), (math.nan,))
+    return Table(
+        f"Judged by {sweep.judge}, at fixed KL, nats",
+        ("method", *map(_kl, sweep.kl_at), "furthest"),
+        tuple(rows),
+        f"Mean score of the same samples by a reward that no method saw; {np.mean(start):.3f} of the reference. Where"
+        " it stops rising with the reward above, that one is over-optimised. Furthest: the policy of most KL",
     )
 
 

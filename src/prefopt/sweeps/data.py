@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from prefopt.config.sample import SampleConfig
+from prefopt.config.scoring import is_model_reward
 from prefopt.config.sweeps import SweepOptions
-from prefopt.config.tools import ScoreConfig, is_model_reward
+from prefopt.config.tools import ScoreConfig
 from prefopt.core.files import output_errors, replace_file
 from prefopt.core.statistics import mean_interval
 from prefopt.core.terminal import Reporter
@@ -50,7 +51,8 @@ class SweepData:
 class Measurement:
     """A policy on the held-out prompts: mean true reward with its 95 % interval, KL to the reference in nats per
     response with its standard error over prompts (None where not measured), and tokens per response. ``rewards`` and
-    ``kls`` are those of each prompt; ``perplexity`` is that of a text, where one is measured."""
+    ``kls`` are those of each prompt; ``perplexity`` is that of a text, where one is measured; ``judged`` are the scores
+    of a second reward, of each prompt."""
 
     reward: float
     interval: tuple[float, float]
@@ -60,6 +62,7 @@ class Measurement:
     rewards: tuple[float, ...] = ()
     kls: tuple[float, ...] = ()
     perplexity: float | None = None
+    judged: tuple[float, ...] = ()
 
     def means(self) -> dict[str, Any]:
         """The averages alone, by name."""
@@ -95,15 +98,15 @@ def prepare_data(config: SweepOptions, reference: SampledModel, reporter: Report
     return SweepData(*files, preferences, each, made, folder / "tune.jsonl" if tuned else None)
 
 
-def true_reward(config: SweepOptions) -> RowScorer:
-    """The scorer of ``--reward``. A reward model is loaded here: a sweep has one for all that it measures. Raises
-    :class:`prefopt.errors.ConfigError` for an unknown reward."""
-    return load_row_scorer(_scoring(config, Path(config.output), Path(config.output)))
+def true_reward(config: SweepOptions, name: str | None = None) -> RowScorer:
+    """The scorer of ``--reward``, or of ``name``. A reward model is loaded here: a sweep has one for all that it
+    measures. Raises :class:`prefopt.errors.ConfigError` for an unknown reward."""
+    return load_row_scorer(_scoring(config, Path(config.output), Path(config.output), name))
 
 
 class Measure:
     """Draws samples of a policy for some prompts, always with the same seed, and scores them by ``reward``
-    (:func:`true_reward`). ``text``: data to measure its perplexity on, too."""
+    (:func:`true_reward`). ``text``: data to measure its perplexity on, too; ``judge``: a second reward."""
 
     def __init__(
         self,
@@ -112,9 +115,10 @@ class Measure:
         reference: SampledModel,
         reward: RowScorer,
         text: Sequence[str] | None = None,
+        judge: RowScorer | None = None,
     ) -> None:
         self._config, self._prompts, self._reference, self._text = config, prompts, reference, text
-        self._scores = reward
+        self._scores, self._judge = reward, judge
 
     def __call__(
         self,
@@ -154,9 +158,10 @@ class Measure:
             replace_file(file, scored)
         lengths: list[Any] = [row.extra["tokens"] for row in rows]
         rewards = [float(np.mean(s)) for s in scores]
+        judged = tuple(float(np.mean(s)) for s in self._judge(rows)) if self._judge is not None else ()
         reward = mean_interval(rewards, seed=config.seed)
         length = float(np.mean([n for many in lengths for n in many]))
-        found = Measurement(reward.mean, (reward.low, reward.high), None, None, length, tuple(rewards))
+        found = Measurement(reward.mean, (reward.low, reward.high), None, None, length, tuple(rewards), judged=judged)
         if best_of is None:
             policy = SampledModel(
                 name,
@@ -275,9 +280,10 @@ def _comparing(config: SweepOptions) -> dict[str, Any]:
     return _machine(config) | {"dtype": scoring_dtype(config.dtype)}
 
 
-def _scoring(config: SweepOptions, file: Path, output: Path) -> ScoreConfig:
-    machine = _comparing(config) if is_model_reward(config.reward) else {}
-    return ScoreConfig(files=[str(file)], reward=config.reward, output=str(output), **machine)
+def _scoring(config: SweepOptions, file: Path, output: Path, name: str | None = None) -> ScoreConfig:
+    reward = name or config.reward
+    machine = _comparing(config) if is_model_reward(reward) else {}
+    return ScoreConfig(files=[str(file)], reward=reward, output=str(output), **machine)
 
 
 def _lines(rows: Iterable[Comparison]) -> bytes:

@@ -33,6 +33,7 @@ from prefopt.runs.history import RECORD, History, read_history, read_record
 from prefopt.sweeps.data import Measure, Measurement, prepare_data, true_reward
 from prefopt.sweeps.fixed_kl import area_under
 from prefopt.sweeps.points import Frontier, Point, Trial, plateau
+from prefopt.sweeps.timing import TIMED, steps_within, timed
 from prefopt.sweeps.train import model_of, take_folder, train_once
 from prefopt.train import checkpoint
 from prefopt.train.loss_options import losses_of
@@ -75,11 +76,13 @@ class _FrontierSweep:
         for one in config.trainings():  # options of losses are checked before anything runs
             if one.kind == "dpo":
                 losses_of(config.config_of(one, data=["data"], prompts="prompts", each=2.0))
-        take_folder(config, MAY_GROW)
+        take_folder(config, MAY_GROW, judge=config.judge)
         self.reference = SampledModel(config.model, device=config.device, dtype=scoring_dtype(config.dtype))
         self.data = prepare_data(config, self.reference, self.reporter, tune=config.tune or 0)
         self.reward = true_reward(config)
-        self.measure = Measure(config, self.data.held_out, self.reference, self.reward, config.perplexity)
+        judge = true_reward(config, config.judge) if config.judge is not None else None
+        self.measure = Measure(config, self.data.held_out, self.reference, self.reward, config.perplexity, judge)
+        self.steps = self._equal_cost()
         self._once(self.folder / "reference", self._start)
         self.tuning = self._choose()
         rates = {trial.method: trial.factor for trial in self.tuning if trial.chosen}
@@ -140,9 +143,34 @@ class _FrontierSweep:
             return ""
         return f" (by another version: {done} steps, not {steps}; remove {folder} to redo it)"
 
-    def _config_of(self, one: Training) -> MethodConfig:
+    def _config_of(self, one: Training, steps: int | None = None) -> MethodConfig:
         data, prompts = [str(self.data.preferences)], str(self.data.train)
-        return self.config.config_of(one, data=data, prompts=prompts, each=self.data.each)
+        steps = steps or self.steps.get(one.method)
+        return self.config.config_of(one, data=data, prompts=prompts, each=self.data.each, steps=steps)
+
+    def _reward_config(self, one: Training) -> MethodConfig:
+        return self.config.reward_config(one.seed, data=[str(self.data.preferences)], each=self.data.each)
+
+    def _equal_cost(self) -> dict[str, int]:
+        """Steps by method, where ``--seconds`` says how long each may take, with its reward model if it has one."""
+        config = self.config
+        if config.seconds is None:
+            return {}
+        first = {one.method: one for one in reversed([*config.trainings()]) if one.kind is not None}
+        configs = {method: self._config_of(one, TIMED) for method, one in sorted(first.items())}
+        learned = next((one for one in first.values() if one.learned), None)
+        if learned is not None:
+            configs["reward"] = self._reward_config(learned)
+        self.reporter.say(f"equal cost: {TIMED} steps of each method are timed")
+        per_step = timed(configs, self.folder)
+        before = per_step["reward"] * (configs["reward"].max_steps or 1) if learned is not None else 0.0
+        found = {
+            method: steps_within(config.seconds, per_step=per_step[method], before=before if one.learned else 0.0)
+            for method, one in first.items()
+        }
+        words = ", ".join(f"{method} {steps:,} steps of {per_step[method]:.3g} s" for method, steps in found.items())
+        self.reporter.say(f"equal cost: {config.seconds:g} processor seconds are {words}")
+        return found
 
     def _once(self, folder: Path, make: Callable[[], list[Point]]) -> None:
         if not (folder / POINTS).exists():
@@ -174,6 +202,8 @@ class _FrontierSweep:
             config.targets,
             config.tune or 0,
             tuple(self.tuning),
+            config.judge,
+            config.seconds,
         )
         sweep.write(self.folder)
         return sweep
@@ -200,8 +230,7 @@ class _FrontierSweep:
     def _train(self, one: Training) -> MethodConfig:
         """Train a policy, unless that is done, and the reward model that it maximises."""
         if one.learned:
-            data = [str(self.data.preferences)]
-            train_once(self.config.reward_config(one.seed, data=data, each=self.data.each))
+            train_once(self._reward_config(one))
         config = self._config_of(one)
         train_once(config, [_SaveAt(self.config.marks(config))])
         return config
@@ -326,5 +355,5 @@ def _rewards(file: Path) -> list[float]:
     try:
         with file.open("rb") as lines:  # texts may hold characters at which splitlines() would part them
             return [float(np.mean(parsed(line)["scores"])) for line in lines]
-    except Exception as error:  # a row of another make fails in any way
+    except Exception as error:  # a row that something else wrote fails in any way
         raise RunError(f"{file} cannot be read ({error}); remove its folder to measure again") from None

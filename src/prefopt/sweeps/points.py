@@ -86,7 +86,8 @@ class Point:
     reward model of its own, None where unknown. ``counted`` is False, with ``why_not``, for an excluded point.
 
     ``factor``: on the learning rate. ``rewards`` and ``kls`` are those of each prompt, ``kls`` empty for a bound.
-    ``perplexity``: of the text of ``--perplexity``. ``costs``: :class:`prefopt.model.costs.Costs` of its trainings.
+    ``judged``: scores of each prompt by a second reward. ``perplexity``: of the text of ``--perplexity``. ``costs``:
+    :class:`prefopt.model.costs.Costs` of its trainings.
     ``earlier``: of PPO and RLOO, the rewards of each prompt at ``earlier_step``, which show a plateau.
     """
 
@@ -112,6 +113,7 @@ class Point:
     costs: dict[str, float] = field(default_factory=dict)
     earlier: tuple[float, ...] = ()
     earlier_step: int = 0
+    judged: tuple[float, ...] = ()
 
     @property
     def included(self) -> bool:
@@ -122,7 +124,7 @@ class Point:
     def from_dict(cls, values: Mapping[str, Any]) -> Point:
         """What ``asdict`` wrote. Raises ``TypeError`` and ``ValueError`` for other names, types or ranges."""
         plateau = values.get("plateau")
-        lists = {name: tuple(values.get(name, ())) for name in ("rewards", "kls", "earlier")}
+        lists = {name: tuple(values.get(name, ())) for name in ("rewards", "kls", "earlier", "judged")}
         point = parse_result(cls, {**values, **lists, "plateau": None if plateau is None else typed(Plateau, plateau)})
         if point.kl_se is not None and point.kl_se < 0:
             raise ValueError(f"kl_se is {point.kl_se!r:.80}")
@@ -133,7 +135,8 @@ class Point:
 class Frontier:
     """All points of a sweep: ``samples`` responses of at most ``max_new_tokens`` to each of ``prompts`` prompts.
     ``made`` describes the preferences. ``kl_at``: KLs to compare methods at. ``tuning``: how rates were chosen, on
-    ``tune`` prompts of their own."""
+    ``tune`` prompts of their own. ``judge``: a second reward, that no method was trained on. ``seconds``: processor
+    seconds of each training, where their number is what all have in common, not that of responses."""
 
     reference: str
     reward: str
@@ -146,6 +149,8 @@ class Frontier:
     kl_at: tuple[float, ...] = ()
     tune: int = 0
     tuning: tuple[Trial, ...] = ()
+    judge: str | None = None
+    seconds: float | None = None
 
     def write(self, folder: Path) -> Path:
         """Write ``frontier.json`` in ``folder``. Raises :class:`prefopt.errors.RunError`."""

@@ -84,6 +84,10 @@ def sentences(sweep: Frontier) -> Iterator[str]:
 def lines(sweep: Frontier) -> Iterator[str]:
     """The sweep as text; * marks points that no other dominates."""
     yield f"true reward {sweep.reward} on {sweep.prompts} held-out prompts, {sweep.samples} samples each; KL in nats"
+    if sweep.judge is not None:
+        yield f"judge: {sweep.judge}, on the same samples; nothing was trained on it"
+    if sweep.seconds is not None:
+        yield f"equal cost: about {sweep.seconds:g} processor seconds for every training, by the time of a few steps"
     yield f"preferences: {sweep.made}"
     if not sweep.finished:
         yield "the sweep is not finished: more points are to come"
@@ -174,6 +178,8 @@ def frontier_section(folder: str | Path, *, number: int = 0) -> page.Section:
     about = [
         ("reference", sweep.reference),
         ("true reward", sweep.reward),
+        ("judge", sweep.judge),
+        ("equal cost", sweep.seconds and f"about {sweep.seconds:g} processor seconds for every training"),
         ("prompts", f"{sweep.prompts:,}, {sweep.samples} samples each, at most {sweep.max_new_tokens} tokens"),
         ("preferences", sweep.made),
         ("status", "finished" if sweep.finished else "unfinished: more points are to come"),
@@ -188,4 +194,4 @@ def frontier_section(folder: str | Path, *, number: int = 0) -> page.Section:
     values: dict[str, Any] = {"name": name, "about": [(title, value) for title, value in about if value]}
     values |= {"sentences": texts, "rows": rows_of(sweep), "figure": figure, "tables": tables(sweep)}
     rendered = page.template("prefopt.sweeps", "frontier.html.j2").render(sweep=values)
-    return page.Section(name, Markup(rendered), texts, CAVEATS)
+    return page.Section(name, f"Reward against KL: {name}", Markup(rendered), texts, CAVEATS)

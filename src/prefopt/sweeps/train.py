@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.config.methods import METHODS, MethodConfig, method_of, read_options
+from prefopt.config.scoring import is_model_reward
 from prefopt.config.sweeps import SweepOptions
-from prefopt.config.tools import is_model_reward
 from prefopt.core.files import output_errors, read_json, write_json
 from prefopt.core.model_folder import is_adapter
 from prefopt.core.options import flag
@@ -21,14 +21,16 @@ from prefopt.methods.rlhf import contents_of_name, status_of
 from prefopt.rewards import load_reward
 
 
-def take_folder(config: SweepOptions, may_grow: Collection[str]) -> None:
-    """Start a sweep in its output folder, or continue one with the same options (apart from ``may_grow``), model and
-    reward. What no method of it has read so far is not compared, and recorded once one does. Raises :class:`RunError`
-    for another sweep, or other content."""
+def take_folder(config: SweepOptions, may_grow: Collection[str], *, judge: str | None = None) -> None:
+    """Start a sweep in its output folder, or continue one with the same options (apart from ``may_grow``), model,
+    reward and ``judge``. What no method of it has read so far is not compared, and recorded once one does. Raises
+    :class:`RunError` for another sweep, or other content."""
     folder = Path(config.output)
     file = folder / "sweep.json"
     options = {name: value for name, value in config.to_dict().items() if name not in {*may_grow, *config.unread}}
     made_of = {"model": contents_of_name(config.model), "reward": _reward_of(config.reward)}
+    if judge is not None:
+        made_of["judge"] = _reward_of(judge)
     now = {"command": type(config).__name__, "options": options, **made_of}
     if folder.exists() and not folder.is_dir():
         raise RunError(f"--output {folder} is a file; name a folder")
@@ -39,7 +41,9 @@ def take_folder(config: SweepOptions, may_grow: Collection[str]) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         write_json(file, now)
         return
-    before = read_json(file, lambda found: {name: found[name] for name in now}, "name another --output")
+    before = read_json(
+        file, lambda found: {"judge": None} | {name: found[name] for name in now}, "name another --output"
+    )
     old: dict[str, Any] = dict(before["options"])
     other = [n for n in options if old.get(n, options[n]) != options[n]]
     changed = [f"{flag(n)} was {old[n]!r} and is {options[n]!r}" for n in other]
@@ -49,9 +53,9 @@ def take_folder(config: SweepOptions, may_grow: Collection[str]) -> None:
         what = f"points that would not be comparable: {', '.join(changed)}; restore it, or"
     elif before["model"] != now["model"]:
         what = f"a sweep with another model in {config.model}"
-    elif before["reward"] != now["reward"]:
-        kind = "model in" if is_model_reward(config.reward) else "code of"
-        what = f"a sweep with another {kind} --reward {config.reward}"
+    elif other := [n for n in ("reward", "judge") if before[n] != now.get(n)]:
+        name = getattr(config, other[0])
+        what = f"a sweep with another {'model in' if is_model_reward(name) else 'code of'} {flag(other[0])} {name}"
     else:
         if options.keys() - old.keys():
             write_json(file, {**before, "options": {**old, **options}})

@@ -36,7 +36,7 @@ TOO_LARGE = "held-out losses in float32 do not fit into memory; give --eval-dtyp
 
 
 def no_room(error: BaseException) -> bool:
-    """Whether memory ran out, also where that is told as an error of the run after the last smaller batch."""
+    """Whether memory ran out, also where it is reported as an error of the run after the last smaller batch."""
     cause = error.__cause__ if isinstance(error, RunError) else error
     return cause is not None and out_of_memory(cause)
 
@@ -69,7 +69,7 @@ class Rounding(NamedTuple):
 class HeldOutPrecision:
     """Evaluates a held-out batch in float32, or in the run's dtype, by ``choice``; None: the first evaluation measures
     which, and later ones follow it, so that their losses are comparable. ``batch`` has the reference's float32 values.
-    ``decided`` is told of the choice, with a line for the log.
+    ``decided`` gets the choice, and a line for the log.
     """
 
     policy: Trained[Any]

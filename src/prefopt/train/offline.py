@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from prefopt.core.terminal import duration, size
-from prefopt.data.chat.spans import trained_ends
+from prefopt.data.chat.ends import trained_ends
 from prefopt.data.group import show
 from prefopt.data.sampler import BatchSampler
 from prefopt.data.table import IndexArray

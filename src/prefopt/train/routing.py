@@ -96,7 +96,7 @@ class RoutedObjective(Objective):
     def _tokens(self, batch: Batch) -> torch.Tensor:
         """Tokens of all responses of ``batch``, each with its prompt, times the number of routers."""
         groups = GroupTable.of(batch.groups)
-        tokens = int((groups.tokens_G + (groups.responses_G - 1) * groups.prefix_G).sum())
+        tokens = int((groups.tokens_G + (groups.sequences_G - 1) * groups.prefix_G).sum())
         return torch.full((), float(tokens * len(self.routers.modules)), dtype=self.dtype, device=self.device)
 
 

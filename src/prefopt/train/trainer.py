@@ -362,7 +362,7 @@ class Trainer:
 
     def keep(self, *, due: bool = False) -> None:
         """Write a checkpoint, unless one of this state exists, and wait until it is there. One that is ``due`` is
-        written while training goes on, if it does; callbacks are told of it when it is there."""
+        written while training goes on, if it does; callbacks are called when it is there."""
         state, now = self.state, (self.state.step, self.state.done)
         wait = not due or state.step == self.steps or state.stopped_early
         if self._saved != now:

@@ -34,8 +34,8 @@ class RenderedText:
     """One response with its prompt as text; ``spans`` are the trained characters, [start, end).
 
     ``bos`` and ``eos``: whether those are still to be added. The first ``shared`` characters are the prompt's, the same
-    for all responses of a row. The last ``close`` characters close the answer behind its last words. ``pictures`` are
-    the characters that stand for each picture.
+    for all responses of a row. The last ``close`` characters close the answer behind its last words. ``further``: a
+    later step of the response that the text before it begins. ``pictures`` are the characters that stand for each.
     """
 
     text: str
@@ -44,6 +44,7 @@ class RenderedText:
     eos: bool = False
     shared: int = 0
     close: int = 0
+    further: bool = False
     pictures: tuple[tuple[int, int], ...] = ()
 
 
@@ -83,7 +84,7 @@ class Encoded:
 class Encoder:
     """Encodes texts in batches, without special tokens around them. What the responses of a row share is encoded once.
 
-    A tokenizer splits a text at its added tokens first and encodes what lies between them separately. So a text may be
+    A tokenizer splits a text at its added tokens first and encodes the text between them separately. So a text may be
     cut before any of them, and the pieces give the ids of the whole.
     """
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from prefopt.core.plugins import how_to_install
 from prefopt.data.pictures import BadPicture, decoded
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ModelError, UserError, first_line
-from prefopt.records import Picture
+from prefopt.records import PICTURE, Picture
 
 FILES = ("processor_config.json", "preprocessor_config.json")
 """Files with the settings of a processor; a folder with neither has none."""
@@ -81,6 +82,12 @@ class PictureProcessor:
         except Exception as error:  # of any class: sizes that it cannot take, among others
             sizes = ", ".join(picture.size for picture in pictures)
             raise BadPicture(f"the processor refuses a picture of {sizes} pixels: {first_line(error)}") from None
+
+
+def parts_of(content: str) -> list[dict[str, str]]:
+    """Words with places of pictures as parts, as templates of vision-language models read them."""
+    pieces = re.split(f"({PICTURE})", content)
+    return [{"type": "image"} if p == PICTURE else {"type": "text", "text": p} for p in pieces if p]
 
 
 def processor_file(source: str, name: str) -> Path | None:

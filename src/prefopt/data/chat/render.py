@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -30,13 +29,23 @@ from prefopt.data.chat.template import (
     inline_reasoning,
     strip_reasoning,
 )
-from prefopt.data.chat.truncate import Sequences, Shortener, prompt_excess, truncate, windows
-from prefopt.data.group import BoolArray, Group, IntArray, PicturedIds, Pictures
+from prefopt.data.chat.truncate import (
+    Sequences,
+    Shortener,
+    Tokens,
+    by_response,
+    identical,
+    prompt_excess,
+    truncate,
+    windows,
+    with_room,
+)
+from prefopt.data.group import Group, IntArray, PicturedIds
 from prefopt.data.pictures import BAD_PICTURE, BadPicture
 from prefopt.data.tokenizer import Tokenizer, end_marks, eos_id, leading_ids, tokenizer_digest
 from prefopt.data.validate import Problem, Warnings, warning_lines
 from prefopt.errors import DataError
-from prefopt.records import Comparison, Response
+from prefopt.records import Comparison, Picture, Response
 
 BATCH = 64  # rows whose texts are tokenized in one call
 
@@ -53,6 +62,7 @@ LEFT_INSIDE = "reasoning inside answers stays part of them, although the chat te
 STRIPPED = "reasoning removed (--reasoning strip)"
 TURNS_DROPPED = "longer than --max-length: the oldest turns are dropped whole"
 TURN_CUT = "longer than --max-length: a turn loses its first words (a system turn its last)"
+STEPS_DROPPED = "longer than --max-length: the last steps of a response do not fit and are not trained"
 WINDOWS = "texts longer than --max-length, each cut into several rows"
 APART = "the tokenizer would join the end of the prompt to the answer: they are tokenized apart, as in sampling"
 JOINED = "the tokenizer joins the end of the prompt to the answer, which sampling never sees"
@@ -89,7 +99,8 @@ class Renderer:
         self._end_ids = frozenset(int(i) for i in tokenizer.convert_tokens_to_ids(list(marks)))
         special = sorted({*marks, *tokenizer.all_special_tokens}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
-        self._spans = SpanFinder(self._template, marks, tokenizer.eos_token, self._report)
+        as_shown = self.rendering.earlier_turns == "as-shown" or self.rendering.train_on == "all"
+        self._spans = SpanFinder(self._template, marks, tokenizer.eos_token, self._report, as_shown=as_shown)
         self._processor = processor_digest(tokenizer.name_or_path)
         self._picture_token = token_of_pictures(tokenizer.name_or_path) if self._processor else None
         self._row = 0
@@ -122,19 +133,20 @@ class Renderer:
 
     def render_all(self, comparisons: Iterable[Comparison]) -> Iterator[Rendered | Problem]:
         """Each comparison as a group or the problem that prevents it, in order."""
-        for c, sequences, pictures in self._tokenized(comparisons, self._render):
+        for c, sequences in self._tokenized(comparisons, self._render):
             if isinstance(sequences, Problem):
                 yield sequences
                 continue
-            if any(pictures) and prompt_excess(sequences, self.rendering.max_length or sys.maxsize):
-                longest, limit = max(len(ids) for ids, _ in sequences), self.rendering.max_length
+            limit = self.rendering.max_length
+            if limit and c.pictures and prompt_excess(sequences, limit):
+                longest = max(len(s.ids) for s in sequences)
                 what = f"has {longest:,} tokens with its pictures, which are not cut; --max-length is {limit:,}"
                 yield Problem("pictures too long", c.row, what, c.file)
                 continue
-            shorter = sequences if any(pictures) else self._shortened(c, sequences)
-            result = self._group(c, shorter, pictures)
+            shorter = sequences if c.pictures else self._shortened(c, sequences)
+            result = self._group(c, shorter)
             if isinstance(result, Rendered):
-                longest, left = (max(len(ids) for ids, _ in some) for some in (sequences, shorter))
+                longest, left = (max(len(s.ids) for s in some) for some in (sequences, shorter))
                 result = replace(result, prompt_cut=result.prompt_cut + longest - left)
             yield result
 
@@ -144,20 +156,20 @@ class Renderer:
         This is the input for sampling. Trained sequences begin with it, except in rows with the warning ``ELSEWHERE``.
         Responses are ignored, and nothing is truncated.
         """
-        for c, found, pictures in self._tokenized(comparisons, self._render_prompt):
+        for c, found in self._tokenized(comparisons, self._render_prompt):
             if isinstance(found, Problem):
                 yield found
                 continue
-            ((ids, _),) = found
+            ids, _, _, pictures = found[0]
             if len(ids):
-                yield PicturedIds(ids, *pictures) if any(pictures) else ids
+                yield PicturedIds(ids, pictures) if pictures else ids
             else:
                 yield Problem("empty prompt", c.row, "the prompt has no token", c.file)
 
     def _tokenized(
         self, comparisons: Iterable[Comparison], render: Callable[[Comparison], list[RenderedText] | Problem]
-    ) -> Iterator[tuple[Comparison, Sequences | Problem, list[Pictures]]]:
-        """Each row with its texts as sequences and their pictures, or the problem that prevents them, in order."""
+    ) -> Iterator[tuple[Comparison, Sequences | Problem]]:
+        """Each row with its texts as sequences, or the problem that prevents them, in order."""
         rows = iter(comparisons)
         while batch := list(islice(rows, BATCH)):
             texts = [self._with_pictures(c, render(c)) for c in batch]
@@ -165,31 +177,30 @@ class Renderer:
             for c, row in zip(batch, texts, strict=True):
                 self._row = c.row
                 if isinstance(row, Problem):
-                    yield c, row, []
+                    yield c, row
                     continue
-                tokens = next(encoded)
-                sequences = list(map(self._sequence, row, tokens))
-                placed = [placed_in(*found) for found in zip(row, tokens, pictures_of(c, len(row)), strict=True)]
-                yield c, self._without_stray(c, sequences, placed), placed
+                tokens, pictures = next(encoded), pictures_of(c, len(row))
+                yield c, self._without_stray(c, list(map(self._sequence, row, tokens, pictures)))
 
     def _with_pictures(self, c: Comparison, texts: list[RenderedText] | Problem) -> list[RenderedText] | Problem:
         """The texts with what stands for their pictures in them."""
         if isinstance(texts, Problem) or not c.pictures:
             return texts
+        if any(text.further for text in texts):
+            what = "pictures in a response that is trained in steps; give --earlier-turns as-shown"
+            return Problem("pictures in steps", c.row, what, c.file)
         try:
             pairs = zip(texts, pictures_of(c, len(texts)), strict=True)
             return [expanded(text, pictures, self.pictures) for text, pictures in pairs]
-        except BadPicture as bad:
-            return Problem(BAD_PICTURE, c.row, str(bad), c.file)
-        except DataError as error:
+        except (BadPicture, DataError) as error:
             return Problem(BAD_PICTURE, c.row, str(error), c.file)
 
-    def _without_stray(self, c: Comparison, sequences: Sequences, pictures: Sequence[Pictures]) -> Sequences | Problem:
+    def _without_stray(self, c: Comparison, sequences: Sequences) -> Sequences | Problem:
         """The sequences, or the problem that the words of one hold the token in whose place a picture's features go."""
         if self._picture_token is None:
             return sequences
-        for (ids, _), placed in zip(sequences, pictures, strict=True):
-            inside = sum(int((ids[p.start : p.stop] == self._picture_token).sum()) for p in placed)
+        for ids, _, _, pictures in sequences:
+            inside = sum(int((ids[p.start : p.stop] == self._picture_token).sum()) for p in pictures)
             if int((ids == self._picture_token).sum()) != inside:
                 token = self.tokenizer.convert_ids_to_tokens(self._picture_token)
                 what = f"{token} is written out in its words, where the model expects a picture; remove it"
@@ -230,16 +241,16 @@ class Renderer:
             texts = self._spans.render(c.prompt, turns, c.tools)
         except Unrenderable as error:
             return Problem("chat template", c.row, str(error), c.file)
-        found = []
-        for rendered, response in zip(texts, c.responses, strict=True):
-            text = _cut_off(rendered, response) if response.cut else rendered
-            if text is None:
+        found: list[RenderedText] = []
+        for steps, response in zip(texts, c.responses, strict=True):
+            last = _cut_off(steps[-1], response) if response.cut else steps[-1]
+            if last is None:
                 what = "a response was cut off at a limit, and the chat template does not show where its words end"
                 return Problem("cut answer", c.row, what, c.file)
-            if text.eos:  # the template ends no answer
-                self._report(EOS_ADDED if self.rendering.add_eos else EOS_MISSING, once=True)
-            found.append(replace(text, eos=text.eos and self.rendering.add_eos))
-        return found
+            found += (*steps[:-1], last)
+        if any(text.eos for text in found):  # the template ends no answer
+            self._report(EOS_ADDED if self.rendering.add_eos else EOS_MISSING, once=True)
+        return [replace(text, eos=text.eos and self.rendering.add_eos) for text in found]
 
     def _plain_text(self, prompt: str, response: Response) -> RenderedText:
         text = prompt + "".join(m.content for m in response.messages)
@@ -296,7 +307,7 @@ class Renderer:
         if not once and rows[-1:] != [self._row]:
             rows.append(self._row)
 
-    def _sequence(self, text: RenderedText, tokens: Encoded) -> tuple[IntArray, BoolArray]:
+    def _sequence(self, text: RenderedText, tokens: Encoded, pictures: Sequence[Picture]) -> Tokens:
         ids, trained = tokens.ids, tokens.covers(text.spans)
         if tokens.boundary:
             self._report(APART if tokens.boundary == "apart" else JOINED)
@@ -305,7 +316,7 @@ class Renderer:
             trained = np.concatenate([np.zeros(len(self._lead), np.bool_), trained])
         if text.eos:
             ids, trained = np.append(ids, np.int32(self._eos)), np.append(trained, True)
-        return ids, trained
+        return Tokens(ids, trained, text.further, placed_in(text, tokens, pictures))
 
     def _shortened(self, c: Comparison, sequences: Sequences) -> Sequences:
         """The sequences of a conversation with a prompt that fits, or with as few of its words as possible."""
@@ -322,45 +333,55 @@ class Renderer:
         return left
 
     def _tokenize(self, c: Comparison) -> Sequences | None:
-        ((_, sequences, _),) = self._tokenized([c], self._render)
+        ((_, sequences),) = self._tokenized([c], self._render)
         return None if isinstance(sequences, Problem) else sequences
 
-    def _group(
-        self, c: Comparison, sequences: Sequence[tuple[IntArray, BoolArray]], pictures: Sequence[Pictures]
-    ) -> Rendered | Problem:
-        def same(one: int, other: int) -> bool:
-            tokens = (np.array_equal(a, b) for a, b in zip(sequences[one], sequences[other], strict=True))
-            return pictures[one] == pictures[other] and all(tokens)
-
-        if any(same(*pair) for pair in c.pairs):
+    def _group(self, c: Comparison, sequences: Sequences) -> Rendered | Problem:
+        if identical(c, sequences):
             return Problem("identical responses", c.row, "the responses are the same token for token", c.file)
-        prompt_cut, responses_cut = 0, (0,) * len(sequences)
+        prompt_cut, responses_cut = 0, (0,) * len(c.responses)
         limit = self.rendering.max_length
         try:
             if self.rendering.windows and limit and c.text and not any(m.content for m in c.prompt):
-                parts = [Group.from_sequences([part], c.row, ()) for s in sequences for part in windows(*s, limit)]
+                cuts = [part for s in sequences for part in windows(s.ids, s.trained, limit)]
+                parts = [Group.from_sequences([part], c.row, ()) for part in cuts]
                 if len(parts) > len(sequences):
                     self._report(WINDOWS)
                 return Rendered(parts[0], more=tuple(parts[1:]))
-            if limit is not None and max(len(ids) for ids, _ in sequences) > limit:
-                bos = self.tokenizer.bos_token_id
-                cut = truncate(sequences, limit, bos=bos, ends=self._end_ids, whole_prompt=not c.text)
-                sequences, prompt_cut, responses_cut = cut.sequences, cut.prompt, cut.responses
-                if any(same(*pair) for pair in c.pairs):
+            if limit is not None and max(len(s.ids) for s in sequences) > limit:
+                sequences, prompt_cut, responses_cut = self._truncated(sequences, limit, whole_prompt=not c.text)
+                if identical(c, sequences):
                     what = f"the responses differ only beyond {limit} tokens"
                     return Problem("identical after truncation", c.row, what, c.file)
-                pictures = [
-                    whole_pictures(found, len(ids)) for found, (ids, _) in zip(pictures, sequences, strict=True)
-                ]
             if self.rendering.train_on == "all":
-                masks = [all_but(len(ids), found) for (ids, _), found in zip(sequences, pictures, strict=True)]
-                sequences = [(ids, mask) for (ids, _), mask in zip(sequences, masks, strict=True)]
-            group = Group.from_sequences(sequences, c.row, c.pairs, pictures if any(pictures) else ())
+                sequences = [s._replace(trained=all_but(len(s.ids), s.pictures)) for s in sequences]
+            pairs = [(s.ids, s.trained) for s in sequences]
+            steps, pictures = list(map(len, by_response(sequences))), [s.pictures for s in sequences]
+            group = Group.from_sequences(pairs, c.row, c.pairs, steps, pictures)
         except ValueError as error:
             return Problem("nothing to train", c.row, str(error), c.file)
         weights = None if c.votes is None else tuple(weight for *_, weight in c.votes)
         group = replace(group, weights=weights, tiers=c.tiers, scores=c.scores, labels=c.labels)
         return Rendered(group, prompt_cut, responses_cut)
+
+    def _truncated(
+        self, sequences: Sequences, limit: int, *, whole_prompt: bool
+    ) -> tuple[Sequences, int, tuple[int, ...]]:
+        """The sequences cut to ``limit``, and how many tokens the prompt and each response lost."""
+        kept, lost = with_room(sequences, limit)
+        if len(kept) < len(sequences):
+            self._report(STEPS_DROPPED)
+        pairs = [(s.ids, s.trained) for s in kept]
+        bos = self.tokenizer.bos_token_id
+        cut = truncate(pairs, limit, bos=bos, ends=self._end_ids, whole_prompt=whole_prompt)
+        shorter = [
+            Tokens(ids, trained, s.further, whole_pictures(s.pictures, len(ids)))
+            for (ids, trained), s in zip(cut.sequences, kept, strict=True)
+        ]
+        of_steps = iter(cut.responses)
+        counts = map(len, by_response(shorter))
+        responses = (n + sum(islice(of_steps, count)) for n, count in zip(lost, counts, strict=True))
+        return shorter, cut.prompt, tuple(responses)
 
 
 def _cut_off(text: RenderedText, response: Response) -> RenderedText | None:
@@ -370,8 +391,9 @@ def _cut_off(text: RenderedText, response: Response) -> RenderedText | None:
     """
     last, (start, end) = response.messages[-1], text.spans[-1]
     shown = text.text[start : end - text.close].rstrip()
-    words = last.content.strip()
-    if not words or last.tool_calls or not shown.endswith(words):
+    # Its reasoning may stand behind a generation prompt that opens the block, without the tag that the words have.
+    words = next((w for m in (last, strip_reasoning(last)) if shown.endswith(w := m.content.strip())), "")
+    if not words or last.tool_calls:
         return None
     end = start + len(shown)
     return replace(text, text=text.text[:end], spans=(*text.spans[:-1], (start, end)), eos=False, close=0)

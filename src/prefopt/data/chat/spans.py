@@ -6,20 +6,23 @@
 - It *ends* with the end-of-turn token behind its words or behind its last tool call. That place is found by rendering a
   probe, a word that the row does not hold, in place of the words. The text that a template puts around a probe is
   remembered: where a text is exactly that around the row's own words, no probe is rendered.
+
+An answer of several turns is trained as it was generated: each of its turns is rendered as the last one, behind the
+generation prompt that the model was given there. As long as the template shows a turn unchanged when more follow, one
+text serves all of them. Where it rewrites a turn (Qwen3, DeepSeek and gpt-oss drop its reasoning, or its end), the
+turns from there on are another *step*: a text of its own, in which the rewritten turn is context and not trained.
 """
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import count
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from prefopt.data.chat.encoding import RenderedText
+from prefopt.data.chat.omissions import Omission, find_omission
 from prefopt.data.chat.template import (
     EARLIER_REASONING,
     OTHER_TEMPLATE,
@@ -27,24 +30,23 @@ from prefopt.data.chat.template import (
     Turns,
     Unrenderable,
     split_reasoning,
+    strip_reasoning,
 )
-from prefopt.data.table import GroupTable
-from prefopt.data.tokenizer import Tokenizer, end_marks
 from prefopt.data.validate import texts_of
-from prefopt.errors import DataError, ModelError
-from prefopt.records import Comparison, Message
-
-if TYPE_CHECKING:
-    from prefopt.data.chat.render import Renderer
+from prefopt.records import Message
 
 Row = Callable[..., str]  # a conversation of one row as text; each is rendered once
 
 REMEMBERED = 8  # frames of one template; most have one
+LONGEST_TAG = 32  # characters
 SHAPES = 4096  # conversation shapes whose omissions are remembered
 CHANGED = "the chat template changes the words of the answer"
-PROBE = "prefoptshown"
 NO_END = "the template does not end an answer with anything that could be told from its words"
 ELSEWHERE = "the chat template shows the answer behind something else than its generation prompt"
+STEPS = "the chat template changes earlier turns of a response: it is trained in steps, each as it was generated"
+NO_REASONING = "the template does not show the reasoning of the answer"
+_OPENED = re.compile(r"<think>(\n?)\Z")  # at the end of a generation prompt: the block is the model's to close
+_CLOSED = re.compile(r"\s*<?/think>\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,37 +63,54 @@ class SpanFinder:
     """Finds the trained spans of one template's conversations.
 
     ``marks`` are the tokens that may end a turn, longest first, EOS one of them. ``report`` is called with warnings
-    about the current row.
+    about the current row. ``as_shown``: a response is one text, as the finished conversation shows it.
     """
 
     def __init__(
-        self, template: ChatTemplate, marks: Sequence[str], eos: str | None, report: Callable[[str], None]
+        self,
+        template: ChatTemplate,
+        marks: Sequence[str],
+        eos: str | None,
+        report: Callable[[str], None],
+        *,
+        as_shown: bool = False,
     ) -> None:
         self._template, self._marks, self._eos, self._report = template, tuple(marks), eos, report
+        self._as_shown = as_shown
         self._frames: list[_Frame] = []
-        self._omissions: dict[object, str] = {}
+        self._omissions: dict[object, Omission] = {}
 
-    def render(self, prompt: Turns, responses: Sequence[Turns], tools: Sequence[str]) -> list[RenderedText]:
-        """Each response with its prompt. Raises :class:`Unrenderable` where the template refuses one."""
-        for response in responses:
-            self.check_omissions(prompt + response, tools)
+    def render(self, prompt: Turns, responses: Sequence[Turns], tools: Sequence[str]) -> list[list[RenderedText]]:
+        """The steps of each response with their prompt. Raises :class:`Unrenderable` where the template refuses one."""
         row: Row = cache(partial(self._template.apply, tools=tools))
+        for response in responses if self._as_shown else ():
+            self.check_omissions(prompt + response, tools)
         prompt_text = row(prompt, generation=True)
         self.check_inline_reasoning(prompt, prompt_text)
-        return [self._render(row, prompt, response, prompt_text) for response in responses]
+        if self._as_shown:
+            return [[self._whole(row, prompt, response, prompt_text)] for response in responses]
+        return [self._steps(row, prompt, response, prompt_text, tools) for response in responses]
 
-    def check_omissions(self, turns: Turns, tools: Sequence[str]) -> None:
-        """Refuse or report what the template leaves out; looked up once for all rows of one shape."""
+    def check_omissions(self, turns: Turns, tools: Sequence[str], *, context: int | None = None) -> None:
+        """Refuse or report what the template leaves out; looked up once for all rows of one shape.
+
+        Dropped reasoning is reported for the first ``context`` turns (default: all but the last) and for turns that
+        are not trained; that of the last turn is refused.
+        """
         held = [(m.role, not m.content or m.content.isspace(), m.reasoning is None, len(m.tool_calls)) for m in turns]
         shape = (bool(tools), *held)
         if shape not in self._omissions:
             if len(self._omissions) >= SHAPES:
                 self._omissions.clear()
-            self._omissions[shape] = _find_omission(self._template, turns, tools)
-        if self._omissions[shape] == EARLIER_REASONING:
+            self._omissions[shape] = find_omission(self._template, turns, tools)
+        found, last = self._omissions[shape], len(turns) - 1
+        if found.refused:
+            raise Unrenderable(found.refused)
+        if last in found.reasoning:
+            raise Unrenderable(f"{NO_REASONING}; use --reasoning strip, or {OTHER_TEMPLATE}")
+        first = last if context is None else context
+        if any(i < first or (i < last and not turns[i].trained) for i in found.reasoning):
             self._report(EARLIER_REASONING)
-        elif self._omissions[shape]:
-            raise Unrenderable(self._omissions[shape])
 
     def check_inline_reasoning(self, prompt: Turns, prompt_text: str) -> None:
         """Report whether the template drops reasoning from the text of earlier answers."""
@@ -100,7 +119,78 @@ class SpanFinder:
             if inline and split_reasoning(turn.content)[0] not in prompt_text:
                 self._report(EARLIER_REASONING)
 
-    def _render(self, row: Row, prompt: Turns, response: Turns, prompt_text: str) -> RenderedText:
+    def _steps(
+        self, row: Row, prompt: Turns, response: Turns, prompt_text: str, tools: Sequence[str]
+    ) -> list[RenderedText]:
+        """The response as it was generated; see the module's docstring."""
+        turns, steps = prompt + response, list[RenderedText]()
+        answers = [j for j in range(len(prompt), len(turns)) if turns[j].role == "assistant" and turns[j].trained]
+        for j in answers:
+            before = prompt_text if j == len(prompt) else row(turns[:j], generation=True)
+            until = turns[: j + 1]
+            step = self._behind_opened(row, until, before, tools, len(prompt))
+            if step is None:
+                # What is left out of all turns shows at the last one; reasoning may be dropped there by design.
+                if until[-1].reasoning is not None or j == answers[-1]:
+                    self.check_omissions(until, tools, context=len(prompt))
+                step = self._last_turn(row, until, before)
+            so_far = steps[-1] if steps else None
+            if so_far is None or not step.text.startswith(so_far.text):
+                steps.append(replace(step, further=so_far is not None))
+                continue
+            spans = so_far.spans
+            if so_far.eos:
+                # What follows an answer without an end is where the model must stop, if it is a token (as in GLM).
+                start, end = spans[-1]
+                mark = next((m for m in self._marks if step.text.startswith(m, end)), "")
+                spans = (*spans[:-1], (start, end + len(mark)))
+            steps[-1] = replace(step, spans=(*spans, *step.spans), shared=so_far.shared, further=so_far.further)
+        if not steps:
+            raise Unrenderable("the response has no assistant turn to train")
+        if len(steps) > 1:
+            self._report(STEPS)
+        return [replace(s, shared=self._shared(s, prompt_text)) for s in steps]
+
+    def _shared(self, step: RenderedText, prompt_text: str) -> int:
+        begins = step.text.startswith(prompt_text) and len(prompt_text) <= step.spans[0][0]
+        return len(prompt_text) if begins else 0
+
+    def _behind_opened(
+        self, row: Row, turns: Turns, before: str, tools: Sequence[str], context: int
+    ) -> RenderedText | None:
+        """The last of ``turns`` with its reasoning behind a generation prompt that opens the block for it, where the
+        template does not show it there (DeepSeek's remove it from every finished answer); None elsewhere."""
+        j, opened = len(turns) - 1, _OPENED.search(before)
+        reasoning = turns[j].reasoning or split_reasoning(turns[j].content)[0]
+        if not opened or not reasoning:
+            return None
+        shown = row(turns)
+        if shown.startswith(before) and shown[len(before) :].lstrip().startswith(reasoning.strip()):
+            return None
+        bare = (*turns[:j], strip_reasoning(turns[j]))
+        self.check_omissions(bare, tools, context=context)
+        full = row(bare)
+        start, end, close, ended = self._span(row, bare, j, full, before, elsewhere=False)
+        self._check_words(bare[j], full[start:end], last=True)
+        rest = full[found.end() : end] if (found := _CLOSED.match(full, start, end)) else full[start:end]
+        text = before + reasoning + ("\n</think>\n\n" if opened[1] else "</think>") + rest
+        return RenderedText(text, ((len(before), len(text)),), eos=not ended, close=close)
+
+    def _last_turn(self, row: Row, turns: Turns, before: str) -> RenderedText:
+        """The last of ``turns`` as the model writes it behind ``before``."""
+        j, full = len(turns) - 1, row(turns)
+        start, end, close, ended = self._span(row, turns, j, full, before, elsewhere=False)
+        self._check_words(turns[j], full[start:end], last=True)
+        text = full[:end]
+        if not full.startswith(before):
+            if at := _behind_cue(row, turns, full, before):
+                text, start = before + full[at:end], len(before)
+            else:
+                self._report(ELSEWHERE)
+        return RenderedText(text, ((start, len(text)),), eos=not ended, close=close)
+
+    def _whole(self, row: Row, prompt: Turns, response: Turns, prompt_text: str) -> RenderedText:
+        """The response as the finished conversation shows it."""
         turns = prompt + response
         full = row(turns)
         spans, close, ended = [], 0, False
@@ -112,8 +202,8 @@ class SpanFinder:
                 spans.append((start, end))
         if not spans:
             raise Unrenderable("the response has no assistant turn to train")
-        shared = len(prompt_text) if full.startswith(prompt_text) and len(prompt_text) <= spans[0][0] else 0
-        return RenderedText(full[: spans[-1][1]], tuple(spans), eos=not ended, shared=shared, close=close)
+        text = RenderedText(full[: spans[-1][1]], tuple(spans), eos=not ended, close=close)
+        return replace(text, shared=self._shared(text, prompt_text))
 
     def _check_words(self, turn: Message, shown: str, *, last: bool) -> None:
         """Report or refuse changes that the template makes to the words."""
@@ -128,20 +218,23 @@ class SpanFinder:
                 raise Unrenderable(f"{what}; use --reasoning strip, or {OTHER_TEMPLATE}")
             self._report(EARLIER_REASONING)
 
-    def _span(self, row: Row, turns: Turns, j: int, full: str, before: str) -> tuple[int, int, int, bool]:
+    def _span(
+        self, row: Row, turns: Turns, j: int, full: str, before: str, *, elsewhere: bool = True
+    ) -> tuple[int, int, int, bool]:
         """Trained characters [start, end) of turn j in ``full``, how many of them close the turn behind its words or
         calls, and whether an end-of-turn token is among those. ``before``: the turns before it with the generation
-        prompt."""
+        prompt. ``elsewhere``: report where ``full`` does not begin with that."""
         turn, begins = turns[j], full.startswith(before)
         simple = begins and not turn.tool_calls and turn.reasoning is None
         for frame in self._frames if simple else ():
             if (end := _framed(full, len(before), turn.content, frame, last=j == len(turns) - 1)) is not None:
                 return len(before), end, frame.close, frame.ended
         texts = (full, *(text for m in turns for text in texts_of(m)))
-        probe = next(word for n in count() if not any((word := f"prefopt{n}probe") in text for text in texts))
+        probe = _probe(texts)
         start = len(before)
         if not begins:
-            self._report(ELSEWHERE)
+            if elsewhere:
+                self._report(ELSEWHERE)
             start = _start(row, turns, j, full, before, probe)
         find = self._end_of_calls if turn.tool_calls else self._end_of_words
         end, frame = find(row, turns, j, full, probe)
@@ -172,9 +265,9 @@ class SpanFinder:
         until = (*turns[:j], replace(turn, content=content, tool_calls=(*turn.tool_calls[:-1], last)))
         bare = replace(turn, content=probe, reasoning=None, tool_calls=())
         plain = _behind(row((*turns[:j], bare)), probe, once=True)
-        tail = _common_end(row(turns[: j + 1]), _behind(row(until), probe))
+        tail = common_end(row(turns[: j + 1]), _behind(row(until), probe))
         mark, close = self._closing_calls(tail, self._closing(plain)[0])
-        tail_there = _common_end(full, _behind(row((*until, *rest)), probe)) if rest else tail
+        tail_there = common_end(full, _behind(row((*until, *rest)), probe)) if rest else tail
         if not close or not tail_there.startswith(tail[:close]):
             raise Unrenderable(NO_END)
         return len(full) - len(tail_there) + close, _Frame("", "", close, bool(mark))
@@ -215,6 +308,29 @@ def _framed(full: str, at: int, words: str, frame: _Frame, *, last: bool) -> int
     return end + frame.close if frame.ended and full.startswith(frame.tail[: frame.close], end) else None
 
 
+def _probe(texts: Sequence[str]) -> str:
+    """A word that no text holds."""
+    return next(word for n in count() if not any((word := f"prefopt{n}probe") in text for text in texts))
+
+
+def _behind_cue(row: Row, turns: Turns, full: str, before: str) -> int:
+    """Where the answer of the last turn starts in ``full``, which shows earlier turns otherwise than ``before`` does
+    (gpt-oss drops the reasoning of a chain of calls once the answer is there): behind the same generation prompt. 0
+    where that is not found."""
+    finished = row(turns[:-1])
+    cue = before.removeprefix(finished)
+    if not before.startswith(finished) or not cue.strip():
+        return 0
+    probe = _probe((full, *(text for m in turns for text in texts_of(m))))
+    bare = replace(turns[-1], content=probe, reasoning=None, tool_calls=())
+    last = f"{probe}last"
+    heads = [row((*turns[:-2], m, bare)).rpartition(probe)[0] for m in (turns[-2], replace(turns[-2], content=last))]
+    at, behind = (head.rfind(cue) for head in heads)
+    # The generation prompt of this very turn: the turn before it stands before that.
+    found = at >= 0 and full.startswith(heads[0][: at + len(cue)]) and last in heads[1][:behind]
+    return at + len(cue) if found else 0
+
+
 def _start(row: Row, turns: Turns, j: int, full: str, before: str, probe: str) -> int:
     """Where the answer of turn j starts in a text that does not begin with the generation prompt."""
     bare = replace(turns[j], content=probe, reasoning=None, tool_calls=())
@@ -223,6 +339,8 @@ def _start(row: Row, turns: Turns, j: int, full: str, before: str, probe: str) -
     finished = row(turns[:j])
     if full.startswith(finished) and before.startswith(finished):
         start = min(start, _common(full, before))
+        tag = full.rfind("<", start - LONGEST_TAG if start > LONGEST_TAG else 0, start)
+        start = tag if tag >= 0 and ">" not in full[tag:start] else start  # never within <think> and </think>
     return start
 
 
@@ -234,7 +352,8 @@ def _behind(text: str, probe: str, *, once: bool = False) -> str:
     return text.rpartition(probe)[2]
 
 
-def _common_end(one: str, other: str) -> str:
+def common_end(one: str, other: str) -> str:
+    """The longest text that both end with."""
     return one[len(one) - _common(one[::-1], other[::-1]) :]
 
 
@@ -245,84 +364,3 @@ def _common(one: str, other: str) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
     return low
-
-
-def _find_omission(template: ChatTemplate, turns: Turns, tools: Sequence[str]) -> str:
-    """What the template leaves out of a conversation, found by rendering unique words in place of its own.
-
-    Empty where it shows everything; :data:`EARLIER_REASONING`, the design of many thinking models, is no reason to
-    refuse the row, everything else is.
-    """
-    probes, reasoning, required = [], [], dict[str, str]()
-    for i, turn in enumerate(turns):
-        content, thought = turn.content, None
-        if content.strip():
-            content = f"{PROBE}c{i}x"
-            required[content] = f"the {turn.role} turn"
-        if turn.reasoning is not None:
-            thought = f"{PROBE}r{i}x"
-            reasoning.append(thought)
-        calls = tuple(replace(call, name=f"{PROBE}t{i}n{k}x") for k, call in enumerate(turn.tool_calls))
-        required.update(dict.fromkeys((call.name for call in calls), "a tool call"))
-        probes.append(replace(turn, content=content, reasoning=thought, tool_calls=calls))
-    functions = []
-    for k, tool in enumerate(tools):
-        name = f"{PROBE}f{k}x"
-        functions.append(_renamed(tool, name))
-        if name in functions[-1]:
-            required[name] = "the tools"
-    try:
-        text = template.apply(tuple(probes), functions)
-    except Unrenderable:
-        return ""  # it may check names or words; whether it accepts the row itself is seen on rendering that
-    missing = list(dict.fromkeys(what for probe, what in required.items() if probe not in text))
-    if missing:
-        return f"the template does not show {' and '.join(missing)} of the row; {OTHER_TEMPLATE}"
-    dropped = [probe for probe in reasoning if probe not in text]
-    if dropped and dropped[-1] == reasoning[-1] and turns[-1].reasoning is not None:
-        return f"the template does not show the reasoning of the answer; use --reasoning strip, or {OTHER_TEMPLATE}"
-    return EARLIER_REASONING if dropped else ""
-
-
-def _renamed(tool: str, name: str) -> str:
-    """The tool, a JSON object as text, under another name; unchanged where it has none."""
-    try:
-        value = json.loads(tool)
-    except ValueError:
-        return tool
-    function = value.get("function", value) if isinstance(value, dict) else None
-    if isinstance(function, dict) and isinstance(function.get("name"), str):
-        function["name"] = name
-    return json.dumps(value)
-
-
-def trained_ends(table: GroupTable, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The special tokens that end responses, in ascending order.
-
-    Each is the last trained token of a response that was not truncated, and no trained token ever follows it. A token
-    that is followed occurs inside answers too, and ended one that was cut off there by chance when it was sampled.
-    """
-    marks = list(map(int, tokenizer.convert_tokens_to_ids(list(end_marks(tokenizer)))))
-    ending: set[int] = set()
-    inside: set[int] = set()
-    for part in table.parts:
-        c = part.columns
-        ids_T, trained_T = c["ids_T"], c["trained_T"]
-        last_N = np.repeat(np.cumsum(c["prefix_G"], dtype=np.int64), c["responses_G"])
-        last_N += np.cumsum(c["length_N"], dtype=np.int64) - 1
-        whole_N = (c["cut_N"] == 0) & trained_T[last_N]
-        ending.update(ids_T[last_N[whole_N]].tolist())
-        others = np.setdiff1d(np.flatnonzero(np.isin(ids_T, marks)), last_N)
-        inside.update(ids_T[others[trained_T[others] & trained_T[others + 1]]].tolist())
-    return tuple(sorted(ending.intersection(marks) - inside))
-
-
-def end_of_turn(renderer: Renderer) -> int | None:
-    """The token that the chat template ends an answer with, found on a probe; None where there is none."""
-    probe = Comparison.pair([Message("user", "?")], chosen="!", rejected="?", row=0)
-    try:
-        group = renderer.render(probe).group
-    except (DataError, ModelError):  # it wants a conversation of another kind
-        return None
-    last = int(group.continuations[0].ids[-1])
-    return last if renderer.tokenizer.convert_ids_to_tokens(last) in end_marks(renderer.tokenizer) else None

@@ -19,13 +19,14 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from prefopt.config.data import RenderOptions
+from prefopt.config.data import CompareOptions, RenderOptions
 from prefopt.core.options import nearest
 from prefopt.data.chat import sandbox, tracing
+from prefopt.data.chat.pictures import parts_of
 from prefopt.data.chat.sandbox import LimitExceeded
 from prefopt.data.tokenizer import Tokenizer, plain_template
 from prefopt.errors import ConfigError, ModelError, first_line
-from prefopt.records import PICTURE, Message, ToolCall
+from prefopt.records import Message, ToolCall
 
 Turns = tuple[Message, ...]
 # Where templates look for reasoning. As in transformers, the first two are filled in together.
@@ -48,7 +49,10 @@ class Rendering:
 
     ``max_length`` bounds prompt and response together. ``add_eos`` ends answers with EOS where the template does not.
     ``chat_template`` is the source of a template to use instead of the tokenizer's; ``variables`` are passed to either.
-    ``reasoning``: whether reasoning blocks of the assistant are kept or stripped. ``train_on``: the answers, or every
+    ``reasoning``: whether reasoning blocks of the assistant are kept or stripped. ``earlier_turns``: where the template
+    shows an earlier turn of a response otherwise than it was generated, that turn is trained as it was generated, in a
+    step of its own, or as the finished conversation shows it. ``compare``: whole responses, or each turn of them that
+    is judged by itself. ``train_on``: the answers, or every
     token. ``windows``: a text without a prompt that is too long becomes several groups of about equal length; other
     rows are truncated. ``date`` is shown by templates that ask for today's: one for all processes of a run.
     """
@@ -58,6 +62,8 @@ class Rendering:
     chat_template: str | None = None
     variables: Mapping[str, object] = field(default_factory=dict, hash=False)
     reasoning: Literal["keep", "strip"] = "keep"
+    earlier_turns: Literal["as-generated", "as-shown"] = "as-generated"
+    compare: Literal["responses", "steps"] = "responses"
     train_on: Literal["responses", "all"] = "responses"
     windows: bool = False
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
@@ -79,7 +85,8 @@ class Rendering:
         :func:`parse_variables`; :class:`ChatTemplate` checks whether the template reads the variables."""
         template = None if options.chat_template is None else read_template(options.chat_template)
         variables = parse_variables(options.template_variables or ())
-        return cls(max_length, True, template, variables, options.reasoning, **more)
+        compare = options.compare if isinstance(options, CompareOptions) else "responses"
+        return cls(max_length, True, template, variables, options.reasoning, options.earlier_turns, compare, **more)
 
 
 def read_template(path: str) -> str:
@@ -281,7 +288,7 @@ class ChatTemplate:
             as_text, bare = self._call_form
             message["tool_calls"] = [_call(call, as_text) for call in turn.tool_calls]
         if content or not turn.tool_calls or not bare:
-            message["content"] = _parts(content) if turn.pictures else self._content(content)
+            message["content"] = parts_of(content) if turn.pictures else self._content(content)
         if turn.tool_call_id is not None:
             message["tool_call_id"] = turn.tool_call_id
         if turn.name is not None:
@@ -303,12 +310,6 @@ class ChatTemplate:
             if _OTHER in text and _WORD in text and not printed_by_python:
                 return form
         return (False, False)
-
-
-def _parts(content: str) -> list[dict[str, str]]:
-    """Words with places of pictures as parts, as templates of vision-language models read them."""
-    pieces = re.split(f"({PICTURE})", content)
-    return [{"type": "image"} if p == PICTURE else {"type": "text", "text": p} for p in pieces if p]
 
 
 def _literal(value: object) -> str:

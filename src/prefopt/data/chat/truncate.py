@@ -17,16 +17,28 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from prefopt.data.chat.encoding import Encoded
-from prefopt.data.group import BoolArray, IntArray, common_length
+from prefopt.data.group import BoolArray, IntArray, Pictures, common_length
 from prefopt.errors import ConfigError
 from prefopt.records import Comparison, Message
 
-Sequences = Sequence[tuple[IntArray, BoolArray]]  # K sequences of one prompt: (ids [L], trained [L]) each
+
+class Tokens(NamedTuple):
+    """One sequence: ids [L], trained [L], and its pictures; ``further``: a later step of the response that the one
+    before it begins."""
+
+    ids: IntArray
+    trained: BoolArray
+    further: bool = False
+    pictures: Pictures = ()
+
+
+Sequences = Sequence[Tokens]  # of one prompt, response after response
 
 KEEP_PROMPT = 128
 DEFAULT_LENGTH = 1024
@@ -41,6 +53,27 @@ class Truncated:
     sequences: tuple[tuple[IntArray, BoolArray], ...]
     prompt: int
     responses: tuple[int, ...]
+
+
+def by_response(sequences: Sequences) -> list[list[Tokens]]:
+    """The steps of each response."""
+    found: list[list[Tokens]] = []
+    for s in sequences:
+        found = [*found[:-1], [*found[-1], s]] if s.further else [*found, [s]]
+    return found
+
+
+def identical(c: Comparison, sequences: Sequences) -> bool:
+    """Whether some pair of responses is the same, token for token, step for step and picture for picture."""
+    steps = by_response(sequences)
+
+    def same(one: int, other: int) -> bool:
+        return len(steps[one]) == len(steps[other]) and all(
+            np.array_equal(a.ids, b.ids) and np.array_equal(a.trained, b.trained) and a.pictures == b.pictures
+            for a, b in zip(steps[one], steps[other], strict=True)
+        )
+
+    return any(same(*pair) for pair in c.pairs)
 
 
 def sequence_limit(max_length: int | None, context: int | None) -> int:
@@ -63,14 +96,14 @@ def longer_limit(rows: int, kept: int, limit: int, context: int | None) -> str |
     return f"{rows} of {kept} rows are longer than --max-length {limit} and were cut; the model has {context} positions"
 
 
-def prompt_excess(sequences: Sequences, limit: int) -> int:
+def prompt_excess(sequences: Sequence[tuple[IntArray, BoolArray] | Tokens], limit: int) -> int:
     """Tokens that the prompt must lose until the longest sequence fits or min(128, limit // 2) of them are left.
 
     >>> prompt_excess([(np.arange(9), np.arange(9) > 6)], 6), prompt_excess([(np.arange(9), np.arange(9) > 6)], 2)
     (3, 6)
     """
-    need = max(len(ids) for ids, _ in sequences) - limit
-    prompt = min(int(np.argmax(trained)) for _, trained in sequences)
+    need = max(len(s[0]) for s in sequences) - limit
+    prompt = min(int(np.argmax(s[1])) for s in sequences)
     return max(0, min(need, prompt - min(KEEP_PROMPT, limit // 2)))
 
 
@@ -109,6 +142,27 @@ def truncate(
         kept.append((left[:end], mask[:end]))
         lost.append(len(left) - end)
     return Truncated(tuple(kept), cut, tuple(lost))
+
+
+def with_room(sequences: Sequences, max_length: int) -> tuple[Sequences, tuple[int, ...]]:
+    """The sequences without the later steps of a response whose answers begin at or beyond ``max_length``, and the
+    tokens that each response loses with them. The first step of a response always stays.
+
+    >>> ids, trained = np.arange(6), np.arange(6) > 3
+    >>> kept, lost = with_room([Tokens(ids[:3], trained[1:4]), Tokens(ids, trained, further=True)], 4)
+    >>> len(kept), lost
+    (1, (6,))
+    """
+    kept: list[Tokens] = []
+    lost: list[int] = []
+    for s in sequences:
+        if not s.further:
+            lost.append(0)
+        if s.further and int(np.argmax(s.trained)) >= max_length:
+            lost[-1] += len(s.ids)
+        else:
+            kept.append(s)
+    return kept, tuple(lost)
 
 
 def windows(ids: IntArray, trained: BoolArray, max_length: int) -> list[tuple[IntArray, BoolArray]]:

@@ -98,7 +98,7 @@ class MemoryOrigin:
         return iter(self.held)
 
     def digest(self) -> str:
-        raise AssertionError("rows in memory are tokenised anew, never looked up in the cache")
+        raise AssertionError("rows in memory are tokenised every time, never looked up in the cache")
 
 
 def find_sources(names: Sequence[str | os.PathLike[str]]) -> list[Source]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -13,6 +15,7 @@ from prefopt.core.files import aside_of, expanded, output_errors, sync_folder
 from prefopt.errors import ConfigError
 
 ENDINGS = (".jsonl", ".parquet")
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 class RowFile:
@@ -56,6 +59,9 @@ class RowFile:
             self._file.flush()
             os.fsync(self._file.fileno())
             ready = self._aside
+            if self.path.suffix == ".csv":
+                ready = self._table
+                _write_csv(self._aside, ready)
             if self.path.suffix == ".parquet":
                 from prefopt.data.files.columnar import write_parquet  # pyarrow takes time to import
 
@@ -65,20 +71,40 @@ class RowFile:
             sync_folder(self.path.parent)
 
 
+def _write_csv(lines: Path, output: Path) -> None:
+    """JSON lines as a table for spreadsheets: with a byte-order mark, and an apostrophe before text that they would
+    take for a formula."""
+    with lines.open(encoding="utf-8") as read, output.open("w", encoding="utf-8-sig", newline="") as written:
+        rows = map(json.loads, read)
+        first = next(rows)
+        table = csv.DictWriter(written, first)
+        table.writeheader()
+        for row in chain([first], rows):
+            table.writerow({k: f"'{v}" if isinstance(v, str) and v.startswith(FORMULA) else v for k, v in row.items()})
+        written.flush()
+        os.fsync(written.fileno())
+
+
 @contextmanager
 def row_files(
-    outputs: Mapping[str, str], *, overwrite: bool, inputs: Sequence[Path], loose: Collection[str] = ()
+    outputs: Mapping[str, str],
+    *,
+    overwrite: bool,
+    inputs: Sequence[Path],
+    loose: Collection[str] = (),
+    endings: Sequence[str] = ENDINGS,
 ) -> Iterator[list[RowFile]]:
     """Open the files of the options in ``outputs`` (``--output`` to path), after checking all of them.
 
-    Raises :class:`ConfigError` for an unknown ending, a folder, a file that is named twice or is one of ``inputs``, and
+    ``endings``: with .csv for rows that all have the same columns, without lists or objects. Raises
+    :class:`ConfigError` for an unknown ending, a folder, a file that is named twice or is one of ``inputs``, and
     an existing file unless ``overwrite``.
     """
     paths = {name: expanded(path) for name, path in outputs.items()}
     real = {os.path.realpath(path) for path in inputs}
     for name, path in paths.items():
-        if path.suffix not in ENDINGS:
-            raise ConfigError(f"{name} {path}: the name should end in {' or '.join(ENDINGS)}")
+        if path.suffix not in endings:
+            raise ConfigError(f"{name} {path}: the name should end in {' or '.join(endings)}")
         if path.is_dir():
             raise ConfigError(f"{name} {path}: is a folder; name a file")
         if os.path.realpath(path) in real:

@@ -114,6 +114,8 @@ def _write_turn(m: Message) -> dict[str, object]:
         raise CannotHold("reasoning apart from the answer")
     if not m.trained:
         raise CannotHold("turns of a response that are not trained")
+    if m.label is not None or m.rejected:
+        raise CannotHold("turns that are judged by themselves")
     if m.name is not None or m.tool_call_id is not None or any(call.id is not None for call in m.tool_calls):
         raise CannotHold("names of speakers and ids of tool calls")
     if not m.tool_calls:

@@ -29,7 +29,8 @@ ROLES: Mapping[str, str] = {
 }
 REASONING = ("reasoning_content", "reasoning", "thinking")
 WEIGHTS = ("loss_weight", "weight")
-READ = frozenset((*REASONING, *WEIGHTS, "trained", "tool_calls", "function_call", "tool_call_id", "name"))
+JUDGED = ("label", "rejected")
+READ = frozenset((*REASONING, *WEIGHTS, *JUDGED, "trained", "tool_calls", "function_call", "tool_call_id", "name"))
 NOT_READ = ("images", "videos", "audios", "image", "video", "audio", "refusal")
 PICTURE_PARTS = ("image", "image_url", "input_image")
 # What the parts of a message hold, by their type, and the keys that hold it.
@@ -95,9 +96,30 @@ def read_message(item: object, name: str = "messages", tags: Tags = TAGS) -> Mes
     if not tags.verbatim:  # empty text counts as absent
         reasoning, answers, called = reasoning or None, answers or None, called or None
     trained = _trained(item, role, name, tags.verbatim)
+    label, rejected = _judgement(item, role, name, tags)
     if unread := item.keys() - READ:
         tags.unread.update(str(k) for k in unread if k not in (tags.role[pair], key) and item[k] is not None)
-    return checked(Message(role, content or "", reasoning, tuple(calls), answers, called, trained, pictures))
+    judged = (trained, label, rejected)
+    return checked(Message(role, content or "", reasoning, tuple(calls), answers, called, *judged, pictures))
+
+
+def _judgement(item: Mapping[str, object], role: str, name: str, tags: Tags) -> tuple[bool | None, tuple[Message, ...]]:
+    """Whether a turn is desirable, and what is worse in its place: text, a message or a list of messages."""
+    label, rejected = (item.get(key) for key in JUDGED)
+    if label is None and not rejected:
+        return None, ()
+    if role != "assistant":
+        key = "label" if label is not None else "rejected"
+        raise BadRow("wrong type", f"a message of {name} has {key}, but its role is {role}; only answers are judged")
+    if label is not None and label not in (0, 1):
+        raise BadRow("wrong type", f"label of a message of {name} is {label!r}, not true or false")
+    if isinstance(rejected, str):
+        turns: tuple[Message, ...] = (Message("assistant", rejected),)
+    else:
+        turns = read_messages([rejected] if isinstance(rejected, dict) else rejected or (), f"rejected of {name}", tags)
+    if any(m.label is not None or m.rejected for m in turns):
+        raise BadRow("wrong type", f"rejected of a message of {name} holds judgements of its own")
+    return None if label is None else bool(label), turns
 
 
 def _plain(item: Mapping[str, object], tags: Tags) -> Message | None:
@@ -228,9 +250,14 @@ def _write_message(m: Message) -> dict[str, object]:
     ids = [{} if call.id is None else {"id": call.id} for call in m.tool_calls]
     functions = [{"name": call.name, "arguments": call.arguments} for call in m.tool_calls]
     calls = [{**id, "type": "function", "function": f} for id, f in zip(ids, functions, strict=True)] or None
-    content = write_parts(m) if m.pictures else m.content
-    found = {"role": m.role, "content": content, "reasoning_content": m.reasoning, "tool_calls": calls}
-    found |= {"tool_call_id": m.tool_call_id, "name": m.name}
+    found: dict[str, object] = {
+        "role": m.role,
+        "content": write_parts(m) if m.pictures else m.content,
+        "reasoning_content": m.reasoning,
+        "tool_calls": calls,
+    }
+    found |= {"tool_call_id": m.tool_call_id, "name": m.name, "label": m.label}
+    found |= {"rejected": write_messages(m.rejected) or None}
     return {key: value for key, value in found.items() if value is not None}
 
 

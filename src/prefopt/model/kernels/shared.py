@@ -9,7 +9,7 @@ Given ``out'`` and ``lse'``, the kernel's own backward is exact, since it recomp
 ``exp(score - lse')``. The log-sum-exp itself is never differentiated: the kernels would drop its gradient.
 
 To the compiler the operator ``prefopt::attention`` is one opaque node. The row's segments reach it as a tensor: as
-numbers they would be constants of the graph, and every batch would be compiled anew.
+numbers they would be constants of the graph, and every batch would be recompiled.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Kernel(NamedTuple):
     ``backward(grad, query, key, value, out, lse, plan, how)``: gradients of query, key and value, given those of the
     output, [T, Hq, D]; ``out`` and ``lse`` may hold more than this kernel's keys.
 
-    ``plan(segments, device)``: what forward and backward are told about the row.
+    ``plan(segments, device)``: what forward and backward read about the row.
     """
 
     plan: Callable[[tuple[Segment, ...], torch.device], Any]
