@@ -51,13 +51,13 @@ def loaded(folder: Path) -> Any:
 def own_inputs(folder: Path, c: Comparison, k: int, ids: np.ndarray, model: Any) -> dict[str, Any]:
     """Response k as the processor of the folder gives it to the model, pictures and all; its tokens must be ours."""
     renderer = Renderer(load_tokenizer(folder), Rendering())
-    text = renderer._spans.render(c.prompt, [r.messages for r in c.responses], ())[k].text
+    (step,) = renderer._spans.render(c.prompt, [r.messages for r in c.responses], ())[k]
     turns = (*c.prompt, *c.responses[k].messages)
     images = [decoded(p) for m in turns for p in m.pictures]
     if not images:
         return {"input_ids": torch.from_numpy(ids).long()[None]}
     options = {"add_special_tokens": False}
-    made = renderer.pictures._inner(images=images, text=[text], return_tensors="pt", text_kwargs=options)
+    made = renderer.pictures._inner(images=images, text=[step.text], return_tensors="pt", text_kwargs=options)
     assert made["input_ids"][0].tolist() == ids.tolist()
     return {name: value for name, value in made.items() if name != "attention_mask"}
 
