@@ -19,10 +19,10 @@ from data.layouts.generated import changed_files
 from data.small import small_tokenizer
 from data.tokenising import TEMPLATE, chat_rows, write
 from prefopt.cli import main
+from prefopt.data.audit.rows import Audit, AuditOptions, audit, compare_prompts
+from prefopt.data.audit.statistics import SUSPICIONS, Lengths, suspicions
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.template import Rendering
-from prefopt.data.check.audit import Audit, AuditOptions, audit, compare_prompts
-from prefopt.data.check.statistics import SUSPICIONS, Lengths, suspicions
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.load import NO_FAULT, load_groups
 from prefopt.data.validate import DataKind

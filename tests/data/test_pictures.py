@@ -19,9 +19,9 @@ from model.vision import picture, tokenizer_of, write_folder
 from prefopt.config.tools import DataCheckConfig, DataSplitConfig
 from prefopt.core.terminal import Reporter
 from prefopt.data import pictures
+from prefopt.data.audit import run_check
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.template import Rendering
-from prefopt.data.check import run_check
 from prefopt.data.comparisons import parse_comparisons, read_comparisons, run_split
 from prefopt.data.group import Group, Placed
 from prefopt.data.layouts import LAYOUTS

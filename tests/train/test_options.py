@@ -26,6 +26,7 @@ from prefopt.config.dpo import DpoConfig
 from prefopt.core.plugins import installed_version
 from prefopt.errors import ConfigError, DataError, RunError
 from prefopt.model.scorer import Scorer
+from prefopt.runs.samples import read_samples
 from train.small import dpo, evaluations, metrics, pairs, steps, weights, write_model, write_rows
 
 ROWS = pairs(9)
@@ -142,6 +143,12 @@ def eval_dtype(place: Place) -> None:
     given = {"eval_data": [place.more], "dtype": "bfloat16", "learning_rate": 1e-6}
     losses = [evaluations(Path(place.run(**given, eval_dtype=name)))[-1]["eval_loss"] for name in ("run", "float32")]
     assert losses[0] != losses[1] and all(abs(x - math.log(2)) < 0.01 for x in losses)
+
+
+def samples(place: Place) -> None:
+    """What is in them: tests/train/test_samples.py."""
+    outputs = [Path(place.run(eval_data=[place.more], samples=n)) for n in (0, 2)]
+    assert [len(read_samples(output)) for output in outputs] == [0, 2]
 
 
 def early_stopping(place: Place) -> None:
@@ -454,6 +461,7 @@ SHOWN: dict[str, Callable[[Place], None]] = {
     "max_grad_norm": moves("max_grad_norm", 0.01),
     "eval_every": eval_every,
     "eval_dtype": eval_dtype,
+    "samples": samples,
     "early_stopping": early_stopping,
     "output": output,
     "save_every": save_every,

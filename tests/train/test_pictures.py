@@ -127,6 +127,11 @@ def test_options_that_would_do_nothing_are_refused(model: Path, data: Path, tmp_
             prefopt.dpo(**given, **more)
 
 
+def test_vllm_refuses_pictures(model: Path, data: Path) -> None:
+    with pytest.raises(ConfigError, match="--engine vllm is not given pictures"):
+        prefopt.sample(model=str(model), prompts=[str(data)], engine="vllm", progress="none")
+
+
 def test_ppo_refuses_pictures(model: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="pictures"):
         prefopt.ppo(model=str(model), prompts=[str(data)], reward="length", output=str(tmp_path / "out"))

@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from prefopt.config.training import MethodOptions, ModelOptions, rate_option
+from prefopt.config.evaluation import PreferenceOptions, SampleOptions
+from prefopt.config.training import ModelOptions, rate_option
 from prefopt.core.options import beside, flag, nearest, option
 from prefopt.core.plugins import plugins
 from prefopt.errors import ConfigError
@@ -30,7 +31,7 @@ FILLED = (*OF_LOSSES, "pairs")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoConfig(MethodOptions, ModelOptions):
+class DpoConfig(PreferenceOptions, SampleOptions, ModelOptions):
     """One run of DPO, or of another loss. Construction raises ``ConfigError``.
 
     Defaults that depend on the loss (:data:`FILLED`) are None here and filled in when the run begins, since losses
@@ -87,7 +88,7 @@ class DpoConfig(MethodOptions, ModelOptions):
         None, "alpha of --divergence alpha: 0 is reverse_kl, 1 is forward_kl", default_text="0.5", at_least=0, at_most=1
     )
     weighting: Literal["wpo"] | None = option(
-        None, "weight of each pair in the loss, see prefopt losses", default_text="all pairs count alike"
+        None, "weight of each pair in the loss, see prefopt losses", default_text="all pairs have equal weight"
     )
     pairs: Literal["all", "best-worst"] | None = option(
         None,

@@ -24,7 +24,7 @@ class DataCheckConfig(CompareOptions, ReadOptions):
         help="files, folders, globs or Hub data sets to check; one or more", group="data", positional=True
     )
     eval_data: list[str] | None = option(
-        None, "evaluation data: checked too, and for prompts that the training data have as well"
+        None, "evaluation data to check as well, also for prompts that the training data have too"
     )
     want: Literal["pairs", "scored", "ranking", "labels", "demonstrations", "prompts"] | None = option(
         None, "form that every row must have", default_text="that of each row"
@@ -103,7 +103,7 @@ class MergeConfig(Config):
         " the command reports",
     )
     device: str | None = option(
-        None, "cpu, cuda, cuda:N or mps", group="machine", default_text="the first there is of cuda, mps and cpu"
+        None, "cpu, cuda, cuda:N or mps", group="machine", default_text="the first available of cuda, mps and cpu"
     )
 
     def check(self) -> None:

@@ -39,7 +39,7 @@ class MachineOptions(Config):
         group="machine",
     )
     device: str | None = option(
-        None, "cpu, cuda, cuda:N or mps", default_text="the first there is of cuda, mps and cpu"
+        None, "cpu, cuda, cuda:N or mps", default_text="the first available of cuda, mps and cpu"
     )
     threads: int | None = option(None, "CPU threads", default_text="torch's choice", at_least=1)
 
@@ -64,8 +64,8 @@ def quantise_option(what: str, group: str = "") -> Any:
     """How a model is quantised at loading; None is by the record of its adapter."""
     return option(
         None,
-        f"{what} 4 bits a weight (nf4) or 8 (int8), by bitsandbytes on the CPU or CUDA; none: not even where the"
-        " adapter was trained so",
+        f"{what} 4 bits a weight (nf4) or 8 (int8), by bitsandbytes on the CPU or CUDA; none: full"
+        " precision, also where the adapter was trained on a quantised model",
         group=group,
         default_text="as an adapter was trained, else none",
     )
@@ -231,10 +231,12 @@ class RunOptions(MachineOptions, ProgressOptions):
     adam_epsilon: float = option(1e-8, "AdamW's epsilon", above=0)
     optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = option(
         "adamw",
-        "adamw-8bit: AdamW with moments in 8 bits, 2 bytes of state for a weight and not 8; paged-adamw-8bit: its"
+        "adamw-8bit: AdamW with moments in 8 bits, 2 bytes of state per weight instead of 8; paged-adamw-8bit: its"
         ' moments move to host memory where a GPU is full. Both need pip install "prefopt[quantise]"',
     )
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 1e9 clips nothing", above=0)
+    max_grad_norm: float = option(
+        1.0, "gradient clipping: gradients are scaled down to this norm; 1e9 turns it off", above=0
+    )
 
     output: str = option(help="folder for the model, its card and the metrics", group="output")
     save_every: int | None = option(None, "steps between checkpoints", default_text="only on interruption", at_least=1)
@@ -267,7 +269,7 @@ class RunOptions(MachineOptions, ProgressOptions):
         None,
         "keep in host memory, of one GPU: optimizer (float32 weights, gradients and optimiser state), activations"
         " (between forward and backward pass), or both",
-        default_text="all is on the device",
+        default_text="everything stays on the device",
     )
     attention: Literal["auto", "loop"] = option(
         "auto", "attention kernel; loop: one call per segment, as a reference to compare with"

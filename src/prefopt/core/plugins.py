@@ -27,6 +27,14 @@ def imported(name: str) -> Callable[..., Any]:
     return function
 
 
+def function_of(package: str, name: str, known: Sequence[str]) -> Any:
+    """What ``prefopt.data.check`` and the like stand for: a function of ``prefopt.api``, imported when it is asked for.
+    Raises ``AttributeError`` for a name that is not ``known``, as a module does."""
+    if name not in known:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(package.replace("prefopt", "prefopt.api", 1)), name)
+
+
 def load_object(name: str, place: str, known: Sequence[str] = ()) -> Any:
     """What ``module:name`` stands for; modules are also looked for in the working folder.
 

@@ -186,6 +186,21 @@ def choose(z: torch.Tensor, params: SamplingParams, key_n: torch.Tensor, step: S
 
     Without top-p, nothing waits for the device.
     """
+    w = masked(z, params, step)
+    if params.temperature == 0:
+        token_n = w.argmax(-1)
+        logp_n = _at(z, token_n) - z.logsumexp(-1)
+        return Choice(token_n, torch.zeros_like(logp_n), logp_n)
+    total_n = None if w is z else z.logsumexp(-1)
+    e = w.softmax(-1)
+    token_n, sums = _draw(e, key_n, step)
+    sampling_logp_n = _at(e, token_n).log_() - sums.sum(-1).log_()
+    return Choice(token_n, sampling_logp_n, sampling_logp_n if total_n is None else _at(z, token_n) - total_n)
+
+
+def masked(z: torch.Tensor, params: SamplingParams, step: Step) -> torch.Tensor:
+    """Logits [n, V] of the distribution that is drawn from, ``z`` itself where that is the model's own; at temperature
+    0 its argmax is taken."""
     w = z.clone() if params.never else z
     for never in params.never:
         w[:, never] = -math.inf
@@ -194,17 +209,10 @@ def choose(z: torch.Tensor, params: SamplingParams, key_n: torch.Tensor, step: S
         for stop in params.stop:
             w[:, stop].masked_fill_(early, -math.inf)
     if params.temperature == 0:
-        token_n = w.argmax(-1)
-        logp_n = _at(z, token_n) - z.logsumexp(-1)
-        return Choice(token_n, torch.zeros_like(logp_n), logp_n)
+        return w
     if params.temperature != 1:
         w = w / params.temperature
-    w = _truncated(w, params)
-    total_n = None if w is z else z.logsumexp(-1)
-    e = w.softmax(-1)
-    token_n, sums = _draw(e, key_n, step)
-    sampling_logp_n = _at(e, token_n).log_() - sums.sum(-1).log_()
-    return Choice(token_n, sampling_logp_n, sampling_logp_n if total_n is None else _at(z, token_n) - total_n)
+    return _truncated(w, params)
 
 
 def _draw(e: torch.Tensor, key_n: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:

@@ -41,6 +41,16 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, clip: float) 
     return Clipped(torch.maximum(plain, held), (held > plain).to(logp.dtype).detach())
 
 
+def truncated_importance(logp: Tensor, sampled_logp: Tensor, cap: float) -> Tensor:
+    """min(p / q, cap) at samples of q, whose log-probabilities are ``sampled_logp``, for expectations under p.
+
+    Per token, or per response with sums of log-probabilities. Truncated importance sampling (Ionides 2008,
+    doi:10.1198/106186008X320456): its variance is bounded, and its bias only underweights what q rarely draws. Per
+    token as the rho of V-trace (Espeholt et al. 2018, arXiv 1802.01561, section 4.1).
+    """
+    return torch.exp(logp - sampled_logp).clamp(max=cap)
+
+
 def value_loss(value: Tensor, old_value: Tensor, target: Tensor, clip: float | None) -> Clipped:
     """Half the larger of (V - R)^2 and (clip(V, V_old - clip, V_old + clip) - R)^2, as in OpenAI's baselines.
 

@@ -25,7 +25,8 @@ from prefopt.train.objective import PreferenceObjective, check_rows, inspect_fir
 from prefopt.train.offline import OfflineRun
 from prefopt.train.policy import Policy
 from prefopt.train.reference import ReferenceChoice, ReferencePlan, ReferenceRun, choose_reference
-from prefopt.train.run import Run, TrainingResult, open_run, read_model
+from prefopt.train.result import TrainingResult
+from prefopt.train.run import Run, open_run, read_model
 
 
 def run(
@@ -108,7 +109,7 @@ def _held_out_precision(
     Raises :class:`ConfigError` where ``--eval-dtype float32`` cannot be had.
     """
     asked, name = run.config.eval_dtype, str(run.dtype).removeprefix("torch.")
-    if not run.config.evaluates or asked == "run" or run.dtype not in (torch.bfloat16, torch.float16):
+    if not len(plan.held_out) or asked == "run" or run.dtype not in (torch.bfloat16, torch.float16):
         return None
     if why := _not_in_float32(policy, plan):
         if asked == "float32":

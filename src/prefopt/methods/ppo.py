@@ -31,11 +31,13 @@ from prefopt.rl.objective import PpoObjective
 from prefopt.rl.prompts import PtxTerm, order_of, plan_of, read_ptx, read_rollout_prompts, too_few
 from prefopt.rl.rollouts import Collector
 from prefopt.rl.rounds import Rounds, keep_last_good
+from prefopt.rl.samplers import policy_sampler
 from prefopt.runs.folder import digest_of, fingerprint
 from prefopt.runs.history import averages_of, read_history
 from prefopt.train.memory import Trainee, TrainingMemory
 from prefopt.train.optim import Network
 from prefopt.train.policy import Policy
+from prefopt.train.result import RunResult
 from prefopt.train.routing import describe_routing, routed
 from prefopt.train.run import EXAMPLE_TEXT, Run, open_run, steps_of
 from prefopt.train.trainer import TrainerState
@@ -46,13 +48,9 @@ TRIED = 4
 Scores = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
 
-@dataclass(frozen=True, slots=True)
-class PpoResult:
+@dataclass(frozen=True, slots=True, repr=False)
+class PpoResult(RunResult):
     """``metrics`` are averages over the episodes of the last tenth of the steps."""
-
-    output: Path
-    steps: int
-    metrics: dict[str, float]
 
 
 def run(
@@ -110,22 +108,26 @@ def run(
         say(memory.line(_largest(run, prompts, ptx), tokens))
         _say_plan(run, prompts, tokens)
         run.folder.remember(token_budget=tokens, checkpointed=memory.trainees[0].checkpointed)
-        rounds = _rounds(run, models, prompts, settings, check, ptx)
+        rounds = _rounds(run, models, start.tokenizer, prompts, settings, check, ptx)
         state = _train(run, models, rounds, tokens, start.tokenizer, settings.stop)
+        rounds.collector.sampler.close()
         run.save(policy, start.tokenizer, settings.stop)
         return _finish(run, models, prompts, state.step, state.seconds)
 
 
 def _rounds(
-    run: Run, models: PpoModels, prompts: PromptSet, settings: SamplingParams, check: CheckReport, ptx: PtxTerm | None
+    run: Run,
+    models: PpoModels,
+    tokenizer: Tokenizer,
+    prompts: PromptSet,
+    settings: SamplingParams,
+    check: CheckReport,
+    ptx: PtxTerm | None,
 ) -> Rounds:
-    """The sampler, and the rounds that are learned from; the number of rows at once is kept for a resume."""
-    config, known, scorer = run.config, run.folder.record, models.actor.apart
+    """The sampler, and the rounds that are learned from."""
+    config, scorer = run.config, models.actor.apart
     longest = max(map(len, prompts.ids)) + config.max_new_tokens
-    with scorer.gathered():
-        sampler = TransformersSampler(scorer)
-        sampler.rows = known.get("sampled_at_once") or known.get("rows") or sampler.estimate_rows(longest)
-    run.folder.remember(sampled_at_once=sampler.rows)
+    sampler = policy_sampler(run, models.actor, tokenizer, longest=longest, stale=config.stale)
     order = order_of(config, len(prompts.ids))
     critic = models.critic.of_rollouts if models.critic is not None else None
     return Rounds(

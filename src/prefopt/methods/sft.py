@@ -16,7 +16,8 @@ from prefopt.train.data import DataBatches, load_data
 from prefopt.train.objectives import LikelihoodObjective
 from prefopt.train.offline import OfflineRun
 from prefopt.train.policy import Policy
-from prefopt.train.run import TrainingResult, open_run, read_model
+from prefopt.train.result import TrainingResult
+from prefopt.train.run import open_run, read_model
 
 
 def run(

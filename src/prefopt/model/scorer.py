@@ -33,6 +33,7 @@ from prefopt.model.kernels.attention import HOOK, TRIAL, HookReached, Unshareabl
 from prefopt.model.kernels.divergence import Divergence
 from prefopt.model.kernels.head import (
     FORWARD,
+    Compared,
     Distributions,
     TokenScores,
     head_logits,
@@ -283,10 +284,10 @@ class PackedModel(torch.nn.Module):
 
 class ScoreRequest(NamedTuple):
     """Values that a forward pass returns beside log-probabilities: the log of summed ``squares`` of probabilities, the
-    ``divergence`` from ``reference`` distributions, its own ``distributions``, and the ``hidden`` states."""
+    ``divergence`` from a ``reference``, its own ``distributions``, and the ``hidden`` states."""
 
     squares: bool = False
-    reference: Distributions | None = None
+    reference: Compared | None = None
     distributions: bool = False
     hidden: bool = False
     divergence: Divergence = FORWARD

@@ -21,12 +21,13 @@ from prefopt.core.files import output_errors, replace_file
 from prefopt.core.options import command, options
 from prefopt.errors import UserError
 from prefopt.evaluate.result import CompareResult
-from prefopt.reports.comparison import comparison_report, read_comparison
+from prefopt.reports.comparison import LONGEST, comparison_report, read_comparison
 from prefopt.runs.diagnose import change_of, diagnose
 from prefopt.runs.experts import read_experts
 from prefopt.runs.history import History
 from prefopt.runs.listing import cells_of
 from prefopt.runs.plot import COLOURS, SIDES, Panel, figure_of, panels_by_method, require_matplotlib, shortened
+from prefopt.runs.samples import AFTER, read_samples
 from prefopt.runs.settings import differing, short_path, shown
 from prefopt.runs.table import as_number, caveats, labels, reached, runs_of, summary
 
@@ -63,6 +64,7 @@ def run_report(run: History, name: str) -> dict[str, Any]:
         "environment": run.record.get("environment", {}),
         "command": _command(run),
         "samples": _samples(run),
+        "texts": _texts(run),
         "experts": [(name, [f"{share:.2%}" for share in shares]) for name, shares in read_experts(run.folder)],
     }
 
@@ -111,6 +113,20 @@ def _samples(run: History) -> str:
         f"the reward of its own samples was {scores[0]:.3g} in the first step and is {ending['objective/scores']:.3g}"
         f" over the last tenth of the steps{far}; this is the reward that it was trained on"
     )
+
+
+def _texts(run: History) -> list[dict[str, Any]]:
+    """Samples on held-out prompts, before and after training."""
+    rows = [row for row in read_samples(run.folder) if AFTER in row["models"]]
+    return [
+        {
+            "verdict": f"row {row['source_row']}",
+            "prompt": shortened(row["prompt"], LONGEST),
+            "models": row["models"],
+            "responses": [shortened(text, LONGEST) for text in row["responses"]],
+        }
+        for row in rows
+    ]
 
 
 OF_ACCURACY = ("accuracy", "no better than chance", "worse than chance")

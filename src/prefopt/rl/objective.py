@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +17,7 @@ from prefopt.losses.rl import (
     per_response,
     policy_loss,
     token_rewards,
+    truncated_importance,
     value_loss,
     whiten,
     without_end,
@@ -56,6 +58,36 @@ def final_scores(config: PpoConfig, rollouts: Rollouts) -> torch.Tensor:
     """Scores [N], with the penalty of responses that did not end."""
     penalty, instead = config.missing_eos_penalty, config.missing_eos_score
     return without_end(rollouts.score_N, rollouts.finished_N, penalty=penalty, instead=instead)
+
+
+def corrected(config: PpoConfig, targets: Targets, rollouts: Rollouts) -> Targets:
+    """With ``importance_cap``, advantages are multiplied by truncated importance weights: the clipped loss is linear in
+    advantages, so that this weights every row of it."""
+    if config.importance_cap is None:
+        return targets
+    weight = importance(config, rollouts, config.importance_cap)
+    return replace(targets, advantage=targets.advantage * weight)
+
+
+def importance(config: PpoConfig, rollouts: Rollouts, cap: float = math.inf) -> torch.Tensor:
+    """Importance weights of tokens (PPO, [M]) or responses (RLOO, [N]): policy by what they were sampled from."""
+    both = rollouts.logp_M, rollouts.sampled_logp_M
+    if config.algorithm == "rloo":
+        both = per_response(both[0], rollouts.length_N), per_response(both[1], rollouts.length_N)
+    return truncated_importance(*both, cap)
+
+
+def importance_metrics(config: PpoConfig, rollouts: Rollouts) -> Record:
+    """Of the weights before they are truncated: average, largest, fraction truncated, and the effective fraction of the
+    sample, (sum w)^2 / (n sum w^2)."""
+    assert config.importance_cap is not None
+    weight = importance(config, rollouts)
+    return {
+        "importance/mean": float(weight.mean()),
+        "importance/max": float(weight.max()),
+        "importance/truncated": float((weight > config.importance_cap).double().mean()),
+        "importance/effective": float(weight.sum().square() / (len(weight) * weight.square().sum())),
+    }
 
 
 def targets_of(config: PpoConfig, rollouts: Rollouts, beta: float) -> Targets:

@@ -27,7 +27,6 @@ from prefopt.generate.model_io import PromptSet
 from prefopt.generate.rewards import RewardScorer
 from prefopt.generate.sampler import (
     ProgressCallback,
-    ResponseSampler,
     Sample,
     SamplingParams,
     group_of,
@@ -40,6 +39,7 @@ from prefopt.parallel.world import ALONE, World
 from prefopt.reference.in_memory import InMemoryReference
 from prefopt.rewards import prompt_text
 from prefopt.rl.models import Critic, look
+from prefopt.rl.samplers import PolicySampler
 from prefopt.train.batch import Batch, MicroBatch, micro_batches
 
 T = TypeVar("T")
@@ -146,7 +146,7 @@ class Collector:
     """
 
     prompts: PromptSet
-    sampler: ResponseSampler
+    sampler: PolicySampler
     settings: SamplingParams
     num: int
     judge: RewardScorer
@@ -162,8 +162,10 @@ class Collector:
 
         A sample depends on the seed, the step, its prompt and its number alone. Prompts are dealt to the ranks by
         length, and every rank gets the rollouts of all; what fails on one rank fails on all, so that they can repeat
-        it. Raises :class:`prefopt.errors.RunError` where the reward fails or is too large to compute with.
+        it. Raises :class:`prefopt.errors.RunError` where the reward fails or is too large to compute with, and
+        :class:`prefopt.core.dispatch.ServersLost` where no rollout server is left.
         """
+        self.sampler.refresh(step)
         ids = [self.prompts.ids[i] for i in prompts]
         dealt, streams = [np.arange(len(ids))], occurrences(ids)
         if not self.world.alone:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from prefopt.config.ppo import PpoConfig
+from prefopt.core.dispatch import ServersLost
 from prefopt.core.files import remove_folder
 from prefopt.core.terminal import Reporter
 from prefopt.data.sampler import BatchSampler
@@ -30,7 +31,7 @@ from prefopt.model.costs import MEMORY_ERRORS, peak_memory
 from prefopt.model.load import base_and_adapter, local_folder
 from prefopt.model.save import add_end_tokens, repair_generation
 from prefopt.parallel.world import World
-from prefopt.rl.objective import Targets, final_scores, rollout_metrics, targets_of
+from prefopt.rl.objective import Targets, corrected, final_scores, importance_metrics, rollout_metrics, targets_of
 from prefopt.rl.prompts import PtxTerm
 from prefopt.rl.rollouts import Collector, Rollouts
 from prefopt.runs.folder import RunFolder
@@ -81,9 +82,11 @@ class Rounds(BatchSource):
         step = trainer.state.step
         fresh = self.rollouts is None
         rollouts = self.rollouts = self.rollouts or self._collect(trainer)
-        targets = targets_of(self.config, rollouts, self.kl.coefficient)
+        targets = corrected(self.config, targets_of(self.config, rollouts, self.kl.coefficient), rollouts)
         score_N = final_scores(self.config, rollouts)
         self._measured = rollout_metrics(rollouts, score_N, targets, self.kl.coefficient)
+        if self.config.importance_cap is not None:
+            self._measured |= importance_metrics(self.config, rollouts)
         if fresh:
             kl = self._measured["objective/kl"]
             if not (math.isfinite(kl) and kl <= self.config.max_kl):
@@ -110,6 +113,9 @@ class Rounds(BatchSource):
                 return rollouts
             except MEMORY_ERRORS as error:
                 trainer.halve(error, "scoring the responses")
+            except ServersLost:
+                trainer.keep()  # servers may be started again, and the run goes on from here
+                raise
 
     def batch(self, step: int, update: int) -> Batch:
         """A minibatch. Its prompts depend on the seed, the step and the pass over the rollouts alone."""
@@ -134,6 +140,7 @@ class Rounds(BatchSource):
         self.episodes += drawn
         record = record | self._measured
         record |= {"episode": self.episodes, "eps": drawn / seconds, "step_seconds": seconds, **times}
+        record |= self.collector.sampler.metrics()
         record["peak_memory_bytes"] = float(peak_memory(trainer.device))
         self.kl = self.kl.after(self._measured["objective/kl"], drawn)
         self.rollouts = self._batch = None

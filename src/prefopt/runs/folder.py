@@ -18,9 +18,15 @@ from prefopt.data.table import GroupTable
 from prefopt.errors import RunError
 from prefopt.runs.history import RECORD, in_use, read_metrics, read_record
 
-FREE = frozenset("resume overwrite shard progress save_every keep_last output dry_run track track_project".split())
+FREE = frozenset(
+    "resume overwrite shard progress save_every keep_last output dry_run track track_project samples".split()
+)
 """Options that say nothing of the training: they are not listed as set, nor compared between runs."""
-FREE_AT_RESUME = FREE | {"gradient_checkpointing"}
+FREE_AT_RESUME = (
+    FREE
+    | {"gradient_checkpointing"}
+    | set("rollout_server rollout_key rollout_folder server_concurrency server_timeout".split())
+)
 """Options that may change at a resume: they never affect the weights."""
 
 _LOCK, CHECKPOINTS, LAST_GOOD = ".lock", "checkpoints", "last-good"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import statistics
 from collections.abc import Sequence
@@ -114,6 +115,18 @@ def figure_of(
         drawn = zip(runs, names, strict=True)
         lines = [Line2D([], [], color=colours[id(run)], linewidth=2.5, label=name) for run, name in drawn]
         figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
+    return figure
+
+
+def shown_in_notebooks(figure: Any) -> Any:
+    """The figure, which a notebook shows also without pyplot."""
+
+    def png() -> bytes:
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=100)
+        return file.getvalue()
+
+    figure._repr_png_ = png
     return figure
 
 

@@ -65,18 +65,6 @@ RANK_SEED = 1_000_003
 AnyTrained = TypeVar("AnyTrained", bound="Trained[Any]")
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingResult:
-    """``metrics`` are averages over the rows of the last epoch (see :class:`prefopt.runs.metrics.Averages`),
-    ``held_out_loss`` is that of the saved weights."""
-
-    output: Path
-    steps: int
-    metrics: dict[str, float]
-    held_out_loss: float | None
-    best_step: int | None
-
-
 @dataclass
 class Run:
     """A run in progress: its options, output folder, device, and reports. ``given`` is a model given in Python."""

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 
 from prefopt.core.terminal import Reporter
-from prefopt.data.check.pictures import PictureCounts
-from prefopt.data.check.statistics import SUSPICIONS, Duplicates, Found, Lengths, row_suspicions
+from prefopt.data.audit.pictures import PictureCounts
+from prefopt.data.audit.statistics import SUSPICIONS, Duplicates, Found, Lengths, row_suspicions
 from prefopt.data.comparisons import open_comparisons
 from prefopt.data.files.sources import Source, find_sources
 from prefopt.data.load import NO_FAULT, PREFERENCES
