@@ -71,6 +71,46 @@ class Place:
         return write_rows(self.folder / "talk.jsonl", rows)
 
     @functools.cached_property
+    def turns(self) -> str:
+        """Conversations of two answers, each with a thought."""
+
+        def answers(text: str) -> list[dict[str, str]]:
+            thought = {"role": "assistant", "reasoning_content": f"so {text[:3]}"}
+            return [{**thought, "content": text[:5]}, {"role": "user", "content": "on"}, {**thought, "content": text}]
+
+        rows = [
+            {
+                "prompt": [{"role": "user", "content": row["prompt"]}],
+                **{side: answers(row[side]) for side in ("chosen", "rejected")},
+            }
+            for row in ROWS
+        ]
+        return write_rows(self.folder / "turns.jsonl", rows)
+
+    @functools.cached_property
+    def judged(self) -> str:
+        """Conversations whose answers have rejected alternatives."""
+        rows = [
+            {
+                "messages": [
+                    {"role": "user", "content": row["prompt"]},
+                    {"role": "assistant", "content": row["chosen"], "rejected": row["rejected"]},
+                ]
+            }
+            for row in ROWS
+        ]
+        return write_rows(self.folder / "judged.jsonl", rows)
+
+    @functools.cached_property
+    def forgetful(self) -> str:
+        """A chat template that shows the thought of the last answer alone."""
+        path = self.folder / "forgetful.jinja"
+        path.write_text(
+            TEMPLATE.replace("message.reasoning_content", "loop.last and message.reasoning_content"), "utf-8"
+        )
+        return str(path)
+
+    @functools.cached_property
     def template(self) -> str:
         path = self.folder / "template.jinja"
         path.write_text(TEMPLATE, "utf-8")
@@ -143,6 +183,13 @@ def eval_dtype(place: Place) -> None:
     given = {"eval_data": [place.more], "dtype": "bfloat16", "learning_rate": 1e-6}
     losses = [evaluations(Path(place.run(**given, eval_dtype=name)))[-1]["eval_loss"] for name in ("run", "float32")]
     assert losses[0] != losses[1] and all(abs(x - math.log(2)) < 0.01 for x in losses)
+
+
+def compare(place: Place) -> None:
+    given = {"data": place.judged, "chat_template": place.template}
+    with pytest.raises(DataError, match="--compare steps"):
+        place.run(**given)
+    assert len(steps(Path(place.run(**given, compare="steps")))) == 3
 
 
 def samples(place: Place) -> None:
@@ -431,6 +478,8 @@ SHOWN: dict[str, Callable[[Place], None]] = {
     "max_length": moves("max_length", 12),
     "shuffle": moves("shuffle", False),
     "reasoning": moves("reasoning", "strip", data="@talk", chat_template="@template"),
+    "earlier_turns": moves("earlier_turns", "as-shown", data="@turns", chat_template="@forgetful"),
+    "compare": compare,
     "beta": moves("beta", 0.5),
     "label_smoothing": moves("label_smoothing", 0.3),
     "loss": moves("loss", "dpo:1.0,nll:0.2"),
