@@ -236,12 +236,15 @@ def test_every_option_of_the_command_line_reaches_the_config(ran: list[dict[str,
         "data_weights": "2",
         "offload": "optimizer",
         "loss": "ipo",
+        "learning_rate": "1e-5",
+        "find_learning_rate": "stop",
     }
     company = {
         "lora": ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "quantise", "reference_adapter"],
-        "eval-fraction=0.5": ["eval_every", "early_stopping", "eval_dtype"],
+        "eval-fraction=0.5": ["eval_every", "early_stopping", "eval_dtype", "find_learning_rate"],
         "track=wandb": ["track_project"],
         "ref-model-sync-steps=5": ["ref_model_mixup_alpha"],
+        "max-kl=9": ["kl_every", "kl_samples", "max_new_tokens"],
     }
     plain = DpoConfig(model="m", data=["d.jsonl"], output="o").to_dict()
     for o in options(DpoConfig):
@@ -260,9 +263,9 @@ def test_defaults_follow_what_is_trained() -> None:
     def config(**values: Any) -> DpoConfig:
         return DpoConfig(model="m", data=["d"], output="o", **values)
 
-    assert (config().learning_rate, config().lora_rank) == (1e-6, None)
+    assert (config().learning_rate, config().published_rate, config().lora_rank) == ("auto", 1e-6, None)
     lora = config(lora=True, lora_rank=4)
-    assert (lora.learning_rate, lora.lora_rank, lora.lora_alpha, lora.lora_dropout) == (2e-5, 4, 8, 0.0)
+    assert (lora.published_rate, lora.lora_rank, lora.lora_alpha, lora.lora_dropout) == (2e-5, 4, 8, 0.0)
     assert config(adapter="a").lora and config(adapter="a").lora_rank is None
     with pytest.raises(dataclasses.FrozenInstanceError):
         lora.beta = 1.0  # type: ignore[misc]

@@ -105,9 +105,8 @@ class Place:
     def forgetful(self) -> str:
         """A chat template that shows the thought of the last answer alone."""
         path = self.folder / "forgetful.jinja"
-        path.write_text(
-            TEMPLATE.replace("message.reasoning_content", "loop.last and message.reasoning_content"), "utf-8"
-        )
+        shown = "{% if loop.last and message.reasoning_content %}({{ message.reasoning_content }}){% endif %}"
+        path.write_text(TEMPLATE.replace("{{ message.content }}", shown + "{{ message.content }}"), "utf-8")
         return str(path)
 
     @functools.cached_property
@@ -187,7 +186,7 @@ def eval_dtype(place: Place) -> None:
 
 def compare(place: Place) -> None:
     given = {"data": place.judged, "chat_template": place.template}
-    with pytest.raises(DataError, match="--compare steps"):
+    with pytest.raises(DataError, match="too few responses"):
         place.run(**given)
     assert len(steps(Path(place.run(**given, compare="steps")))) == 3
 
@@ -456,6 +455,25 @@ def pairs_option(place: Place) -> None:
     assert steps(Path(place.run(data=data)))[0]["loss"] == pytest.approx(math.log(2))
 
 
+def measured(option: str, value: Any) -> Callable[[Place], None]:
+    """With the option the KL is measured at other steps, or on other samples; tests/methods/test_kl_guard.py."""
+
+    def check(place: Place) -> None:
+        given = {"max_kl": 1e9, "kl_every": 2, "kl_samples": 8, "max_new_tokens": 4, "learning_rate": 1e-2}
+        found = [
+            [(line["step"], line["objective/kl"]) for line in steps(Path(place.run(**more))) if "objective/kl" in line]
+            for more in (given, {**given, option: value})
+        ]
+        assert found[0] and found[1] and found[0] != found[1]
+
+    return check
+
+
+def max_kl(place: Place) -> None:
+    with pytest.raises(RunError, match="more than --max-kl 1e-09"):
+        place.run(max_kl=1e-9, learning_rate=1e-2, max_new_tokens=8, kl_every=1)
+
+
 SHOWN: dict[str, Callable[[Place], None]] = {
     "model": moves("model", "@other"),
     "router_aux_loss_coef": router_aux_loss_coef,
@@ -501,6 +519,11 @@ SHOWN: dict[str, Callable[[Place], None]] = {
     "max_steps": moves("max_steps", 2),
     "batch_size": moves("batch_size", 4),
     "learning_rate": moves("learning_rate", 2e-3),
+    "find_learning_rate": moves("find_learning_rate", True, eval_fraction=0.3),
+    "max_kl": max_kl,
+    "kl_every": measured("kl_every", 1),
+    "kl_samples": measured("kl_samples", 16),
+    "max_new_tokens": measured("max_new_tokens", 2),
     "schedule": moves("schedule", "constant"),
     "warmup": moves("warmup", 0.0),
     "weight_decay": moves("weight_decay", 0.1),

@@ -1,7 +1,7 @@
 """What ``prefopt ppo`` reads. The command line, a YAML file and ``prefopt.ppo(...)`` fill it.
 
 >>> PpoConfig(model="m", prompts="prompts.txt", reward="vader", output="out").learning_rate
-3e-06
+'auto'
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prefopt.config.data import PromptOptions, RowOptions, TemplateOptions
+from prefopt.config.rates import AUTO, SMALL_RATE
+from prefopt.config.rewards import RewardOptions
 from prefopt.config.rollouts import RolloutOptions
-from prefopt.config.training import ModelOptions, RouterOptions, RunOptions, TrainingOptions, rate_option
+from prefopt.config.training import ModelOptions, RouterOptions, RunOptions, TrainingOptions, auto_rate_option
 from prefopt.core.options import Config, beside, flag, option
 from prefopt.errors import ConfigError
 
@@ -41,6 +43,11 @@ def by_algorithm(values: dict[str, int], help: str, group: str = "") -> Any:
     )
 
 
+def _critic_rate(config: PpoConfig) -> float | None:
+    given = config.algorithm == "ppo" and config.critic != "head" and config.learning_rate != AUTO
+    return float(config.learning_rate) if given else None
+
+
 def of_critic(default: Any, help: str, **limits: Any) -> Any:
     """An option of the critic, which RLOO does without."""
     return option(
@@ -53,21 +60,11 @@ def of_critic(default: Any, help: str, **limits: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardOptions(Config):
-    """What is maximised, and the KL penalty."""
+class KlOptions(Config):
+    """The KL penalty, and the term of PPO-ptx."""
 
-    reward: str = option(
-        help="score of a response: a rule (vader, length), MODULE:FUNCTION of prompts and responses, or the folder or"
-        " Hub name of a reward model with one label and this model's tokenizer",
-        group="reward",
-    )
-    missing_eos_penalty: float | None = option(
-        None, "subtracted from the score of a response without an end token", above=0
-    )
-    missing_eos_score: float | None = option(
-        None, "score of a response without an end token, instead of its own; -1 is usual"
-    )
     beta: float = option(
+        group="reward",
         help="KL penalty coefficient: each token costs beta times its log-ratio; with --kl-target its initial value",
         computed=lambda c: KL_FIXED if c.kl_target is None else KL_ADAPTIVE,
         default_text=f"{KL_FIXED}, with --kl-target {KL_ADAPTIVE}",
@@ -102,16 +99,13 @@ class RewardOptions(Config):
         at_least=1,
     )
 
-    def check(self) -> None:
-        if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
-            raise ConfigError("--missing-eos-penalty and --missing-eos-score exclude each other: give one of them")
-
 
 @dataclass(frozen=True, kw_only=True)
 class PpoConfig(
     TrainingOptions,
     RouterOptions,
     RunOptions,
+    KlOptions,
     RewardOptions,
     RolloutOptions,
     TemplateOptions,
@@ -154,11 +148,22 @@ class PpoConfig(
     batch_size: int = option(64, "prompts per step", at_least=1)
     ppo_epochs: int = by_algorithm(PPO_EPOCHS, "passes over the responses of a step")
     minibatches: int = option(1, "optimiser steps per pass; each gets its share of prompts", at_least=1)
-    learning_rate: float = rate_option(LEARNING_RATE)
+    learning_rate: float | Literal["auto"] = auto_rate_option(LEARNING_RATE)
     warmup: float = option(0.0, "fraction of the steps with a rising learning rate", at_least=0, below=1)
     adam_epsilon: float = option(1e-5, "AdamW's epsilon; PPO needs more than the usual 1e-8", above=0)
     clip: float = option(0.2, "PPO clip range: probability ratios are clipped to [1 - eps, 1 + eps]", above=0, below=1)
-    whiten_advantages: bool = option(True, "scale the advantages of a batch to mean 0 and deviation 1")
+    max_update_kl: float | None = option(
+        None,
+        "KL in nats per token from the policy that drew the responses at which the updates of a step end; the rest of"
+        " them are skipped and counted. 0.01 to 0.05 is usual",
+        default_text="all updates are made",
+        above=0,
+    )
+    whiten_advantages: bool = option(
+        help="scale the advantages of a batch to mean 0 and deviation 1; the authors of RLOO do not",
+        computed=lambda c: c.algorithm == "ppo",
+        default_text="true, with --algorithm rloo false",
+    )
     whiten_rewards: bool = option(False, "scale the rewards of a batch to deviation 1, mean kept")
     gamma: float = option(1.0, "discount of later rewards", above=0, at_most=1)
 
@@ -169,7 +174,7 @@ class PpoConfig(
     )
     critic_learning_rate: float | None = option(
         help="the critic's peak learning rate",
-        computed=lambda c: c.learning_rate if c.algorithm == "ppo" and c.critic != "head" else None,
+        computed=_critic_rate,
         default_text="--learning-rate",
         above=0,
     )
@@ -178,6 +183,16 @@ class PpoConfig(
     )
     value_clip: float | None = of_critic(0.2, "clip range of values around those before the update", above=0)
     value_coefficient: float | None = of_critic(0.1, "weight of the critic's loss", above=0)
+
+    @property
+    def published_rate(self) -> float:
+        """The learning rate that is usual for models of billions of weights."""
+        return LEARNING_RATE[self.lora]
+
+    @property
+    def small_rate(self) -> float:
+        """The most that is suggested for a small model."""
+        return SMALL_RATE[self.lora]
 
     def check(self) -> None:
         if self.stale == "correct" and self.rollout_server is None:

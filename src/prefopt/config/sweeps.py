@@ -15,6 +15,7 @@ from typing import Any, Literal
 from prefopt.config.data import PromptOptions, positive
 from prefopt.config.methods import METHODS, MethodConfig, stage_options
 from prefopt.config.ppo import PpoConfig
+from prefopt.config.rates import AUTO
 from prefopt.config.training import MachineOptions, ProgressOptions
 from prefopt.core.options import flag, option, parse_given
 from prefopt.errors import ConfigError
@@ -140,6 +141,8 @@ class SweepOptions(MachineOptions, ProgressOptions, PromptOptions):
             ours["on_bad_row"] = "skip"  # samples may be empty, or all equally good
             ours["eval_fraction"] = 0.0  # methods learn from the same rows
         found: MethodConfig = METHODS[command].config.from_dict(ours | own | dict(given), place)
+        if found.learning_rate == AUTO:  # which has no multiples
+            found = found.from_dict(found.to_dict() | {"learning_rate": found.published_rate}, place)
         per_step = found.batch_size * (found.num if isinstance(found, PpoConfig) else each)
         steps = steps or max(1, round(self.responses / per_step))
         return found.from_dict(found.to_dict() | {"max_steps": steps}, place)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prefopt.config.data import DataOptions
+from prefopt.config.rates import AUTO
 from prefopt.core.files import expanded
 from prefopt.core.model_folder import QUANTISED, base_of, is_adapter
 from prefopt.core.options import Config, flag, nearest, option, options
@@ -208,6 +209,18 @@ def rate_option(rates: dict[bool, float], usual: str = "") -> Any:
     )
 
 
+def auto_rate_option(rates: dict[bool, float], usual: str = "") -> Any:
+    """The learning rate of a method that suggests one where none is given; ``rates`` are the published ones, for full
+    training (False) and for LoRA (True)."""
+    return option(
+        AUTO,
+        f"peak learning rate{usual}; auto: that of large models, {rates[False]:g} and with LoRA {rates[True]:g}, and"
+        " more for models below half a billion weights",
+        group="optimiser",
+        above=0,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(MachineOptions, ProgressOptions):
     """Optimiser, output and machine."""
@@ -220,7 +233,7 @@ class RunOptions(MachineOptions, ProgressOptions):
         " more than larger batches",
         at_least=1,
     )
-    learning_rate: float = option(help="peak learning rate", above=0)
+    learning_rate: float | Literal["auto"] = option(help="peak learning rate", above=0)
     schedule: Literal["linear", "cosine", "constant"] = option(
         "linear", "learning rate after the warm-up: falls to zero, or is constant"
     )

@@ -23,7 +23,7 @@ from prefopt.evaluate.length_control import LengthControlled
 from prefopt.evaluate.samples import SampleStats
 from prefopt.evaluate.tasks import TaskChange, corrected_changes
 from prefopt.evaluate.win_rate import LEVEL, WinRate, corrected, swapped
-from prefopt.runs.diagnose import Change, Finding, change
+from prefopt.runs.findings import Change, Finding, change
 from prefopt.runs.history import History, read_history
 
 

@@ -13,17 +13,20 @@ from prefopt.errors import ConfigError, RunError
 from prefopt.model.check import check_scoring
 from prefopt.model.costs import MEMORY_ERRORS
 from prefopt.model.quantised import is_quantised
+from prefopt.rl.kl_guard import GuardedBatches, kl_guard
 from prefopt.runs.diagnose import diagnose, in_words
 from prefopt.runs.history import read_history
 from prefopt.runs.metrics import Record
 from prefopt.train.batch import Batch
 from prefopt.train.columns import Values, columns_of
 from prefopt.train.data import DataBatches, load_data
+from prefopt.train.find_rate import find_rate
 from prefopt.train.held_out import NO_ROOM, TOO_LARGE, Choice, HeldOutPrecision, no_room, widened
 from prefopt.train.loss_options import Losses, data_kind, describe, losses_of, needs_reference
 from prefopt.train.objective import PreferenceObjective, check_rows, inspect_first
 from prefopt.train.offline import OfflineRun
 from prefopt.train.policy import Policy
+from prefopt.train.rate import settle_rate
 from prefopt.train.reference import ReferenceChoice, ReferencePlan, ReferenceRun, choose_reference
 from prefopt.train.result import TrainingResult
 from prefopt.train.run import Run, open_run, read_model
@@ -60,12 +63,13 @@ def run(
         policy = run.loading(Policy(config, start.source, run.dtype, run.device, model, run.world, pictures=pictures))
         offline = OfflineRun(run=run, start=start, data=data, policy=policy)
         check = offline.check(check_scoring)
+        settle_rate(run, policy.scorer, updates=offline.steps)
         say(f"loss: {describe(terms)}")
         plan = _reference_plan(offline, terms, choice)
         objective = PreferenceObjective(terms, device=policy.device)
         merge = any("label_P" in (*term.inputs, *term.loss.optional_inputs) for term in terms)
         columns = partial(columns_of, kind=terms[0].loss.kind, which=which, merge=merge)
-        batches = partial(DataBatches, data, offline.sampler, columns, mismatched=plan.mismatched)
+        batches = partial(GuardedBatches, data, offline.sampler, columns, mismatched=plan.mismatched)
 
         if config.dry_run:
             offline.preview(objective, batches(reference=plan.placeholder()), plan=plan)
@@ -75,6 +79,10 @@ def run(
         source = batches(reference=plan.values(policy.scorer))
         precision = _held_out_precision(run, policy, plan, batches)
         say(policy.make_trainable(run.world))
+        if config.find_learning_rate and not find_rate(offline, objective, source, plan):
+            return None
+
+        source.guard = guard = kl_guard(offline, plan)
 
         def inspect(step: int, update: int, record: Record, batch: Batch, values: Values) -> bool:
             if step:
@@ -84,8 +92,10 @@ def run(
             return line is not None
 
         trainer = offline.fit(objective, source, plan=plan, inspect=inspect, precision=precision)
+        measured = guard.measure_saved(trainer) if guard is not None else {}
         return offline.finish(
             trainer,
+            measured=measured,
             title=_TITLES.get(config.loss, f"Preference optimisation ({describe(terms)})"),
             tag=terms[0].loss.name.rpartition(":")[2],
             closing=lambda: in_words(diagnose(read_history(run.folder.path))),

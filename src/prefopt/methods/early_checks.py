@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from prefopt.config.export import ExportConfig
 from prefopt.config.methods import method_of
+from prefopt.config.ppo import PpoConfig
 from prefopt.config.reward_bench import RewardBenchConfig
+from prefopt.config.rewards import LLM
 from prefopt.config.sample import SampleConfig
 from prefopt.config.scoring import IMPLICIT, RULES, ScorerOptions, is_model_reward
 from prefopt.config.tools import ScoreConfig
@@ -26,7 +29,7 @@ from prefopt.rewards import load_reward
 from prefopt.runs.folder import check_output
 
 MODELS = ("model", "adapter", "reference", "reference_adapter", "teacher", "teacher_adapter", "a", "b")
-DATA = ("data", "eval_data", "prompts", "ptx_data", "files")
+DATA = ("data", "eval_data", "prompts", "eval_prompts", "ptx_data", "files")
 TEXT = ".txt"
 CONFIGS = ("config.json", "adapter_config.json")
 GPU_DRIVERS = ("libcuda.so.1", "libamdhip64.so", "nvcuda.dll", "amdhip64.dll")
@@ -64,12 +67,23 @@ def check_before_torch(config: Any) -> None:
                 if not (option == "teacher" and name is not None and is_url(name)):
                     _check_model(name)
     _check_servers(config)
+    for reward in _rewards_of(config):
+        _check_reward(reward, (*RULES, *([IMPLICIT] if isinstance(config, ScorerOptions) else [])))
+
+
+def _rewards_of(config: Any) -> list[str]:
+    if isinstance(config, PpoConfig):
+        sources = [term.source for term in config.reward_terms]
+        sources += [] if config.true_reward is None else [config.true_reward]
+        return [source for source in sources if source != LLM]
     reward = getattr(config, "reward", None)
-    if isinstance(reward, str) and is_model_reward(reward):
+    return [reward] if isinstance(reward, str) else []
+
+
+def _check_reward(reward: str, known: Sequence[str]) -> None:
+    if is_model_reward(reward):
         _check_model(reward)
-        return
-    known = (*RULES, *([IMPLICIT] if isinstance(config, ScorerOptions) else []))
-    if isinstance(reward, str) and reward not in known:
+    elif reward not in known:
         load_reward(reward)  # refuses the name, or an absent module
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from prefopt.config.ppo import PpoConfig
+from prefopt.data.group import Group
 from prefopt.losses.rl import (
     gae,
     k1,
@@ -25,7 +27,7 @@ from prefopt.losses.rl import (
 from prefopt.model.kernels.head import Distributions
 from prefopt.model.packing import PackedBatch
 from prefopt.model.scorer import PackedModel, Scorer, response_sums
-from prefopt.rl.models import Critic, look
+from prefopt.rl.critic import Critic, look
 from prefopt.rl.rollouts import Rollouts
 from prefopt.runs.metrics import Record
 from prefopt.train.batch import Batch, Column, LossResult
@@ -198,7 +200,16 @@ def rollout_metrics(rollouts: Rollouts, score_N: torch.Tensor, targets: Targets,
     kl_N = per_response(k1(gap_M), length_N)
     n = len(length_N)
     mismatch_M = (rollouts.sampled_logp_M - rollouts.logp_M).abs()
+    parts = {
+        f"{what}/{name}": found
+        for name, part_N in rollouts.part_N.items()
+        for what, found in (
+            ("objective/scores", float(part_N.mean())),
+            ("objective/scores_std", float(part_N.std(unbiased=False))),
+        )
+    }
     record = {
+        **parts,
         "objective/scores": float(rollouts.score_N.mean()),
         "objective/scores_std": float(rollouts.score_N.std(unbiased=False)),
         "objective/kl": float(kl_N.mean()),
@@ -211,6 +222,7 @@ def rollout_metrics(rollouts: Rollouts, score_N: torch.Tensor, targets: Targets,
         "val/num_eos_tokens": float(rollouts.finished_N.sum()),
         "val/eos_rate": float(rollouts.finished_N.double().mean()),
         "val/length": float(length_N.double().mean()),
+        "val/distinct": float(distinct(rollouts.groups).mean()),
         "val/sampler_gap": float(mismatch_M.mean()),
         "val/sampler_gap_max": float(mismatch_M.max()),
     }
@@ -219,3 +231,18 @@ def rollout_metrics(rollouts: Rollouts, score_N: torch.Tensor, targets: Targets,
         left = float((targets.return_M - rollouts.value_M).var(unbiased=False))
         record["val/explained_variance"] = 1 - left / spread if spread > 0 else 0.0
     return record
+
+
+NGRAM = 3
+"""Tokens of the n-grams that :func:`distinct` counts."""
+
+
+def distinct(groups: Sequence[Group]) -> torch.Tensor:
+    """The fraction of n-grams of each response [N] that occur in it for the first time: 1 where nothing is repeated,
+    near 0 where a phrase is said over and over (Li et al. 2016, arXiv 1510.03055, distinct-n, here within a response).
+    A response with fewer tokens than one n-gram repeats nothing."""
+    found = []
+    for ids in (c.ids.tolist() for g in groups for c in g.continuations):
+        grams = [tuple(ids[t : t + NGRAM]) for t in range(len(ids) - NGRAM + 1)]
+        found.append(len(set(grams)) / len(grams) if grams else 1.0)
+    return torch.tensor(found, dtype=torch.float64)

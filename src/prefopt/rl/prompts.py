@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prefopt.config.ppo import PpoConfig
+from prefopt.config.rates import AUTO
 from prefopt.config.sample import SampleConfig
 from prefopt.core.terminal import Reporter
 from prefopt.data.chat.template import Rendering, parse_variables, read_template
@@ -27,17 +29,24 @@ from prefopt.train.run import steps_of
 
 
 def read_prompts(
-    config: PpoConfig | SampleConfig, start: SampledModel, rows: Any, reporter: Reporter, *, room: int = 1
+    config: PpoConfig | SampleConfig,
+    start: SampledModel,
+    rows: Any,
+    reporter: Reporter,
+    *,
+    room: int = 1,
+    names: Sequence[str] | None = None,
 ) -> tuple[PromptSet, tuple[int, ...]]:
     """The prompts of ``config``, or ``rows``, and the tokens that end a response.
 
-    ``room``: tokens that must be left for a response. Raises :class:`prefopt.errors.DataError` for a row without a
-    prompt, or whose prompt is too long, unless such rows are skipped.
+    ``room``: tokens that must be left for a response; ``names``: other sources, of held-out prompts. Raises
+    :class:`prefopt.errors.DataError` for a row without a prompt, or whose prompt is too long, unless such rows are
+    skipped.
     """
     template = read_template(config.chat_template) if config.chat_template else None
     renderer = renderer_for(start.tokenizer, template, parse_variables(config.template_variables or ()))
     prompts = read_prompt_set(
-        config.prompts,
+        names or config.prompts,
         renderer,
         rows=rows,
         context=start.context,
@@ -48,7 +57,7 @@ def read_prompts(
         columns=config.column_words,
     )
     for line in prompts.summary():
-        reporter.say(f"prompts: {line}")
+        reporter.say(f"{'held-out ' * bool(names)}prompts: {line}")
     start.pictures = start.pictures or any(map(pictures_in, prompts.ids))
     return prompts, start.stop_ids(renderer)
 
@@ -74,6 +83,23 @@ def read_rollout_prompts(
     return prompts, SamplingParams(config.max_new_tokens, stop, temperature=config.temperature, seed=config.seed)
 
 
+def read_held_out(config: PpoConfig, start: SampledModel, prompts: PromptSet, reporter: Reporter) -> PromptSet | None:
+    """The prompts of ``--eval-prompts``; None without them. Raises :class:`prefopt.errors.DataError` as
+    :func:`read_prompts`, and where all of them are trained on."""
+    if config.eval_prompts is None:
+        return None
+    found, _ = read_prompts(config, start, None, reporter, room=config.max_new_tokens, names=config.eval_prompts)
+    if start.pictures:
+        raise DataError("--eval-prompts has pictures, which PPO and RLOO do not take yet; leave those rows out")
+    trained = {ids.tobytes() for ids in prompts.ids}
+    known = sum(ids.tobytes() in trained for ids in found.ids)
+    if known == len(found.ids):
+        raise DataError("all of --eval-prompts are among --prompts; hold some out, by prefopt data split")
+    if known:
+        reporter.say(f"held-out prompts: {known} of {len(found.ids)} are trained on, too")
+    return found
+
+
 FEW = 10
 """Runs of fewer steps get a warning: useful ones take tens to hundreds."""
 
@@ -81,6 +107,12 @@ FEW = 10
 def order_of(config: PpoConfig, prompts: int) -> BatchSampler:
     """The prompts of each step."""
     return BatchSampler(prompts, config.batch_size, seed=config.seed, shuffle=config.shuffle)
+
+
+def updates_of(config: PpoConfig, prompts: int) -> int:
+    """Optimiser updates of a run, if none is skipped."""
+    steps = steps_of(config, order_of(config, prompts).steps_per_epoch)
+    return steps * config.ppo_epochs * config.minibatches
 
 
 def plan_of(config: PpoConfig, prompts: int, tokens: int) -> str:
@@ -95,15 +127,28 @@ def plan_of(config: PpoConfig, prompts: int, tokens: int) -> str:
     )
 
 
+def ends_of(config: PpoConfig, ends: Sequence[str]) -> str:
+    """What ends a response, and what is done with one that does not end. ``ends``: the tokens."""
+    if config.missing_eos_score is not None:
+        then = f"get {config.missing_eos_score:g} as their score (--missing-eos-score)"
+    elif config.missing_eos_penalty is not None:
+        then = f"lose {config.missing_eos_penalty:g} of their score (--missing-eos-penalty)"
+    else:
+        then = "keep their score"
+    at = f"responses end at {' or '.join(ends)}" if ends else "no token ends a response"
+    return f"{at}; those cut off after {config.max_new_tokens} tokens {then}"
+
+
 def too_few(config: PpoConfig, prompts: int) -> str | None:
     """A warning for a run of few steps, unless ``--max-steps`` limits them."""
     steps = steps_of(config, order_of(config, prompts).steps_per_epoch)
     if steps >= FEW or steps == config.max_steps:
         return None
+    rate = config.published_rate if config.learning_rate == AUTO else float(config.learning_rate)
     made = "1 step" if steps == 1 else f"{steps} steps"
     return (
         f"{made} of {config.algorithm.upper()}, from {prompts} prompts, will change little at --learning-rate"
-        f" {config.learning_rate:g}: give more --epochs (runs take tens of steps and more), or a smaller --batch-size"
+        f" {rate:g}: give more --epochs (runs take tens of steps and more), or a smaller --batch-size"
     )
 
 

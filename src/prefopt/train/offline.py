@@ -118,7 +118,7 @@ class OfflineRun:
         run, config, policy = self.run, self.run.config, self.policy
         objective = routed(objective, self.policy.scorer, self.run.config)
         reference = plan.in_memory(policy) if plan is not None else None
-        tokens, speed = self._token_budget(objective, source, reference)
+        tokens, speed = self.token_budget(objective, source, reference)
         run.say(self._memory(reference).line(source.groups, tokens))
         run.say(self._plan(tokens, self._seconds(objective, tokens, speed)))
         self.samples.before()
@@ -155,7 +155,7 @@ class OfflineRun:
         run.say(policy.make_trainable(run.world))
         objective = routed(objective, self.policy.scorer, self.run.config)
         reference = plan.in_memory(policy) if plan is not None else None
-        tokens, speed = self._token_budget(objective, source, reference)
+        tokens, speed = self.token_budget(objective, source, reference)
         seconds = self._seconds(objective, tokens, speed)
         before = plan.seconds_ahead(policy.scorer, speed) if plan is not None else None
         whole = "" if before is None else f", with the reference {duration(before + seconds)}"
@@ -179,7 +179,7 @@ class OfflineRun:
         # Two passes: a second forward pass is a third of a step's work.
         return self.steps * per_step / speed * (4 / 3 if objective.whole_batch and per_step > tokens else 1)
 
-    def _token_budget(
+    def token_budget(
         self, objective: Objective, source: DataBatches, reference: InMemoryColumns | None
     ) -> tuple[int, float]:
         """The token budget (of the options, the first start, or estimated) after a trial, and tokens per second."""

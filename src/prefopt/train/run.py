@@ -232,7 +232,11 @@ class Run:
     def _data_names(self) -> list[str]:
         """The names of all data that the run read."""
         options = self.config.to_dict()
-        return [name for key in ("data", "eval_data", "prompts", "ptx_data") for name in options.get(key) or ()]
+        return [
+            name
+            for key in ("data", "eval_data", "prompts", "eval_prompts", "ptx_data")
+            for name in options.get(key) or ()
+        ]
 
 
 @contextmanager

@@ -57,8 +57,8 @@ class TrainerState:
 
 
 Inspect = Callable[[int, int, Record, Batch, Values], bool]
-"""Looks at an update; whether it printed a line on it."""
-"""Called with step, update, metrics, batch and values of an update before the weights move; may raise."""
+"""Called with step, update, metrics, batch and values of an update before the weights move; may raise. Returns whether
+it printed a line."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -137,7 +137,7 @@ class Trainer:
             self.saver.around(),
         ):
             while state.step < self.steps and not state.stopped_early:
-                record = self._step()
+                record = self.make_step()
                 self.metrics.write({"step": state.step, **record})
                 bar.update(state.step, note(record), first=state.step == 1 and not self._said)
                 evaluation = self.evaluate() if self._evaluation_due() else None
@@ -174,7 +174,7 @@ class Trainer:
         within = f", {done} of the updates of the next one made" if done else ""
         self.stop.check(f" after step {self.state.step} of {self.steps}{within}")
 
-    def _step(self) -> Record:
+    def make_step(self) -> Record:
         state, source, started = self.state, self.source, time.monotonic()
         if source.begin(self) and self._save_due(state.step):
             self.keep(due=True)
@@ -204,7 +204,7 @@ class Trainer:
         return step % every == 0 if every else self.source.saves(step)
 
     def _update(self, batch: Batch) -> tuple[Record, dict[str, float]]:
-        """One optimiser update on a global batch. Returns its metrics, and their weights in an average over steps."""
+        """One update on a global batch, if it applies. Returns metrics, and their weights in an average over steps."""
         step, update = self.state.step, self.state.done
         started = time.monotonic()
         found, record, work = self._gradients(batch)
@@ -215,8 +215,9 @@ class Trainer:
             if step == update == 0 and not self.objective.whole_batch:
                 values = self._differentiator(self.objective).values_of_all(batch, values)
             self._said = self.inspect(step, update, record, batch, values)
+        applies = self.source.applies(update, record)
         for name, network in norms.items():
-            network.update(step, record[name], self.max_grad_norm)
+            network.update(step, record[name], self.max_grad_norm) if applies else network.weights.zero_grad()
         self.objective.state = found.state
         if self.movement is not None:
             self.movement.after(step + 1, self.policy.weights.saved())
@@ -337,7 +338,7 @@ class Trainer:
     def evaluate(self) -> Record:
         """Metrics on the held-out batch. The weights are saved if its loss is the lowest so far."""
         state = self.state
-        assert self._held_out is not None
+        assert self._evaluates and self._held_out is not None
         self.train_mode(False)
         differentiator = self._differentiator(self.objective)
         evaluate = differentiator.evaluate if self.precision is None else partial(self.precision.sums, differentiator)
