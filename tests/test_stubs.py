@@ -40,6 +40,7 @@ COMMANDS_ALONE = {
     "demo": "is for a terminal",
     "completion": "is for a shell",
     "collect serve": "does not end",
+    "ui": "does not end",
     "data layouts": "is a page of the documentation",
     **dict.fromkeys(("cache list", "cache verify", "cache clear"), "keeps house"),
 }

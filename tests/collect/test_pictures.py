@@ -13,13 +13,13 @@ from PIL import Image, PngImagePlugin
 
 from collect.site import Client, Served, served
 from prefopt.collect.import_items import items_from_files
-from prefopt.collect.security import POLICY
 from prefopt.config.collect import ImportOptions
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.pictures import decoded
 from prefopt.studies.export import ExportOptions, export_rows
 from prefopt.studies.items import add_items
 from prefopt.studies.study import Study, StudySettings
+from prefopt.web.security import POLICY
 
 SECRET = b"taken at home"
 

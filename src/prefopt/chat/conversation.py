@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import TextIO
 
@@ -116,6 +117,22 @@ class Participant:
     model: ChatModel
     messages: list[Message] = field(default_factory=list)
     dropped: int = 0
+
+
+def fitting_answer(model: ChatModel, messages: Messages, attempt: int) -> tuple[int, Iterator[str]]:
+    """The answer to a conversation, which begins here, and how many of its oldest messages were left out to fit the
+    model's context. Raises :class:`ContextLengthError` where the last message alone does not."""
+    kept = messages
+    while True:
+        chunks = model.answer(kept, attempt)
+        try:
+            first = next(chunks, "")
+        except ContextLengthError:
+            if (shorter := drop_oldest(kept)) is None:
+                raise
+            kept = shorter
+        else:
+            return len(messages) - len(kept), chain([first], chunks)
 
 
 class Chat:
@@ -237,20 +254,12 @@ class Chat:
                     break
 
     def _answer_chunks(self, participant: Participant) -> Iterator[str]:
-        messages = whole = with_system(self.system, participant.messages)
-        first = None
-        while first is None:
-            chunks = participant.model.answer(messages, self._attempt)
-            try:
-                first = next(chunks, "")
-            except ContextLengthError:
-                if (shorter := drop_oldest(messages)) is None:
-                    raise
-                messages = shorter
-        if (dropped := len(whole) - len(messages)) > participant.dropped:
+        dropped, chunks = fitting_answer(
+            participant.model, with_system(self.system, participant.messages), self._attempt
+        )
+        if dropped > participant.dropped:
             self._say(f"(the context is full: the {dropped} oldest turns are left out)")
             participant.dropped = dropped
-        yield first
         yield from chunks
 
     def _continue(self, text: str, *, again: bool = False) -> None:

@@ -24,10 +24,25 @@ from prefopt.model.precision import slow_dtype
 
 def chat(config: ChatConfig) -> None:
     """One session on standard input and output. Raises :class:`prefopt.errors.UserError` before it begins."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
     reporter = Reporter("plain")
     seed = random.SystemRandom().randrange(2**32) if config.seed is None else config.seed
+    models = open_models(config, seed, reporter)
+    votes = VoteFile(Path(config.votes), [model.name for model in models]) if config.blind else None
+    if votes is not None:
+        reporter.say(f"they answer blind, as A and B in a random order; votes go to {votes.path}")
+    if config.complete:
+        reporter.say("what you type is continued as text; an empty line lets it go on")
+    reporter.say("/help lists commands, Ctrl-C stops an answer, Ctrl-D ends")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # for terminals that lack a character
+    reader = terminal_reader()
+    Chat(models, reader, sys.stdout, system=config.system, complete=config.complete, votes=votes, seed=seed).run()
+
+
+def open_models(config: ChatConfig, seed: int, reporter: Reporter) -> list[ChatModel]:
+    """The one or two models of a chat, with distinct names. Raises :class:`prefopt.errors.UserError`."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
     models: list[ChatModel] = []
     if config.model is not None:
         models.append(_local(config, config.model, config.adapter, seed, reporter))
@@ -43,16 +58,7 @@ def chat(config: ChatConfig) -> None:
     if len(models) == 2 and models[0].name == models[1].name:
         for n, model in enumerate(models, 1):
             model.name = f"{model.name} ({n})"
-    votes = VoteFile(Path(config.votes), [model.name for model in models]) if config.blind else None
-    if votes is not None:
-        reporter.say(f"they answer blind, as A and B in a random order; votes go to {votes.path}")
-    if config.complete:
-        reporter.say("what you type is continued as text; an empty line lets it go on")
-    reporter.say("/help lists commands, Ctrl-C stops an answer, Ctrl-D ends")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # for terminals that lack a character
-    reader = terminal_reader()
-    Chat(models, reader, sys.stdout, system=config.system, complete=config.complete, votes=votes, seed=seed).run()
+    return models
 
 
 def _local(config: ChatConfig, name: str, adapter: str | None, seed: int, reporter: Reporter) -> LocalChatModel:

@@ -20,6 +20,7 @@ from prefopt.config.sample import SampleConfig
 from prefopt.config.scoring import ScorerOptions
 from prefopt.config.sweeps import MethodsConfig
 from prefopt.core import cache_folder
+from prefopt.core.plugins import needing
 from prefopt.core.ranks import Ranks, check_ranks
 from prefopt.core.terminal import size, tell, tell_json, tell_lines
 from prefopt.errors import ConfigError
@@ -271,6 +272,13 @@ def losses(config: tools.LossesConfig) -> int:
     from prefopt.losses.parse import describe_loss, list_losses
 
     tell(list_losses() if config.name is None else describe_loss(config.name))
+    return 0
+
+
+def ui(config: tools.UiConfig) -> int:
+    with needing("collect", "prefopt ui"):
+        from prefopt.ui.serve import serve
+    serve(config)
     return 0
 
 

@@ -1,8 +1,4 @@
-"""Contents of the pages: languages, an item with its responses, the ballot, and the lead's statistics.
-
->>> language_of("", "fr, zh-CN;q=0.9, en;q=0.8")
-'zh'
-"""
+"""Contents of the pages: languages, an item with its responses, the ballot, and the lead's statistics."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from itertools import count
 from typing import Any
 
@@ -26,31 +21,15 @@ from prefopt.studies.items import Item, get_item
 from prefopt.studies.study import Study
 from prefopt.studies.summary import StudySummary, answer_kind, summarise
 from prefopt.studies.votes import RefusedVote, StoredVote, Vote, stored_votes
+from prefopt.web.language import read_languages
 
 LETTERS = "ABCDEFGHI"
 REASONS = ("unclear", "outside", "broken", "offensive")
 LONGEST_FIELD = 20_000
-LANGUAGES: Mapping[str, Mapping[str, str]] = json.loads(
-    (files("prefopt.collect") / "languages.json").read_text("utf-8")
-)
-"""Language code to the texts of the pages."""
+LANGUAGES = read_languages("prefopt.collect")
 
 Form = Mapping[str, Sequence[str]]
 """Field names to values."""
-
-
-def language_of(chosen: str, accepted: str) -> str:
-    """The chosen language, else the first available one in an Accept-Language header, else English."""
-    if chosen in LANGUAGES:
-        return chosen
-    wanted: list[tuple[float, str]] = []
-    for entry in accepted[:200].split(","):
-        name, _, quality = entry.strip().partition(";q=")
-        try:
-            wanted.append((-float(quality or 1), name.lower()[:2]))
-        except ValueError:
-            continue
-    return next((name for _, name in sorted(wanted, key=lambda w: w[0]) if name in LANGUAGES), "en")
 
 
 # -- items ---------------------------------------------------------------------------------------------------------

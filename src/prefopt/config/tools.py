@@ -177,6 +177,15 @@ class ReportConfig(Config):
             raise ConfigError(f"--output {self.output} must end in .html")
 
 
+@dataclass(frozen=True, kw_only=True)
+class UiConfig(Config):
+    """The folder of a local page, and its port. It listens on this machine alone."""
+
+    folder: str = option(".", "folder of runs; what the page starts is written below it", group="page", positional=True)
+    port: int = option(8710, "port to listen on; 0 takes a free one", at_least=0, at_most=65535)
+    open: bool = option(False, "open the page in the browser")
+
+
 PICTURES = (".png", ".svg", ".pdf")
 
 

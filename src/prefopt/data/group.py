@@ -13,7 +13,7 @@ The shared prefix ends before the first trained token of any response: token 3 a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice, pairwise
 from typing import Any
@@ -232,26 +232,18 @@ def show(group: Group, tokenizer: Tokenizer, *, most: int | None = None, flat: b
     Responses are labelled chosen or rejected, or with rank, score or label. ``most`` cuts longer texts in the middle.
     ``flat`` writes each on one line, with ↵ for its line ends.
     """
-    prefix = shortened(_decode(tokenizer, group.prefix), most, flat=flat)
-    if not group.continuations:
-        return f"prompt ({_count(len(group.prefix))})\n{prefix}"
-    lines = [f"shared prefix ({_count(len(group.prefix))})", *([prefix] if prefix else [])]
-    for k, c in enumerate(group.continuations):
-        name = _name(group, len(group.continuations), k)
-        for number, (ids, trained) in enumerate(c.steps, 1):
-            step = f", step {number} of {len(c.starts) + 1}" if c.starts else ""
-            lines.append(f"{name}{step} ({_count(len(ids))}, {int(trained.sum())} trained)")
-            lines.append(shortened(_marked(tokenizer, group.prefix, ids, trained), most, flat=flat))
+    lines = []
+    for place, (name, spans) in enumerate(parts(group, tokenizer)):
+        text = "".join(f"{OPEN}{text}{CLOSE}" if trained else text for text, trained in spans)
+        lines += [name, shortened(text, most, flat=flat)] if text or place or not group.continuations else [name]
     return "\n".join(lines)
 
 
 def show_words(c: Comparison, *, most: int | None = None) -> str:
     """A row as text, without a tokenizer."""
     lines = []
-    for m in c.prompt:
-        lines += [f"{'prompt' if c.text else m.role}:", shortened(with_sizes(m), most)]
-    for k, response in enumerate(c.responses):
-        lines += [f"{_name(c, len(c.responses), k)}:", *(shortened(with_sizes(m), most) for m in response.messages)]
+    for name, spans in parts_of_words(c):
+        lines += [f"{name}:", *(shortened(text, most) for text, _ in spans)]
     return "\n".join(lines)
 
 
@@ -295,16 +287,42 @@ def _count(tokens: int) -> str:
     return f"{tokens} token{'' if tokens == 1 else 's'}"
 
 
-def _marked(tokenizer: Tokenizer, prefix: IntArray, ids: IntArray, trained: BoolArray) -> str:
-    """The tokens after the prefix, trained ones marked. Decoding starts in the prefix: a space may depend on it."""
+def parts(group: Group, tokenizer: Tokenizer) -> list[tuple[str, list[tuple[str, bool]]]]:
+    """The shared prefix and each response, or each step of it: its name with its count of tokens, and its text in spans
+    that are trained or not."""
+    if not group.continuations:
+        return [(f"prompt ({_count(len(group.prefix))})", [(_decode(tokenizer, group.prefix), False)])]
+    found = [(f"shared prefix ({_count(len(group.prefix))})", [(_decode(tokenizer, group.prefix), False)])]
+    for k, c in enumerate(group.continuations):
+        name = _name(group, len(group.continuations), k)
+        for number, (ids, trained) in enumerate(c.steps, 1):
+            step = f", step {number} of {len(c.starts) + 1}" if c.starts else ""
+            title = f"{name}{step} ({_count(len(ids))}, {int(trained.sum())} trained)"
+            found.append((title, list(_spans(tokenizer, group.prefix, ids, trained))))
+    return found
+
+
+def parts_of_words(c: Comparison) -> list[tuple[str, list[tuple[str, bool]]]]:
+    """The same for a row without a tokenizer: a part for each turn of the prompt and each response, with a span for
+    each message. Nothing is known to be trained."""
+    found = [("prompt" if c.text else m.role, [(with_sizes(m), False)]) for m in c.prompt]
+    for k, response in enumerate(c.responses):
+        found.append((_name(c, len(c.responses), k), [(with_sizes(m), False) for m in response.messages]))
+    return found
+
+
+def _spans(tokenizer: Tokenizer, prefix: IntArray, ids: IntArray, trained: BoolArray) -> Iterator[tuple[str, bool]]:
+    """The tokens after the prefix as text, by whether they are trained. Decoding starts in the prefix: a space may
+    depend on it."""
     cuts = [0, *(np.nonzero(np.diff(trained))[0] + 1).tolist(), len(ids)]
-    before, text = prefix[-1:], ""
+    before = prefix[-1:]
     for start, end in pairwise(cuts):
+        if start == end:
+            continue
         whole, known = (_decode(tokenizer, np.concatenate([before, ids[start:stop]])) for stop in (end, start))
-        run = whole[len(known) :] if whole.startswith(known) else _decode(tokenizer, ids[start:end])
-        text += f"{OPEN}{run}{CLOSE}" if trained[start] else run
+        text = whole[len(known) :] if whole.startswith(known) else _decode(tokenizer, ids[start:end])
+        yield text, bool(trained[start])
         before = ids[end - 1 : end]
-    return text
 
 
 def _decode(tokenizer: Tokenizer, ids: IntArray) -> str:

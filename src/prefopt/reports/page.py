@@ -22,11 +22,11 @@ from prefopt.core.options import command, options
 from prefopt.errors import UserError
 from prefopt.evaluate.result import CompareResult
 from prefopt.reports.comparison import LONGEST, comparison_report, read_comparison
-from prefopt.runs.diagnose import change_of, diagnose
+from prefopt.runs.diagnose import diagnose
 from prefopt.runs.experts import read_experts
 from prefopt.runs.history import History
 from prefopt.runs.listing import cells_of
-from prefopt.runs.plot import COLOURS, SIDES, Panel, figure_of, panels_by_method, require_matplotlib, shortened
+from prefopt.runs.plot import COLOURS, figure_of, in_words, panels_by_method, require_matplotlib, shortened
 from prefopt.runs.samples import AFTER, read_samples
 from prefopt.runs.settings import differing, short_path, shown
 from prefopt.runs.table import as_number, caveats, labels, reached, runs_of, summary
@@ -264,32 +264,6 @@ def curves(runs: Sequence[History]) -> list[tuple[Markup, list[str]]]:
         figure.axes[0].set_title(panel.title, fontsize=10, loc="left")
         found.append((inline(figure, name=f"curve{n}", label=f"{panel.title}: {of}"), in_words(panel, several)))
     return found
-
-
-def in_words(panel: Panel, runs: Sequence[History]) -> list[str]:
-    """A line for each curve of a panel: its start, its end, and whether it changed beyond noise."""
-    lines = []
-    for run, name in zip(runs, labels(runs), strict=True):
-        for side in SIDES if panel.sides else ("",):
-            metric = f"{panel.name}/{side}" if side else panel.name
-            of = ", ".join(part for part in (name if len(runs) > 1 else "", side) if part)
-            if words := _curve_words(run, metric):
-                lines.append(f"{of}: {words}" if of else words)
-    return lines
-
-
-def _curve_words(run: History, metric: str) -> str:
-    parts = []
-    if (found := change_of(run, metric)) is not None:
-        verb = {1: "rose", -1: "fell", 0: "did not change beyond noise:"}[found.direction]
-        parts.append(f"{verb} from {as_number(found.first)} to {as_number(found.last)} (noise {found.noise:.2g})")
-    if held := run.curve(metric, held_out=True):
-        if len(held.steps) > 1:
-            first, last = as_number(held.values[0]), as_number(held.values[-1])
-            parts.append(f"on held-out rows from {first} at step {held.steps[0]} to {last} at step {held.steps[-1]}")
-        else:
-            parts.append(f"on held-out rows {as_number(held.values[0])} at step {held.steps[0]}")
-    return "; ".join(parts)
 
 
 def win_rates(found: Mapping[str, Any], *, name: str) -> Markup | None:

@@ -34,6 +34,9 @@ AUTO, RESOLVED = "auto", "resolved"
 ``from`` and ``to``: a resumed run takes it from there, whatever it would find now."""
 _LOCK, CHECKPOINTS, LAST_GOOD = ".lock", "checkpoints", "last-good"
 
+PROBED = 0.5
+"""Seconds to wait for the lock of a folder: whoever lists runs holds it for a moment to see whether it is free."""
+
 
 class RunFolder:
     """An output folder, opened for a new run or to resume the one in it. ``last_good``: where a diverged run keeps a
@@ -77,7 +80,7 @@ class RunFolder:
         with output_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             try:
-                self._lock.acquire(timeout=0)
+                self._lock.acquire(timeout=PROBED)
             except Timeout:
                 pass
             else:

@@ -18,7 +18,7 @@ from prefopt.data.audit.statistics import Lengths
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.template import Rendering
 from prefopt.data.chat.truncate import sequence_limit
-from prefopt.data.group import show, show_words
+from prefopt.data.group import parts, parts_of_words, show, show_words
 from prefopt.data.tokenizer import load_tokenizer
 from prefopt.data.validate import NAMED_ROWS
 from prefopt.records import Comparison
@@ -99,7 +99,10 @@ def checked(config: DataCheckConfig, context: int | None = None, *, show_progres
     audits = [audit(names, options) for names in (config.data, config.eval_data) if names]
     if len(audits) == 2:
         compare_prompts(*audits)
-    examples = [{"file": c.file, "row": c.row, "text": _show(c, options)} for c in audits[0].examples]
+    examples = [
+        {"file": c.file, "row": c.row, "text": _show(c, options), "parts": _parts(c, options)}
+        for c in audits[0].examples
+    ]
     return DataReport(audits, limit, examples)
 
 
@@ -109,6 +112,16 @@ def _show(c: Comparison, options: AuditOptions) -> str:
         return show_words(c, most=EXAMPLE_CHARACTERS)
     group = Renderer(options.tokenizer, options.rendering).render(c).group
     return show(group, options.tokenizer, most=EXAMPLE_CHARACTERS)
+
+
+def _parts(c: Comparison, options: AuditOptions) -> list[dict[str, object]]:
+    """The same for programs, whole: the name of each part, and its spans, each with its text and whether it is
+    trained."""
+    if options.tokenizer is None or not c.responses:
+        found = parts_of_words(c)
+    else:
+        found = parts(Renderer(options.tokenizer, options.rendering).render(c).group, options.tokenizer)
+    return [{"name": name, "spans": [[text, trained] for text, trained in spans]} for name, spans in found]
 
 
 def _values(audits: Sequence[Audit], limit: int | None) -> dict[str, object]:
