@@ -23,6 +23,7 @@ RESULTS = {
     "TrainingResult": "prefopt.train.result",
     "RewardResult": "prefopt.train.result",
     "PpoResult": "prefopt.methods.ppo",
+    "OnlineResult": "prefopt.methods.online",
     "RlhfResult": "prefopt.methods.rlhf",
     "SampleResult": "prefopt.methods.sample",
     "CompareResult": "prefopt.evaluate.result",

@@ -12,6 +12,7 @@ from prefopt.evaluate.result import CompareResult
 from prefopt.evaluate.reward_bench import RewardBenchReport
 from prefopt.evaluate.score import ScoreResult
 from prefopt.export.serving import Exported
+from prefopt.methods.online import OnlineResult
 from prefopt.methods.ppo import PpoResult
 from prefopt.methods.rlhf import RlhfResult
 from prefopt.methods.sample import SampleResult
@@ -367,6 +368,107 @@ def merge(
 ) -> MergeReport:
     """Merge an adapter into its model and check that the outputs agree, as ``prefopt merge`` does. ``help(prefopt.merge)`` lists all options."""
     ...
+
+@overload
+def online(
+    model: Model,
+    data: Data | None = None,
+    *,
+    output: Name,
+    tokenizer: Tokenizer | None = None,
+    callbacks: Sequence[Any] = (),
+    adapter: Name | None = None,
+    reference: Name | None = None,
+    lora: bool = False,
+    lora_rank: int | None = None,
+    lora_alpha: int | None = None,
+    lora_dropout: float | None = None,
+    lora_targets: Names | None = None,
+    quantise: Literal['nf4', 'int8', 'none'] | None = None,
+    format: Name | None = None,
+    columns: Names | None = None,
+    label_means: Names | None = None,
+    ignore_columns: Names | None = None,
+    header: Literal['first-line', 'none'] = 'first-line',
+    on_bad_row: Literal['refuse', 'skip'] = 'refuse',
+    prompts: Data | None = None,
+    lines: Literal['auto', 'user', 'text'] = 'auto',
+    chat_template: Name | None = None,
+    template_variables: Names | None = None,
+    shuffle: bool = True,
+    progress: Literal['auto', 'rich', 'plain', 'none'] = 'auto',
+    save_every: int | None = None,
+    keep_last: int = 2,
+    overwrite: bool = False,
+    resume: bool = False,
+    dry_run: Literal[False] = False,
+    epochs: float = 1.0,
+    max_steps: int | None = None,
+    batch_size: int = 64,
+    learning_rate: float | None = None,
+    schedule: Literal['linear', 'cosine', 'constant'] = 'linear',
+    warmup: float = 0.0,
+    weight_decay: float = 0.0,
+    adam_beta1: float = 0.9,
+    adam_beta2: float = 0.999,
+    adam_epsilon: float = 1e-08,
+    optimizer: Literal['adamw', 'adamw-8bit', 'paged-adamw-8bit'] = 'adamw',
+    max_grad_norm: float = 1.0,
+    passes: int = 1,
+    minibatches: int = 1,
+    track: Names | None = None,
+    track_project: Name = 'prefopt',
+    router_aux_loss_coef: float | Literal['auto'] | None = None,
+    router_z_loss_coef: float | None = None,
+    ref_model_sync_steps: int | None = None,
+    ref_model_mixup_alpha: float | None = None,
+    loss: Name = 'dpo',
+    loss_options: Names | None = None,
+    beta: float | None = None,
+    label_smoothing: float | None = None,
+    divergence: Literal['reverse_kl', 'forward_kl', 'js', 'alpha'] | None = None,
+    divergence_alpha: float | None = None,
+    weighting: Literal['wpo'] | None = None,
+    pairs: Literal['all', 'best-worst'] | None = None,
+    kl: Literal['reward', 'loss'] | None = None,
+    max_kl: float = 100.0,
+    labels: Literal['hard', 'soft'] | None = None,
+    desirable_above: float | None = None,
+    clip: float | None = None,
+    clip_high: float | None = None,
+    advantage_std: bool | None = None,
+    average: Literal['rows', 'tokens', 'constant'] | None = None,
+    dynamic_sampling: bool | None = None,
+    overlong_buffer: int | None = None,
+    reward: Name | Scores,
+    judge_url: Name | None = None,
+    judge_model: Name | None = None,
+    judge_key: Name | None = None,
+    judge_parallel: int | None = None,
+    study: Name | None = None,
+    overlap: int | None = None,
+    missing_eos_penalty: float | None = None,
+    missing_eos_score: float | None = None,
+    num: int | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float64'] = 'auto',
+    device: Name | None = None,
+    threads: int | None = None,
+    token_budget: int | None = None,
+    gradient_checkpointing: bool | Literal['auto'] = 'auto',
+    offload: Names | None = None,
+    attention: Literal['auto', 'loop'] = 'auto',
+    compile: Literal['auto', 'on', 'off'] = 'auto',
+    shard: Literal['auto', 'none', 'full', 'hybrid'] = 'auto',
+    seed: int = 0,
+    deterministic: bool = False,
+) -> OnlineResult:
+    """Align a model by its own fresh responses, judged by a reward, a language model or people, as ``prefopt online`` does. ``help(prefopt.online)`` lists all options."""
+    ...
+
+@overload
+def online(model: Model, data: Data | None = None, *, dry_run: bool, **options: Any) -> OnlineResult | None: ...
 
 def plot(
     runs: Name | Sequence[Name],

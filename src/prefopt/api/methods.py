@@ -1,5 +1,5 @@
-"""The functions that train: ``prefopt.dpo``, ``sft``, ``distil``, ``reward`` and ``ppo``, which :func:`method_function`
-makes from the table of methods, and the chain ``rlhf``."""
+"""The functions that train: ``prefopt.dpo``, ``sft``, ``distil``, ``reward``, ``ppo`` and ``online``, which
+:func:`method_function` makes from the table of methods, and the chain ``rlhf``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ RETURNS = {
     **dict.fromkeys(("sft", "distil", "dpo"), "TrainingResult | None"),
     "reward": "RewardResult | None",
     "ppo": "PpoResult | None",
+    "online": "OnlineResult | None",
 }
 """What each method returns; None for a dry run."""
 
@@ -89,7 +90,7 @@ def _words(method: Method) -> str:
         f"``data``{rows} is one or more files, or rows as such files hold them.",
         "``callbacks`` are objects with the hooks of ``prefopt.Callback``.",
         f"The options are the fields of ``{method.config.__name__}``; a mapping is taken for NAME=VALUE"
-        f"{more if name == 'ppo' else ''}.",
+        f"{more if name in ('ppo', 'online') else ''}.",
         f"Raises ``prefopt.errors.UserError`` where ``prefopt {name}`` prints one line.",
     ]
     result = "The result prints as a table; ``result.load()`` gives the model, ``result.plot()`` the curves."
@@ -100,7 +101,7 @@ def _words(method: Method) -> str:
 
 def _with_objects(signature: Signature, method: Method) -> Signature:
     """The signature with the types of objects that an option may have in Python, and of the result."""
-    objects = {"reward": "str | Scores"} if method.name == "ppo" else {}
+    objects = {"reward": "str | Scores"} if method.name in ("ppo", "online") else {}
     parameters = []
     for p in signature.parameters.values():
         if p.name == method.rows:

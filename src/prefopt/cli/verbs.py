@@ -165,6 +165,7 @@ EXAMPLES = {
     "dpo": f"{MODEL} --data pairs.jsonl --eval-fraction 0.1 --output runs/dpo",
     "reward": f"{MODEL} --data pairs.jsonl --output runs/reward",
     "ppo": "--model runs/sft --prompts prompts.jsonl --reward runs/reward --output runs/ppo",
+    "online": "--model runs/sft --prompts prompts.jsonl --reward runs/reward --output runs/online",
 }
 WITH_YAML = {"rlhf", "frontier", "methods", "sample", "collect new"}
 PATHS = {

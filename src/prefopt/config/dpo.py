@@ -15,7 +15,7 @@ from typing import Literal
 from prefopt.config.evaluation import PreferenceOptions, SampleOptions
 from prefopt.config.rates import SMALL_RATE
 from prefopt.config.training import ModelOptions, auto_rate_option
-from prefopt.core.options import beside, flag, nearest, option
+from prefopt.core.options import Config, beside, flag, nearest, option
 from prefopt.core.plugins import plugins
 from prefopt.errors import ConfigError
 
@@ -33,27 +33,12 @@ FILLED = (*OF_LOSSES, "pairs")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoConfig(PreferenceOptions, SampleOptions, ModelOptions):
-    """One run of DPO, or of another loss. Construction raises ``ConfigError``.
+class LossOptions(Config):
+    """The loss on preferences, and a reference that moves.
 
-    Defaults that depend on the loss (:data:`FILLED`) are None here and filled in when the run begins, since losses
-    need torch.
+    Defaults that depend on the loss (:data:`FILLED`) are None here and filled in when the run begins, since losses need
+    torch.
     """
-
-    learning_rate: float | Literal["auto"] = auto_rate_option(
-        LEARNING_RATE, "; 3e-7 to 1e-6 is usual, with LoRA 5e-6 to 5e-5"
-    )
-    find_learning_rate: bool | Literal["stop"] = option(
-        False,
-        "before training, try rates around --learning-rate in short branches from the same weights, and take the one"
-        " with the lowest held-out loss; stop: print the table and train nothing",
-    )
-    reference: str | None = option(
-        None, "reference model of the log-ratios", group="model", default_text="the model before training"
-    )
-    reference_adapter: str | None = option(
-        None, "adapter on the reference (on --reference, else on the model without its own adapter)"
-    )
 
     ref_model_sync_steps: int | None = option(
         None,
@@ -105,6 +90,40 @@ class DpoConfig(PreferenceOptions, SampleOptions, ModelOptions):
         default_text="all",
     )
 
+    @property
+    def own_losses(self) -> tuple[str, ...]:
+        """Further names that ``loss`` may have, of losses that are not on preferences."""
+        return ()
+
+    def check(self) -> None:
+        """Refuse a misspelt name; a sum and its options are parsed with the losses themselves."""
+        known = {*loss_names(), *plugins("prefopt.losses"), *self.own_losses}
+        for part in self.loss.split(",") if loss_names() else ():
+            name, _, weight = (word.strip() for word in part.partition(":"))
+            of_module = weight and not _NUMBER.fullmatch(weight)  # module:function, read with the losses themselves
+            if not of_module and name not in known and name.replace("-", "_") not in known:
+                guess = nearest(name, sorted(known)) or "; prefopt losses lists them"
+                raise ConfigError(f"--loss {self.loss}: there is no loss {name!r}{guess}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoConfig(LossOptions, PreferenceOptions, SampleOptions, ModelOptions):
+    """One run of DPO, or of another loss. Construction raises ``ConfigError``."""
+
+    learning_rate: float | Literal["auto"] = auto_rate_option(
+        LEARNING_RATE, "; 3e-7 to 1e-6 is usual, with LoRA 5e-6 to 5e-5"
+    )
+    find_learning_rate: bool | Literal["stop"] = option(
+        False,
+        "before training, try rates around --learning-rate in short branches from the same weights, and take the one"
+        " with the lowest held-out loss; stop: print the table and train nothing",
+    )
+    reference: str | None = option(
+        None, "reference model of the log-ratios", group="model", default_text="the model before training"
+    )
+    reference_adapter: str | None = option(
+        None, "adapter on the reference (on --reference, else on the model without its own adapter)"
+    )
     max_kl: float | None = option(
         None,
         "KL from the reference in nats per response at which the run stops, measured on samples of the policy; the last"
@@ -142,7 +161,6 @@ class DpoConfig(PreferenceOptions, SampleOptions, ModelOptions):
         return SMALL_RATE[self.lora]
 
     def check(self) -> None:
-        self._check_loss()
         if self.find_learning_rate:
             if not self.evaluates:
                 raise ConfigError(
@@ -176,16 +194,6 @@ class DpoConfig(PreferenceOptions, SampleOptions, ModelOptions):
                     f"{flag(name)}: with --ref-model-sync-steps the reference starts as a copy of the policy; leave one"
                     " of them out"
                 )
-
-    def _check_loss(self) -> None:
-        """Refuse a misspelt name; a sum and its options are parsed with the losses themselves."""
-        known = {*loss_names(), *plugins("prefopt.losses")}
-        for part in self.loss.split(",") if loss_names() else ():
-            name, _, weight = (word.strip() for word in part.partition(":"))
-            of_module = weight and not _NUMBER.fullmatch(weight)  # module:function, read with the losses themselves
-            if not of_module and name not in known and name.replace("-", "_") not in known:
-                guess = nearest(name, sorted(known)) or "; prefopt losses lists them"
-                raise ConfigError(f"--loss {self.loss}: there is no loss {name!r}{guess}")
 
 
 _NUMBER = re.compile(r"[-+.\deE]+")

@@ -4,8 +4,8 @@ A judge answers with votes, the same that a person gives.
 
 >>> judge = ScoreJudge("length", TextScorer(load_reward("length")))
 >>> question = Question(Comparison.pair("Say hello.", chosen="Hello there", rejected="Hi", row=1))
->>> [tier_outcome(vote.tiers) for vote in judge([question])]
-[1.0]
+>>> [vote.tiers for vote in judge([question])]
+[((0,), (1,))]
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from prefopt.config.tools import ScoreConfig
 from prefopt.core.options import nearest
 from prefopt.errors import ConfigError, DataError
 from prefopt.evaluate.score import RowScorer, TextScorer, load_row_scorer
-from prefopt.evaluate.win_rate import tier_outcome
-from prefopt.generate.judged import PAUSE, CachedJudge
+from prefopt.generate.language_judge import LanguageJudge
 from prefopt.records import Comparison
 from prefopt.rewards import RULES, Reward, load_reward, prompt_text
-from prefopt.studies.votes import LONGEST_RATIONALE, Vote
+from prefopt.studies.votes import Vote
 
 FIRST, SECOND, TIE = Vote(((0,), (1,))), Vote(((1,), (0,))), Vote(((0, 1),))
 NAMED = ("regex:PATTERN", "gsm8k", "implicit:MODEL,REFERENCE", "llm")
@@ -177,54 +176,17 @@ def _final_answer(q: Question) -> str:
     raise DataError("has no answer after ####, which --judge gsm8k compares with", file=file, row=row)
 
 
-SYSTEM = (
-    "You compare two answers to the same prompt. Judge how well each does what the prompt asks: whether it is right,"
-    " useful, clear and safe. Length by itself is no merit, and which answer comes first means nothing. Explain in a"
-    " few sentences what decides it. Then write a last line that is exactly one of: [[1]] where the first answer is"
-    " better, [[2]] where the second is, [[tie]] where neither is."
-)
-VERDICT = re.compile(r"\[\[\s*(1|2|tie)\s*\]\]", re.I)
-TIERS = {"1": FIRST.tiers, "2": SECOND.tiers, "tie": TIE.tiers}
-
-
 class LlmJudge(Judge):
-    """A language model behind an OpenAI-compatible URL, asked twice, once in each order: a preference that does not
-    survive the swap is position bias, and counts as a tie."""
+    """A language model behind an OpenAI-compatible URL, see :class:`prefopt.generate.language_judge.LanguageJudge`."""
 
     def __init__(self, url: str, model: str | None, *, key_variable: str | None) -> None:
         """Raises :class:`prefopt.errors.UserError` where the server cannot be asked."""
-        self._judge = CachedJudge(
-            url,
-            model,
-            key_variable=key_variable,
-            instructions=SYSTEM,
-            valid=lambda answer: _verdict(answer) is not None,
-            pause=PAUSE,
-        )
+        self._judge = LanguageJudge(url, model, key_variable=key_variable)
         self.name = self._judge.name
 
     def notes(self) -> list[str]:
-        asked, cached = self._judge.asked, self._judge.cached
-        return [f"{asked} questions were asked of {self.name}, {cached} answers came from the cache"]
+        return [self._judge.words]
 
     def __call__(self, questions: Sequence[Question]) -> list[Vote]:
-        """Raises :class:`prefopt.errors.RunError` where no attempt is answered."""
-        return [self._vote(q) for q in questions]
-
-    def _vote(self, q: Question) -> Vote:
-        prompt, (first, second) = prompt_text(q.pair), q.responses
-        answers = [self._answer(prompt, first, second), self._answer(prompt, second, first)]
-        one, two = map(_verdict, answers)
-        if one is None or two is None:
-            return Vote(skipped="the judge gave no verdict")
-        agree = tier_outcome(TIERS[one]) == 1 - tier_outcome(TIERS[two])
-        return Vote(TIERS[one] if agree else TIE.tiers, rationale="\n\n".join(answers)[:LONGEST_RATIONALE])
-
-    def _answer(self, prompt: str, first: str, second: str) -> str:
-        return self._judge(f"# Prompt\n\n{prompt}\n\n# First answer\n\n{first}\n\n# Second answer\n\n{second}")
-
-
-def _verdict(answer: str) -> str | None:
-    """The last verdict of an answer: 1, 2 or tie."""
-    found = VERDICT.findall(answer)
-    return str(found[-1]).lower() if found else None
+        """Raises :class:`RunError` where no attempt is answered."""
+        return [self._judge.vote(prompt_text(q.pair), *q.responses) for q in questions]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,8 @@ SCORE_PROMPT = (
 
 class CachedJudge:
     """Asks a model one question at a time under fixed instructions. Answers that are ``valid`` are kept on disk, so
-    that a question is paid for once. ``asked`` counts questions sent, ``cached`` those found on disk."""
+    that a question is paid for once. Several threads may ask. ``asked`` counts questions sent, ``cached`` those found
+    on disk."""
 
     def __init__(
         self,
@@ -43,14 +45,16 @@ class CachedJudge:
         key_variable: str | None,
         instructions: str,
         valid: Callable[[str], bool],
-        pause: float = PAUSE,
+        pause: float | None = None,
     ) -> None:
         """Raises :class:`prefopt.errors.UserError` where the server cannot be asked."""
         self._model = RemoteChatModel(url, model, key_variable=key_variable, options={"temperature": 0})
         self.name = self._model.name
-        self._instructions, self._valid, self._pause = instructions, valid, pause
+        self._instructions, self._valid = instructions, valid
+        self._pause = PAUSE if pause is None else pause
         self._folder = cache_root() / "judgements"
         self.asked = self.cached = 0
+        self._turn = threading.Lock()
 
     def __call__(self, question: str) -> str:
         """The answer, which after the last attempt may be not valid. Raises :class:`RunError` where no attempt is
@@ -60,10 +64,12 @@ class CachedJudge:
         path = self._folder / name[:2] / f"{name}.json"
         try:
             answer = str(json.loads(path.read_text("utf-8"))["answer"])
-            self.cached += 1
+            with self._turn:
+                self.cached += 1
             return answer
         except Exception:  # absent or damaged: ask again
-            self.asked += 1
+            with self._turn:
+                self.asked += 1
         answer = self._ask(question)
         if self._valid(answer):
             write_json(path, {"judge": self.name, "answer": answer})

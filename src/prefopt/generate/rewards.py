@@ -41,13 +41,21 @@ class TextRewardScorer:
 
     def __call__(self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int) -> list[float]:
         """A finite number for each response [N] of groups whose prompts are ``rows``. Raises :class:`RunError`."""
-        prompts, texts = [], []
-        for row, group in zip(rows, groups, strict=True):
-            for c in group.continuations:
-                text = continuation(self._tokenizer, group.prefix, without_stop(c.ids, self._stop))
-                prompts.append(prompt_text(row))
-                texts.append(text if row.text else text.strip())  # white space around an answer is the template's
-        return self._reward(prompts, texts)
+        texts = response_texts(self._tokenizer, self._stop, rows, groups)
+        prompts = [prompt_text(row) for row, many in zip(rows, texts, strict=True) for _ in many]
+        return self._reward(prompts, [text for many in texts for text in many])
+
+
+def response_texts(
+    tokenizer: Tokenizer, stop: Sequence[int], rows: Sequence[Comparison], groups: Sequence[Group]
+) -> list[list[str]]:
+    """The texts of responses, without their stop tokens, of groups whose prompts are ``rows``."""
+    found = []
+    for row, group in zip(rows, groups, strict=True):
+        texts = [continuation(tokenizer, group.prefix, without_stop(c.ids, stop)) for c in group.continuations]
+        # White space around an answer is the template's.
+        found.append(texts if row.text else [text.strip() for text in texts])
+    return found
 
 
 class RewardModelScorer:

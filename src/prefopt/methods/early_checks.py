@@ -11,6 +11,7 @@ from typing import Any
 
 from prefopt.config.export import ExportConfig
 from prefopt.config.methods import method_of
+from prefopt.config.online import COMPARERS, OnlineConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.reward_bench import RewardBenchConfig
 from prefopt.config.rewards import LLM
@@ -67,8 +68,10 @@ def check_before_torch(config: Any) -> None:
                 if not (option == "teacher" and name is not None and is_url(name)):
                     _check_model(name)
     _check_servers(config)
+    known = [*RULES, *([IMPLICIT] if isinstance(config, ScorerOptions) else [])]
+    known += COMPARERS if isinstance(config, OnlineConfig) else []
     for reward in _rewards_of(config):
-        _check_reward(reward, (*RULES, *([IMPLICIT] if isinstance(config, ScorerOptions) else [])))
+        _check_reward(reward, known)
 
 
 def _rewards_of(config: Any) -> list[str]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from prefopt.config.online import OnlineConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.core.terminal import size
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.errors import ModelError
+from prefopt.errors import ConfigError, ModelError
 from prefopt.generate.rewards import RewardScorer
 from prefopt.model.architectures import body_of, causal_model, context_length, vocabulary_size
 from prefopt.model.checkpoint import WeightFiles
@@ -101,13 +102,13 @@ def build_models(
     )
     critic_base = shared_base(config, actor, source, rewards, judge)
     for model in {id(m): m for m in [*judge.models, *(true_judge.models if true_judge else [])]}.values():
-        _cut_frozen(model, actor, world)
-    reference = _reference(config, actor, longest, world)
+        cut_frozen(model, actor, world)
+    reference = reference_of(config, actor, longest, world)
     critic = build_critic(config, actor, source, tokenizer, rewards, critic_base, world)
     return PpoModels(actor, reference, judge, critic, config.reference is None, true_judge)
 
 
-def _cut_frozen(scorer: PackedModel, actor: Policy, world: World) -> None:
+def cut_frozen(scorer: PackedModel, actor: Policy, world: World) -> None:
     """Cut a frozen model into shards if the actor is in shards."""
     if actor.sharded:
         from prefopt.parallel.gathered import cut
@@ -115,13 +116,20 @@ def _cut_frozen(scorer: PackedModel, actor: Policy, world: World) -> None:
         cut(scorer, actor.masters, world)
 
 
-def _reference(config: PpoConfig, actor: Policy, longest: int, world: World) -> InMemoryReference:
+def reference_of(
+    config: PpoConfig | OnlineConfig, actor: Policy, longest: int, world: World, *, moves: bool = False
+) -> InMemoryReference:
+    """The reference of a run: ``config.reference``, else the actor as it is. ``longest`` and ``world``: see
+    :func:`build_models`. ``moves``: its values will follow the actor's. Raises :class:`ModelError` where the two do not
+    fit together, and :class:`ConfigError` for one in shards that moves."""
+    if config.reference is None and actor.sharded and moves:
+        raise ConfigError("--ref-model-sync-steps does not work with weights in shards: give --shard none")
     if config.reference is None and actor.sharded:
         from prefopt.parallel.gathered import copy_as_it_is
 
         return InMemoryReference(copy_as_it_is(actor.apart, world))
     if config.reference is None:
-        return InMemoryReference(actor.scorer, SwappedWeights(actor.masters))
+        return InMemoryReference(actor.scorer, SwappedWeights(actor.masters, moves=moves))
     source = local_folder(config.reference)
     model = load_model(source, dtype=actor.dtype, device=actor.device, quantise=config.quantise).requires_grad_(False)
     other = causal_model(model)
@@ -136,7 +144,7 @@ def _reference(config: PpoConfig, actor: Policy, longest: int, world: World) -> 
             f" {longest}; lower --max-new-tokens"
         )
     scorer = Scorer(model, attention=config.attention)
-    _cut_frozen(scorer, actor, world)
+    cut_frozen(scorer, actor, world)
     return InMemoryReference(scorer)
 
 

@@ -155,38 +155,44 @@ class PpoObjective(Objective):
             total = policy.numerator.sum() / tokens
         shares = {"loss/policy_avg": total}
         with torch.no_grad():
-            metrics = _ratio_metrics(logp_M, old_M)
-            metrics["policy/clipfrac_avg"] = _counted(policy.clipped)
+            metrics = ratio_metrics(logp_M, old_M)
+            metrics["policy/clipfrac_avg"] = counted(policy.clipped)
         if self.critic is not None:
             assert self.config.value_coefficient is not None
             value = value_loss(values["value_M"], column("old_value_M"), column("return_M"), self.config.value_clip)
             shares["loss/value_avg"] = value.numerator.sum() / tokens
-            metrics["val/clipfrac_avg"] = _counted(value.clipped)
+            metrics["val/clipfrac_avg"] = counted(value.clipped)
             total = total + self.config.value_coefficient * shares["loss/value_avg"]
         return LossResult(total, {"loss": total, **shares}, metrics)
 
     def derived(self, record: Record) -> Record:
         """With the variance of the ratio in place of averages of squares."""
-        found = dict(record)
-        found.pop("val/log_ratio_square")
-        found["val/ratio_var"] = max(0.0, found.pop("val/ratio_square") - found["val/ratio"] ** 2)
-        return found
+        return without_squares(record)
 
 
-def _ratio_metrics(logp_M: torch.Tensor, old_M: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def without_squares(record: Record) -> Record:
+    """``record`` with the variance of the ratio in place of averages of squares."""
+    found = dict(record)
+    found.pop("val/log_ratio_square")
+    found["val/ratio_var"] = max(0.0, found.pop("val/ratio_square") - found["val/ratio"] ** 2)
+    return found
+
+
+def ratio_metrics(logp_M: torch.Tensor, old_M: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The policy's change since the responses were drawn."""
     gap_M = logp_M - old_M
     ratio_M = gap_M.exp()
     return {
-        "policy/approxkl_avg": _counted(k2(gap_M)),
-        "policy/entropy_avg": _counted(-logp_M),
-        "val/ratio": _counted(ratio_M),
-        "val/ratio_square": _counted(ratio_M.square()),
-        "val/log_ratio_square": _counted(gap_M.square()),
+        "policy/approxkl_avg": counted(k2(gap_M)),
+        "policy/entropy_avg": counted(-logp_M),
+        "val/ratio": counted(ratio_M),
+        "val/ratio_square": counted(ratio_M.square()),
+        "val/log_ratio_square": counted(gap_M.square()),
     }
 
 
-def _counted(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def counted(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A metric of values that all weigh the same."""
     return x.sum(), x.new_full((), x.numel())
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from prefopt.config.online import OnlineConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.rates import AUTO
 from prefopt.config.sample import SampleConfig
@@ -29,7 +30,7 @@ from prefopt.train.run import steps_of
 
 
 def read_prompts(
-    config: PpoConfig | SampleConfig,
+    config: PpoConfig | OnlineConfig | SampleConfig,
     start: SampledModel,
     rows: Any,
     reporter: Reporter,
@@ -63,7 +64,7 @@ def read_prompts(
 
 
 def read_rollout_prompts(
-    config: PpoConfig, start: SampledModel, rows: Any, reporter: Reporter
+    config: PpoConfig | OnlineConfig, start: SampledModel, rows: Any, reporter: Reporter
 ) -> tuple[PromptSet, SamplingParams]:
     """Prompts that leave room for a whole response, and the sampling settings.
 
@@ -104,7 +105,7 @@ FEW = 10
 """Runs of fewer steps get a warning: useful ones take tens to hundreds."""
 
 
-def order_of(config: PpoConfig, prompts: int) -> BatchSampler:
+def order_of(config: PpoConfig | OnlineConfig, prompts: int) -> BatchSampler:
     """The prompts of each step."""
     return BatchSampler(prompts, config.batch_size, seed=config.seed, shuffle=config.shuffle)
 
@@ -139,16 +140,20 @@ def ends_of(config: PpoConfig, ends: Sequence[str]) -> str:
     return f"{at}; those cut off after {config.max_new_tokens} tokens {then}"
 
 
-def too_few(config: PpoConfig, prompts: int) -> str | None:
+def too_few(config: PpoConfig | OnlineConfig, prompts: int) -> str | None:
     """A warning for a run of few steps, unless ``--max-steps`` limits them."""
     steps = steps_of(config, order_of(config, prompts).steps_per_epoch)
     if steps >= FEW or steps == config.max_steps:
         return None
-    rate = config.published_rate if config.learning_rate == AUTO else float(config.learning_rate)
+    if isinstance(config, PpoConfig) and config.learning_rate == AUTO:
+        rate = config.published_rate
+    else:
+        rate = float(config.learning_rate)
     made = "1 step" if steps == 1 else f"{steps} steps"
+    what = config.loss if isinstance(config, OnlineConfig) else config.algorithm.upper()
     return (
-        f"{made} of {config.algorithm.upper()}, from {prompts} prompts, will change little at --learning-rate"
-        f" {rate:g}: give more --epochs (runs take tens of steps and more), or a smaller --batch-size"
+        f"{made} of {what}, from {prompts} prompts, will change little at --learning-rate {rate:g}: give more --epochs"
+        " (runs take tens of steps and more), or a smaller --batch-size"
     )
 
 

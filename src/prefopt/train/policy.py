@@ -9,6 +9,7 @@ from typing import Any, Generic, Literal, TypeVar, cast
 
 import torch
 
+from prefopt.config.online import OnlineConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.training import MethodOptions
 from prefopt.core.model_folder import base_of, is_adapter
@@ -36,7 +37,7 @@ from prefopt.runs.card import save_model
 from prefopt.train.memory import blueprint_of
 
 AnyScorer = TypeVar("AnyScorer", bound=PackedModel)
-Options = MethodOptions | PpoConfig
+Options = MethodOptions | PpoConfig | OnlineConfig
 Shards = Literal["none", "full", "hybrid"]
 
 

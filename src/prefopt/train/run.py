@@ -24,6 +24,7 @@ import torch
 
 from prefopt import __version__ as VERSION
 from prefopt.config.methods import method_of
+from prefopt.config.online import OnlineConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.training import MethodOptions
 from prefopt.core.files import output_errors
@@ -57,7 +58,7 @@ from prefopt.train.saver import Saver
 from prefopt.train.source import BatchSource
 from prefopt.train.trainer import Trainer
 
-Options = MethodOptions | PpoConfig
+Options = MethodOptions | PpoConfig | OnlineConfig
 EXAMPLE_LINES, EXAMPLE_TEXT = 10, 400
 """Most lines of the example of a dry run, and characters of each text: the whole output should fit a screen."""
 RANK_SEED = 1_000_003

@@ -156,6 +156,12 @@ class Trainer:
             self.experts.write(self.metrics.path.parent)
         return state
 
+    def pause_together(self) -> None:
+        """As :meth:`pause`, where several ranks have not agreed on stop requests since the last update."""
+        if not self.world.alone:
+            self._stop_signal = self.world.largest(self.stop.signal or 0) or None
+        self.pause()
+
     def train_mode(self, mode: bool = True) -> None:
         """Set all networks to training or evaluation mode."""
         self.scorer.train(mode)
@@ -187,13 +193,15 @@ class Trainer:
             state.times["seconds/training"] = state.times.get("seconds/training", 0.0) + time.monotonic() - begun
             if state.done < source.updates:
                 self.pause()
-        record = state.records[0]
-        if len(state.records) > 1:
-            record = {name: float(np.mean([r[name] for r in state.records])) for name in record}
+        if self.movement is not None:
+            self.movement.after(state.step + 1, self.policy.weights.saved())
+        names = dict.fromkeys(name for r in state.records for name in r)  # none where a round taught nothing
+        record = {name: float(np.mean([r[name] for r in state.records if name in r])) for name in names}
         record["learning_rate"] = self.policy.schedule(state.step)
         record["epoch"] = (state.step + 1) / source.steps_per_epoch
         ends_epoch = (state.step + 1) % source.steps_per_epoch == 0
-        self.averages.add(state.step + 1, len(batch), record, weights, ends_epoch=ends_epoch)
+        if state.records:
+            self.averages.add(state.step + 1, len(batch), record, weights, ends_epoch=ends_epoch)
         record = source.end(self, record)
         state.step, state.done, state.records, state.times = state.step + 1, 0, [], {}
         state.seconds += time.monotonic() - started
@@ -219,8 +227,6 @@ class Trainer:
         for name, network in norms.items():
             network.update(step, record[name], self.max_grad_norm) if applies else network.weights.zero_grad()
         self.objective.state = found.state
-        if self.movement is not None:
-            self.movement.after(step + 1, self.policy.weights.saved())
         record = self.objective.derived(record)
         weights = {"loss": float(len(batch)), **found.sums.weights}
         if self.experts is not None and found.sums.table is not None:
