@@ -67,7 +67,7 @@ class VisionInputs:
             raise ModelError(f"{name} is not given pictures yet; the families that are: {', '.join(sorted(FAMILIES))}")
         self.model = model
         self.body: Any = body_of(model)
-        self.token_id = _image_token(model)
+        self.token_id, self.towers = _image_token(model), towers_of(model)
 
     @cached_property
     def processor(self) -> PictureProcessor:
@@ -110,7 +110,7 @@ class VisionInputs:
         tower trains."""
         named = inspect.signature(inspect.unwrap(type(self.body).get_image_features)).parameters
         given = {name: value.to(device) for name, value in pixels.items() if name in named}
-        trains = any(p.requires_grad for tower in towers_of(self.model) for p in tower.parameters())
+        trains = any(p.requires_grad for tower in self.towers for p in tower.parameters())
         with nullcontext() if trains else torch.no_grad():
             return self.body.get_image_features(**given, return_dict=True)
 

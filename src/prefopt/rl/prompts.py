@@ -74,7 +74,7 @@ def read_rollout_prompts(
     # A response that the context cuts off would be penalised through no fault of the policy.
     prompts, stop = read_prompts(config, start, rows, reporter, room=config.max_new_tokens)
     if start.pictures:
-        raise DataError("--prompts has pictures, which PPO and RLOO do not take yet; leave those rows out")
+        raise DataError("--prompts has pictures, which runs that sample do not take yet; leave those rows out")
     if repeated := len(prompts.ids) - len({ids.tobytes() for ids in prompts.ids}):
         reporter.say(f"prompts: {repeated} repeat others, whose responses count more for it")
     if config.chat_template:
@@ -91,7 +91,7 @@ def read_held_out(config: PpoConfig, start: SampledModel, prompts: PromptSet, re
         return None
     found, _ = read_prompts(config, start, None, reporter, room=config.max_new_tokens, names=config.eval_prompts)
     if start.pictures:
-        raise DataError("--eval-prompts has pictures, which PPO and RLOO do not take yet; leave those rows out")
+        raise DataError("--eval-prompts has pictures, which runs that sample do not take yet; leave those rows out")
     trained = {ids.tobytes() for ids in prompts.ids}
     known = sum(ids.tobytes() in trained for ids in found.ids)
     if known == len(found.ids):

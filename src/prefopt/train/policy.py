@@ -23,7 +23,7 @@ from prefopt.model.load import load_config, load_model, local_folder
 from prefopt.model.lora_targets import tower_weights
 from prefopt.model.memory import Blueprint
 from prefopt.model.offload import HostActivations
-from prefopt.model.pictures import VisionInputs, towers_of
+from prefopt.model.pictures import VisionInputs
 from prefopt.model.placeholders import FromFirst, skeleton
 from prefopt.model.precision import MasterWeights, disable_dropout
 from prefopt.model.quantised import chosen, is_quantised, set_compute_dtype
@@ -99,9 +99,8 @@ class Trained(Generic[AnyScorer]):
             set_compute_dtype(model, self.dtype)
         for parameter in model.parameters() if self._new_lora else ():
             parameter.requires_grad_(False)
-        if self.pictures:
-            VisionInputs(causal_model(model))  # or rows with pictures cannot be scored
-            for tower in towers_of(causal_model(model)) if self.config.vision == "frozen" else ():
+        for tower in VisionInputs(causal_model(model)).towers if self.pictures else ():
+            if self.config.vision == "frozen":
                 tower.requires_grad_(False)
         self.masters = masters_of(model, self.config, self.dtype, self._moves_to)
         self.scorer = self.score_with(model)
