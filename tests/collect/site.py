@@ -84,6 +84,7 @@ class Answer:
     status: int
     headers: Mapping[str, str]
     text: str
+    data: bytes = b""
 
     def field(self, name: str, form: str = "/vote") -> str:
         """A hidden field of a form, as a browser reads it."""
@@ -117,13 +118,14 @@ class Client:
         try:
             connection.request(method, path, body, {k: v for k, v in given.items() if v is not None})
             answer = connection.getresponse()
-            text = answer.read().decode("utf-8")
+            data = answer.read()
+            text = data.decode("utf-8", "replace")
         finally:
             connection.close()
         for line in answer.headers.get_all("Set-Cookie") or ():
             name, _, value = line.partition(";")[0].partition("=")
             self.cookies[name] = value
-        return Answer(answer.status, {k.lower(): v for k, v in answer.headers.items()}, text)
+        return Answer(answer.status, {k.lower(): v for k, v in answer.headers.items()}, text, data)
 
     def vote(self, page: Answer, choice: str, **more: str | Sequence[str]) -> Answer:
         """Send the page's form with a choice."""

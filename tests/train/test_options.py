@@ -437,6 +437,13 @@ def seed(place: Place) -> None:
             assert not torch.equal(adapters[0][name], adapters[2][name])
 
 
+def vision(place: Place) -> None:
+    """Of rows without pictures any but the default is refused; tests/train/test_pictures.py trains towers."""
+    for value, more in (("full", {}), ("lora", {"lora": True})):
+        with pytest.raises(ConfigError, match="no row has a picture"):
+            place.run(vision=value, **more)
+
+
 def pairs_option(place: Place) -> None:
     """Of three responses, all pairs or the best against the worst."""
     rows = [
@@ -506,6 +513,7 @@ SHOWN: dict[str, Callable[[Place], None]] = {
     "lora_alpha": moves("lora_alpha", 5, lora=True),
     "lora_dropout": moves("lora_dropout", 0.2, lora=True),
     "lora_targets": lora_targets,
+    "vision": vision,
     "quantise": quantise,
     "epochs": moves("epochs", 2.0),
     "max_steps": moves("max_steps", 2),

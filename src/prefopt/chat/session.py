@@ -13,6 +13,7 @@ from prefopt.chat.conversation import Chat, VoteFile
 from prefopt.chat.input import terminal_reader
 from prefopt.config.sample import ChatConfig
 from prefopt.core.terminal import Reporter
+from prefopt.data.chat.pictures import has_processor
 from prefopt.data.chat.template import parse_variables, read_template
 from prefopt.generate.chat_model import ChatModel, LocalChatModel, RemoteChatModel
 from prefopt.generate.model_io import SampledModel, renderer_for
@@ -62,12 +63,14 @@ def open_models(config: ChatConfig, seed: int, reporter: Reporter) -> list[ChatM
 
 def _local(config: ChatConfig, name: str, adapter: str | None, seed: int, reporter: Reporter) -> LocalChatModel:
     model = SampledModel(name, adapter=adapter, quantise=config.quantise, device=config.device, dtype=config.dtype)
+    model.pictures = has_processor(model.source)
     template = read_template(config.chat_template) if config.chat_template else None
     renderer = renderer_for(model.tokenizer, template, parse_variables(config.template_variables or ()))
     recommended = _recommended(model.generation_config)
     given = _given(config, "temperature", "top_p", "top_k")
     sampling = {**recommended, **given}
-    params = SamplingParams(config.max_new_tokens, model.stop_ids(renderer), seed=seed, **sampling)
+    sampled: dict[str, Any] = {"seed": seed, "never": model.never_drawn, **sampling}
+    params = SamplingParams(config.max_new_tokens, model.stop_ids(renderer), **sampled)
     found = LocalChatModel(model, renderer, params)
     own = "its own chat template" if model.tokenizer.chat_template else "turns as 'User: ...', 'Assistant: ...'"
     form = "text" if config.complete else "--chat-template" if template else own

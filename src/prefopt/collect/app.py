@@ -17,10 +17,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from prefopt.collect.markdown import as_html
+from prefopt.collect.pictures import picture_of
 from prefopt.collect.views import LANGUAGES, REASONS, Form, Lead, field_of, number, read_ballot, view_of
 from prefopt.errors import StudyError
 from prefopt.studies.annotators import DAY, SESSION_DAYS, Annotator, close_session, invited, open_session, session_of
-from prefopt.studies.items import items_left, items_seen, next_item
+from prefopt.studies.items import get_item, items_left, items_seen, next_item, was_shown
 from prefopt.studies.quality import FAST_SECONDS, FAST_SHARE, FEWEST, ONE_SIDE
 from prefopt.studies.study import Study
 from prefopt.studies.votes import RefusedVote, latest_ticket, record, shown_order, undo
@@ -58,6 +59,7 @@ def build_app(study: Study, site: Site) -> ASGIApp:
         "/join/{secret}": pages.invitation,
         "/lead": pages.lead,
         "/lead/item/{number:int}": pages.lead_item,
+        "/picture/{number:int}/{place:int}": pages.picture,
         "/static/{name}": pages.static,
         "/favicon.ico": pages.static,
     }
@@ -239,6 +241,18 @@ class _Pages:
         if found is None:
             raise Refusal(404, "not found")
         return self.render(request, "item.html", annotator=annotator, **found)
+
+    def picture(self, request: Request) -> Response:
+        """A picture of an item that the annotator was shown, or any for a lead."""
+        annotator = self.annotator(request)
+        number, place = request.path_params["number"], request.path_params["place"]
+        with self.study.reading() as connection:
+            may = annotator.lead or was_shown(connection, annotator, number)
+            item = get_item(connection, number) if may and number < 2**63 else None
+        data = picture_of(item, place) if item is not None else None
+        if data is None:
+            raise Refusal(404, "not found")
+        return Response(data, media_type="image/png")
 
     # -- files and errors --------------------------------------------------------------------------------------
 

@@ -112,6 +112,11 @@ class LoraOptions(Config):
         default_text="all linear layers and experts, without heads and routers",
     )
 
+    vision: Literal["frozen", "lora", "full"] = option(
+        "frozen",
+        "of a model with a vision tower, trained on rows with pictures: tower and projector stay as they are, get"
+        " adapters too (with --lora), or train in full (without)",
+    )
     quantise: Quantise = quantise_option(
         "QLoRA: hold the frozen weights under the adapter, and a reference or teacher, in"
     )
@@ -127,6 +132,10 @@ class LoraOptions(Config):
         return self.quantise in QUANTISED
 
     def check(self) -> None:
+        if self.vision == "lora" and not _new_adapter(self):
+            raise ConfigError("--vision lora puts a new adapter on the vision tower: add --lora")
+        if self.vision == "full" and self.lora:
+            raise ConfigError("--vision full trains the vision tower in full, which --lora does not: leave one out")
         for name in ADAPTER_SHAPE:
             if getattr(self, name) is not None and self.named_adapter is not None:
                 where = "--adapter" if self.named_adapter != self.model else "--model, which is an adapter,"

@@ -19,6 +19,7 @@ from prefopt.data.comparisons import Reading, open_comparisons
 from prefopt.data.files.sources import Source, find_sources
 from prefopt.data.layouts import code_of_layouts
 from prefopt.data.layouts.columns import find_dataset_info
+from prefopt.data.pictures import BAD_PICTURE, changed_pictures
 from prefopt.data.sampler import Indices, split_by_prompt
 from prefopt.data.table import Columns, GroupTable, Part, joined
 from prefopt.data.token_cache import Append, Report, TokenCache, Tokenised, TokenKey
@@ -117,7 +118,18 @@ class _GroupLoader:
                 raise DataError("changed while it was read; run the command again", file=source.name)
             return report
 
-        return TokenCache().get(key, make, file=source.name, source=source.entry, stop=self.stop)
+        cache = TokenCache()
+        found = cache.get(key, make, file=source.name, source=source.entry, stop=self.stop)
+        if not found.cached:
+            return found
+        changed = changed_pictures(found.part.picture_files)
+        # A picture that was missing or damaged may be there by now.
+        if changed or any(p.kind == BAD_PICTURE for p in found.report.problems):
+            if changed:
+                log.warning("%s: %d pictures have changed, such as %s", source.name, len(changed), changed[0])
+            cache.remove(key)
+            found = cache.get(key, make, file=source.name, source=source.entry, stop=self.stop)
+        return found
 
     def tokenise(self, reading: Reading, append: Append) -> Report:
         """Append the columns of all groups, chunk by chunk; the report accounts for the other rows."""

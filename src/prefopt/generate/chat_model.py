@@ -9,6 +9,7 @@ from typing import Any
 
 from prefopt.core.endpoint import Endpoint, ServerRefusal, message_of, reason_of
 from prefopt.data.chat.render import Renderer
+from prefopt.data.layouts.messages import write_parts
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.data.validate import Problem
 from prefopt.errors import RunError
@@ -167,7 +168,7 @@ class RemoteChatModel:
 
     def answer(self, messages: Messages, attempt: int) -> Iterator[str]:
         """Raises :class:`ContextLengthError` where the server refuses the length."""
-        turns = [{"role": m.role, "content": m.content} for m in messages]
+        turns = [{"role": m.role, "content": write_parts(m, urls=True) if m.pictures else m.content} for m in messages]
         yield from self._stream("chat/completions", {"messages": turns}, attempt)
 
     def complete(self, text: str, attempt: int) -> Iterator[str]:

@@ -11,7 +11,7 @@ import torch
 from prefopt.config.distil import DistilConfig
 from prefopt.data.chat.ends import trained_ends
 from prefopt.data.table import GroupTable
-from prefopt.errors import ModelError
+from prefopt.errors import ConfigError, ModelError
 from prefopt.generate.sampler import SamplingParams
 from prefopt.model.check import check_scoring
 from prefopt.model.kernels.divergence import Divergence
@@ -62,7 +62,12 @@ def run(
         others = partial(_bytes_of, choice, run.dtype)
         # One that draws is cut when it trains, beside a copy of its modules that the other ranks need not call.
         world = ALONE if config.on_policy else run.world
-        policy = run.loading(Policy(config, start.source, run.dtype, run.device, model, world, others))
+        pictures = data.groups.has_pictures
+        if pictures and config.on_policy:
+            raise ConfigError("--on-policy samples from prompts of text alone; leave it out, or rows with pictures")
+        policy = run.loading(
+            Policy(config, start.source, run.dtype, run.device, model, world, others, pictures=pictures)
+        )
         offline = OfflineRun(run=run, start=start, data=data, policy=policy)
         offline.check(check_scoring)
         teacher = None if choice is not None else RemoteTeacher(run, start.tokenizer, policy.scorer)

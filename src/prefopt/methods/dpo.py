@@ -59,7 +59,8 @@ def run(
         if needs_reference(terms):
             choice = run.world.first_on_node(lambda: choose_reference(config, model))
 
-        policy = run.loading(Policy(config, start.source, run.dtype, run.device, model, run.world))
+        pictures = data.groups.has_pictures
+        policy = run.loading(Policy(config, start.source, run.dtype, run.device, model, run.world, pictures=pictures))
         offline = OfflineRun(run=run, start=start, data=data, policy=policy)
         check = offline.check(check_scoring)
         settle_rate(run, policy.scorer, updates=offline.steps)

@@ -325,7 +325,7 @@ def _bytes_of_others(config: OnlineConfig, policy: Policy) -> int:
 
 def _preview(run: Run, start: SampledModel, prompts: PromptSet, tokens: int) -> None:
     """The output of a dry run: a prompt, options, plan and memory."""
-    first = start.tokenizer.decode(prompts.ids[0].tolist())
+    first = start.tokenizer.decode(list(prompts.ids[0]))
     run.say_example(f"row {prompts.rows[0].row}:", shortened(first, EXAMPLE_TEXT, flat=True))
     run.say_options()
     _say_plan(run, prompts, tokens)

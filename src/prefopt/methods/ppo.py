@@ -249,7 +249,7 @@ def _preview(
 ) -> None:
     """The output of a dry run: prompts, options, plan and memory."""
     for row, ids in list(zip(prompts.rows, prompts.ids, strict=True))[:1]:
-        run.say_example(f"row {row.row}:", shortened(start.tokenizer.decode(ids.tolist()), EXAMPLE_TEXT, flat=True))
+        run.say_example(f"row {row.row}:", shortened(start.tokenizer.decode(list(ids)), EXAMPLE_TEXT, flat=True))
     run.say_options()
     _say_plan(run, start, settings, prompts, tokens)
     run.say(memory.whole_line(_largest(run, prompts, ptx), tokens))

@@ -49,8 +49,10 @@ def run(
         config, say = run.config, run.say
         start = read_model(run, tokenizer, merged=True)
         data = run.world.first_on_node(lambda: load_data(config, start, rows, run.reporter, run.stop, kind="pairs"))
-        where = (run.dtype, run.device)
-        policy = run.loading(ScalarPolicy(config, start.source, *where, model, start.tokenizer, run.world))
+        where, pictures = (run.dtype, run.device), data.groups.has_pictures
+        policy = run.loading(
+            ScalarPolicy(config, start.source, *where, model, start.tokenizer, run.world, pictures=pictures)
+        )
         offline = OfflineRun(run=run, start=start, data=data, policy=policy)
         offline.check(_check)
         if config.margin is not None:

@@ -152,6 +152,7 @@ class _SampleRun:
             config.top_p,
             config.top_k,
             config.seed,
+            model.never_drawn,
         )
         self.longest = max(map(len, self.prompts.ids)) + config.max_new_tokens
         names = ", ".join(map(str, model.tokenizer.convert_ids_to_tokens(list(stop_ids))))
@@ -221,6 +222,8 @@ class _SampleRun:
         model, record = self.model, self.file.record if self.file else {}
         dtype = str(model.dtype).removeprefix("torch.")
         if self.config.engine == "vllm":
+            if model.pictures:
+                raise ConfigError("--engine vllm is not given pictures, which some prompts have; leave --engine out")
             from prefopt.generate.vllm import VllmSampler
 
             if model.context is None:

@@ -46,11 +46,11 @@ def run(
         # Texts without a prompt are cut into windows instead of being truncated.
         options: dict[str, Any] = {"kind": "demonstrations", "train_on": config.train_on, "windows": True}
         data = run.world.first_on_node(lambda: load_data(config, start, rows, run.reporter, run.stop, **options))
-        given = model
+        given, pictures = model, data.groups.has_pictures
         if config.from_scratch:
             fitted = config.train_tokenizer is not None
             given = new_model(start.source, start.tokenizer, seed=config.seed, fitted=fitted).to(run.device)
-        policy = run.loading(Policy(config, start.source, run.dtype, run.device, given, run.world))
+        policy = run.loading(Policy(config, start.source, run.dtype, run.device, given, run.world, pictures=pictures))
         offline = OfflineRun(run=run, start=start, data=data, policy=policy)
         offline.check(check_scoring)
         tokens = int(data.groups.trained_N[: int(data.source.groups.responses_G.sum())].sum())

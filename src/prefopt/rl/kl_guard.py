@@ -124,6 +124,8 @@ def kl_guard(offline: OfflineRun, plan: ReferencePlan) -> KlGuard | None:
     if config.max_kl is None:
         return None
     assert isinstance(policy, Policy) and config.kl_samples is not None and config.max_new_tokens is not None
+    if policy.pictures:
+        raise ConfigError("--max-kl samples from prompts of text alone, and rows have pictures; leave it out")
     if policy.sharded:
         raise ConfigError("--max-kl samples from whole weights in every process: give --shard none")
     if plan.reference is not None and config.ref_model_sync_steps is None:
@@ -138,7 +140,7 @@ def kl_guard(offline: OfflineRun, plan: ReferencePlan) -> KlGuard | None:
         raise ConfigError(f"--max-kl: no prompt leaves room for --max-new-tokens {config.max_new_tokens}; lower that")
     ends = tuple(trained_ends(data.groups, offline.start.tokenizer))
     nothing = Comparison((Message("user", ""),), (), (), 0, text=True)
-    prompts = PromptSet(rows=[nothing] * len(fitting), ids=fitting)
+    prompts = PromptSet(rows=[nothing] * len(fitting), ids=[*fitting])
     unread = TextRewardScorer(Reward("none", lambda asked, said: [0.0] * len(said)), offline.start.tokenizer, ends)
     num = -(-config.kl_samples // len(fitting))
     sampler = LocalSampler(policy.scorer)

@@ -13,6 +13,7 @@ from prefopt.config.sample import SampleConfig
 from prefopt.core.terminal import Reporter
 from prefopt.data.chat.template import Rendering, parse_variables, read_template
 from prefopt.data.chat.truncate import sequence_limit
+from prefopt.data.group import pictures_in
 from prefopt.data.load import load_groups
 from prefopt.data.sampler import BatchSampler
 from prefopt.data.table import GroupTable
@@ -58,6 +59,7 @@ def read_prompts(
     )
     for line in prompts.summary():
         reporter.say(f"{'held-out ' * bool(names)}prompts: {line}")
+    start.pictures = start.pictures or any(map(pictures_in, prompts.ids))
     return prompts, start.stop_ids(renderer)
 
 
@@ -71,6 +73,8 @@ def read_rollout_prompts(
     """
     # A response that the context cuts off would be penalised through no fault of the policy.
     prompts, stop = read_prompts(config, start, rows, reporter, room=config.max_new_tokens)
+    if start.pictures:
+        raise DataError("--prompts has pictures, which runs that sample do not take yet; leave those rows out")
     if repeated := len(prompts.ids) - len({ids.tobytes() for ids in prompts.ids}):
         reporter.say(f"prompts: {repeated} repeat others, whose responses count more for it")
     if config.chat_template:
@@ -86,6 +90,8 @@ def read_held_out(config: PpoConfig, start: SampledModel, prompts: PromptSet, re
     if config.eval_prompts is None:
         return None
     found, _ = read_prompts(config, start, None, reporter, room=config.max_new_tokens, names=config.eval_prompts)
+    if start.pictures:
+        raise DataError("--eval-prompts has pictures, which runs that sample do not take yet; leave those rows out")
     trained = {ids.tobytes() for ids in prompts.ids}
     known = sum(ids.tobytes() in trained for ids in found.ids)
     if known == len(found.ids):

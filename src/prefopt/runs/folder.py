@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from prefopt.core.files import output_errors, remove_folder, remove_leftovers, write_json
 from prefopt.core.options import flag
-from prefopt.data.group import Group, IntArray
+from prefopt.data.group import Group, IntArray, PicturedIds
 from prefopt.data.table import GroupTable
 from prefopt.errors import RunError
 from prefopt.runs.history import RECORD, in_use, read_metrics, read_record
@@ -198,11 +198,12 @@ def _tidy(path: Path, record: Mapping[str, Any]) -> None:
     lock.release()
 
 
-def digest_of(many: Sequence[IntArray]) -> str:
-    """A digest of sequences of token ids, in order."""
+def digest_of(many: Sequence[IntArray | PicturedIds]) -> str:
+    """A digest of sequences of token ids with their pictures, in order."""
     digest = hashlib.blake2b(digest_size=16)
     for ids in many:
-        digest.update(len(ids).to_bytes(4, "little") + ids.astype("<i4").tobytes())
+        held = ids.tobytes() if isinstance(ids, PicturedIds) else ids.astype("<i4").tobytes()
+        digest.update(len(ids).to_bytes(4, "little") + held)
     return digest.hexdigest()
 
 

@@ -143,7 +143,8 @@ def _values_of(a: Audit) -> dict[str, object]:
     issues = [issue.to_dict() for severity in SEVERITIES for issue in a.issues(severity)]
     counts = {"rows": sum(f.rows for f in a.files), "usable": sum(f.usable for f in a.files), "prompts": a.prompts}
     files = [f.to_dict() for f in a.files]
-    return {**counts, "files": files, "lengths": lengths, "problems": issues, "notes": a.notes}
+    pictures = a.pictures.to_dict() if a.pictures else None
+    return {**counts, "files": files, "lengths": lengths, "pictures": pictures, "problems": issues, "notes": a.notes}
 
 
 class _Report:
@@ -174,6 +175,10 @@ class _Report:
             self.title("rows")
             self.rows(a)
             self.lengths(a.lengths, limit)
+        if a.pictures:
+            self.title("pictures")
+            for line in a.pictures.lines():
+                self.add(line, 2)
         for note in dict.fromkeys(a.notes):
             self.add(f"note: {note}", 0, 6, "dim")
 
