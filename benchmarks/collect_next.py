@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import uvicorn
+from prefopt.collect.security import RateLimit
 
 from prefopt.collect.app import Site, build_app
-from prefopt.collect.security import RateLimit
 from prefopt.studies.annotators import invite, open_session
 from prefopt.studies.items import NewItem, ResponseOrigin, add_items, next_item
 from prefopt.studies.study import Study, StudySettings

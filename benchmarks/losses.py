@@ -76,6 +76,7 @@ def stepped(folder: Path, data: list[dict[str, str]], loss: str, budget: int, op
             data,
             output=str(Path(output) / "run"),
             loss=loss,
+            eval_fraction=0.0,
             batch_size=options.pairs,
             max_steps=options.steps + 1,
             epochs=options.steps + 1,

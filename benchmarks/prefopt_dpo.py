@@ -51,7 +51,13 @@ def main() -> None:
     }
     output = Path(spec["output"])
     prefopt.dpo(
-        model=spec["model"], data=[spec["pairs"]], output=str(output), device="cpu", progress="none", **settings
+        model=spec["model"],
+        data=[spec["pairs"]],
+        output=str(output),
+        eval_fraction=0.0,
+        device="cpu",
+        progress="none",
+        **settings,
     )
     versions = {m.__name__: m.__version__ for m in (prefopt, transformers, torch)}
     result = {**collect(output), "peak_bytes": peak_bytes(), "versions": versions, "settings": settings}

@@ -36,6 +36,7 @@ METHODS = {
     "reward": ["reward", "--data", "pairs.jsonl", "--eval-fraction", "0.3", *DATA],
     "ppo": ["ppo", "--prompts", "pairs.jsonl", "--reward", REWARD, *PPO],
     "rloo": ["ppo", "--algorithm", "rloo", "--prompts", "pairs.jsonl", "--reward", REWARD, *PPO],
+    "online": ["online", "--prompts", "pairs.jsonl", "--reward", REWARD, *PPO],
     "chain": [
         *("rlhf", "--data", "pairs.jsonl", "--max-new-tokens", "3", "--max-length", "64", "--seed", "0"),
         *("--sft", "batch_size=4", "--reward", "batch_size=4", "--ppo", "batch_size=4", "max_kl=1e6"),

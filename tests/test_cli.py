@@ -62,8 +62,8 @@ BAD = {
     "device": (["--device", "gpu"], "--device is 'gpu'; it must be cpu, cuda, cuda:N or mps"),
     "precision": (["--device", "mps", "--dtype", "float64"], "--device mps has no float64"),
     "two sources": (["--eval-data", "e", "--eval-fraction", "0.1"], "--eval-data and --eval-fraction"),
-    "nothing to evaluate": (["--eval-every", "5"], "--eval-every needs evaluation data"),
-    "nothing to stop on": (["--early-stopping", "2"], "--early-stopping needs evaluation data"),
+    "nothing to evaluate": (["--eval-every", "5", "--eval-fraction", "0"], "--eval-every needs evaluation data"),
+    "nothing to stop on": (["--early-stopping", "2", "--eval-fraction", "0"], "--early-stopping needs evaluation data"),
     "no adapter": (["--lora-rank", "8"], "--lora-rank does nothing without --lora"),
     "no adapter, even at its default": (["--lora-dropout", "0"], "--lora-dropout does nothing without --lora"),
     "adapter of its own": (["--lora", "--adapter", "a", "--lora-alpha", "8"], "--lora-alpha shapes a new adapter"),
@@ -236,12 +236,15 @@ def test_every_option_of_the_command_line_reaches_the_config(ran: list[dict[str,
         "data_weights": "2",
         "offload": "optimizer",
         "loss": "ipo",
+        "learning_rate": "1e-5",
+        "find_learning_rate": "stop",
     }
     company = {
         "lora": ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "quantise", "reference_adapter"],
-        "eval-fraction=0.5": ["eval_every", "early_stopping", "eval_dtype"],
+        "eval-fraction=0.5": ["eval_every", "early_stopping", "eval_dtype", "find_learning_rate"],
         "track=wandb": ["track_project"],
         "ref-model-sync-steps=5": ["ref_model_mixup_alpha"],
+        "max-kl=9": ["kl_every", "kl_samples", "max_new_tokens"],
     }
     plain = DpoConfig(model="m", data=["d.jsonl"], output="o").to_dict()
     for o in options(DpoConfig):
@@ -260,9 +263,9 @@ def test_defaults_follow_what_is_trained() -> None:
     def config(**values: Any) -> DpoConfig:
         return DpoConfig(model="m", data=["d"], output="o", **values)
 
-    assert (config().learning_rate, config().lora_rank) == (1e-6, None)
+    assert (config().learning_rate, config().published_rate, config().lora_rank) == ("auto", 1e-6, None)
     lora = config(lora=True, lora_rank=4)
-    assert (lora.learning_rate, lora.lora_rank, lora.lora_alpha, lora.lora_dropout) == (2e-5, 4, 8, 0.0)
+    assert (lora.published_rate, lora.lora_rank, lora.lora_alpha, lora.lora_dropout) == (2e-5, 4, 8, 0.0)
     assert config(adapter="a").lora and config(adapter="a").lora_rank is None
     with pytest.raises(dataclasses.FrozenInstanceError):
         lora.beta = 1.0  # type: ignore[misc]

@@ -21,6 +21,7 @@ from prefopt import cli
 from prefopt.config.compare import CompareConfig
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.methods import RlhfConfig
+from prefopt.config.online import OnlineConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.reward import RewardConfig
 from prefopt.config.sample import SampleConfig
@@ -31,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {
     "dpo": DpoConfig,
     "ppo": PpoConfig,
+    "online": OnlineConfig,
     "sample": SampleConfig,
     "sft": SftConfig,
     "reward": RewardConfig,

@@ -14,9 +14,9 @@ SRC = Path(__file__).resolve().parents[1] / "src"
 # From the bottom up: a module imports from its own room and from those before it.
 ROOMS = (
     "errors records core config transfer theory losses rewards studies data model parallel reference runs generate"
-    " export train rl methods evaluate chat reports sweeps collect demo api cli"
+    " export train rl methods evaluate chat reports sweeps web collect ui demo api cli"
 ).split()
-TORCH_FREE = {"errors", "records", "core", "config", "studies", "data", "collect"}
+TORCH_FREE = {"errors", "records", "core", "config", "studies", "data", "web", "collect", "ui"}
 FRONT = {"prefopt", "prefopt.__main__"}  # they only open the door to what is above everything
 
 

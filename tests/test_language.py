@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from prefopt.cli import VERBS
+from prefopt.core.options import options
+
 ROOT = Path(__file__).parents[1]
 BANNED = {
     r"in the mean": "on average",
@@ -25,6 +28,7 @@ BANNED = {
     r"tell progress": "report progress",
     r"(is|are) nobody's": "is not counted",
     r"roads?": "method",
+    r"the first there is of": "the first available of",
 }
 KEPT = {"src/prefopt/sweeps/points.py", "src/prefopt/core/options.py"}
 """Files that read the names of earlier versions."""
@@ -44,3 +48,10 @@ def test_usual_words_are_used(phrase: str) -> None:
         text = (ROOT / name).read_text("utf-8")
         found += [f"{name}: {match[0]}" for match in re.finditer(rf"\b{phrase}\b", text, re.IGNORECASE)]
     assert not found, f"write {BANNED[phrase]}: {found}"
+
+
+def test_help_has_no_full_stop_and_is_no_paragraph() -> None:
+    for verb, known in VERBS.items():
+        for o in options(known.config):
+            assert o.help and not o.help.removesuffix("...").endswith("."), f"{verb} {o.flag}"
+            assert len(o.help) <= 300, f"{verb} {o.flag}: {len(o.help)} characters"

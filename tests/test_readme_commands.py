@@ -27,7 +27,7 @@ QUICK = {
     **{verb: ["--max-new-tokens", "4"] for verb in ("sample", "compare")},
 }
 """What makes a command short, beside what stands there."""
-ELSEWHERE = {"collect serve": "waits for people", "frontier": "hours", "methods": "hours"}
+ELSEWHERE = {"collect serve": "waits for people", "ui": "as well", "frontier": "hours", "methods": "hours"}
 """Commands that tests of their own run."""
 
 

@@ -80,7 +80,7 @@ def test_runs_tells_of_it(name: str, place: Path, capsys: pytest.CaptureFixture[
     else:
         told = {"kto": "dpo (kto)", "ranking": "dpo (plackett_luce)", "rloo": "ppo (rloo)"}
         assert re.search(rf"^method: +{re.escape(told.get(name, METHODS[name][0]))}$", text, re.M)
-        assert ("reward of the policy's samples" in text) == (name in ("ppo", "rloo"))
+        assert ("reward of the policy's samples" in text) == (name in ("ppo", "rloo", "online"))
         assert ("no rows were held out" in text) == (name in ("lora", "kto", "ranking"))
     found = json.loads(said(["runs", name, "--json"], capsys)[1])
     assert [run["status"] for run in found] == ["finished"] * (3 if name == "chain" else 1)
@@ -93,7 +93,7 @@ def test_it_is_drawn_and_reported(name: str, place: Path, capsys: pytest.Capture
     assert said(["plot", name, "--output", "p.svg"], capsys) == (0, f"p.svg: {many}\n")
     assert said(["report", name, "--output", "p.html"], capsys)[0] == 0
     page = Path("p.html").read_text()
-    assert "No row was held out" not in page or name not in ("ppo", "rloo")
+    assert "No row was held out" not in page or name not in ("ppo", "rloo", "online")
     if name == "chain":
         assert [page.count(f"<h2>{stage}</h2>") for stage in ("sft", "reward", "ppo")] == [1, 1, 1]
         assert "ppo: Reward of the policy" in page and "sft: Loss" in page

@@ -6,27 +6,26 @@ Importing this package imports neither torch nor transformers.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from prefopt.api import compare, report, rlhf, sample
-    from prefopt.runs.callbacks import Callback
-
-    __all__ = ["Callback", "__version__", "compare", "report", "rlhf", "sample"]
+import importlib as _importlib
+from typing import Any as _Any
 
 __version__ = "0.1.0"
 
+_PACKAGES = ("collect", "data", "errors")
+"""Packages that are part of what a user of Python sees."""
 
-def __getattr__(name: str) -> Any:
+
+def __getattr__(name: str) -> _Any:
+    if name in _PACKAGES:
+        return _importlib.import_module(f"prefopt.{name}")
     if name == "Callback":
-        return import_module("prefopt.runs.callbacks").Callback
+        return _importlib.import_module("prefopt.runs.callbacks").Callback
     if name == "__all__":
-        return ["Callback", "__version__", *import_module("prefopt.api").FUNCTIONS]
-    if not name.startswith("_") and name in (functions := import_module("prefopt.api").FUNCTIONS):
+        return sorted(["Callback", "__version__", *_PACKAGES, *_importlib.import_module("prefopt.api").FUNCTIONS])
+    if not name.startswith("_") and name in (functions := _importlib.import_module("prefopt.api").FUNCTIONS):
         return functions[name]
     raise AttributeError(f"module 'prefopt' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__getattr__("__all__")})
+    return [*__getattr__("__all__"), "__doc__", "__file__", "__name__", "__path__"]

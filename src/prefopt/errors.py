@@ -23,7 +23,14 @@ from collections.abc import Sequence
 
 
 class PrefoptError(Exception):
-    """Root of everything prefopt raises on purpose."""
+    """Root of everything prefopt raises on purpose. ``in_python``: the message with names of keyword arguments, where a
+    function of ``prefopt`` raised it."""
+
+    in_python: str | None = None
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the line alone, since the error is in the call and not in the frames."""
+        return [f"{type(self).__name__}: {self.in_python or self}"]
 
 
 class UserError(PrefoptError):

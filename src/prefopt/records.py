@@ -19,6 +19,29 @@ Tiers = tuple[tuple[int, ...], ...]
 """Indices of responses, best tier first. Responses of one tier are tied."""
 
 
+PICTURE = "\ufffc"
+"""Stands for each picture of a message in its content: Unicode's object replacement character."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture of a message: its file on disk (``source``, an absolute path) or the bytes of one (``data``).
+
+    ``digest`` is that of the bytes of the file (16 bytes), ``width`` and ``height`` are in pixels.
+    """
+
+    digest: bytes
+    width: int
+    height: int
+    source: str = ""
+    data: bytes = field(default=b"", repr=False, compare=False)
+
+    @property
+    def size(self) -> str:
+        """Width and height, in words."""
+        return f"{self.width}x{self.height}"
+
+
 @dataclass(frozen=True, slots=True)
 class ToolCall:
     """A function that the assistant asks for; ``arguments`` is a JSON object as text."""
@@ -34,7 +57,8 @@ class Message:
 
     ``reasoning`` is what a thinking model wrote before its answer. ``trained`` is false for an assistant turn of a
     response that is not trained on. A turn may be judged by itself: ``label`` is whether it is desirable, ``rejected``
-    what is worse in its place, one turn or several.
+    what is worse in its place, one turn or several. ``pictures`` belong to the characters :data:`PICTURE` in
+    ``content``, in order; in a message without pictures that character is one like any other.
     """
 
     role: str
@@ -46,6 +70,7 @@ class Message:
     trained: bool = True
     label: bool | None = None
     rejected: tuple[Message, ...] = ()
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +135,15 @@ class Comparison:
         )
 
     @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """All pictures of the prompt, then those of the responses."""
+        turns = [*self.prompt, *(m for r in self.responses for m in r.messages)]
+        return tuple(picture for m in turns for picture in m.pictures)
+
+    @property
     def prompt_key(self) -> bytes:
-        """16 bytes that identify the prompt: roles, contents without surrounding white space, tools and tool calls, but
-        no ids and no reasoning. A row without a prompt, such as raw text, is identified by its responses."""
+        """16 bytes that identify the prompt: roles, contents without surrounding white space, pictures, tools and tool
+        calls, but no ids and no reasoning. A row without a prompt, such as raw text, is identified by its responses."""
         parts = [part for m in self.prompt for part in _parts(m)]
         parts += [part for tool in self.tools for part in ("tools", tool)]
         if not any(m.content.strip() or m.tool_calls for m in self.prompt):
@@ -173,4 +204,5 @@ def tiers_of_signs(signs: Mapping[tuple[int, int], int], count: int) -> Tiers:
 
 
 def _parts(m: Message) -> list[str]:
-    return [m.role, m.content.strip(), *(part for call in m.tool_calls for part in ("call", call.name, call.arguments))]
+    calls = [part for call in m.tool_calls for part in ("call", call.name, call.arguments)]
+    return [m.role, m.content.strip(), *calls, *(part for p in m.pictures for part in ("picture", p.digest.hex()))]

@@ -16,10 +16,10 @@ from urllib.parse import urlencode
 import uvicorn
 
 from prefopt.collect.app import Site, build_app
-from prefopt.collect.security import RateLimit
-from prefopt.collect.serve import settings_of
 from prefopt.studies.annotators import invite
 from prefopt.studies.study import Study
+from prefopt.web.security import RateLimit
+from prefopt.web.server import settings_of
 
 FAST = RateLimit(per_second=10_000, burst=10_000)
 
@@ -49,23 +49,34 @@ class Served:
 @contextmanager
 def served(study: Study, rate: RateLimit = FAST, trusted_proxies: Sequence[str] = ()) -> Iterator[Served]:
     """The application behind a real server, in a thread."""
-    listening = socket.create_server(("127.0.0.1", 0))
-    port = listening.getsockname()[1]
-    app = build_app(study, Site([f"http://127.0.0.1:{port}"], rate=rate))
-    server = uvicorn.Server(settings_of(app, trusted_proxies))
+    with listening_socket() as listening:
+        port = listening.getsockname()[1]
+        app = build_app(study, Site([f"http://127.0.0.1:{port}"], rate=rate))
+        found = Served(port, study)
+        with running(uvicorn.Server(settings_of(app, trusted_proxies)), listening, found.closing):
+            yield found
+
+
+def listening_socket() -> socket.socket:
+    return socket.create_server(("127.0.0.1", 0))
+
+
+@contextmanager
+def running(
+    server: uvicorn.Server, listening: socket.socket, closing: Sequence[Callable[[], object]]
+) -> Iterator[None]:
+    """A server in a thread; in the end ``closing`` are called, and it stops."""
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    found = Served(port, study)
     try:
-        yield found
+        yield
     finally:
-        for close in found.closing:
+        for close in closing:
             close()
         server.should_exit = True
         thread.join()
-        listening.close()
 
 
 @dataclass
@@ -73,6 +84,7 @@ class Answer:
     status: int
     headers: Mapping[str, str]
     text: str
+    data: bytes = b""
 
     def field(self, name: str, form: str = "/vote") -> str:
         """A hidden field of a form, as a browser reads it."""
@@ -106,13 +118,14 @@ class Client:
         try:
             connection.request(method, path, body, {k: v for k, v in given.items() if v is not None})
             answer = connection.getresponse()
-            text = answer.read().decode("utf-8")
+            data = answer.read()
+            text = data.decode("utf-8", "replace")
         finally:
             connection.close()
         for line in answer.headers.get_all("Set-Cookie") or ():
             name, _, value = line.partition(";")[0].partition("=")
             self.cookies[name] = value
-        return Answer(answer.status, {k.lower(): v for k, v in answer.headers.items()}, text)
+        return Answer(answer.status, {k.lower(): v for k, v in answer.headers.items()}, text, data)
 
     def vote(self, page: Answer, choice: str, **more: str | Sequence[str]) -> Answer:
         """Send the page's form with a choice."""

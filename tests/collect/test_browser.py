@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from browser import LOCALES, Open, chromium, opened, violations
 from collect.hostile import TEXTS
-from collect.site import Served, served
+from collect.site import served
 from prefopt.collect.views import LANGUAGES
 from prefopt.studies.annotators import invite
 from prefopt.studies.items import NewItem, ResponseOrigin, add_items
@@ -22,52 +21,9 @@ from prefopt.studies.study import Study, StudySettings
 from prefopt.studies.votes import StoredVote, stored_votes
 from studies.small import new_item, new_study, people, say
 
+__all__ = ["chromium", "opened"]  # fixtures
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-LOCALES = {"en": "en-US", "zh": "zh-CN"}
-Open = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, which drives the browser")
-    if CHROMIUM is None:
-        pytest.skip("needs Debian's chromium: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def opened(chromium: Any) -> Iterator[Open]:
-    """Opens a page of a context of its own. In the end nothing was asked elsewhere and nothing complained of."""
-    said: list[str] = []
-
-    def open_page(site: Served, link: str, *, quiet: bool = True, **how: Any) -> Any:
-        context = chromium.new_context(**{"viewport": {"width": 1200, "height": 900}, "locale": "en-US", **how})
-        site.closing.append(context.close)
-        page = context.new_page()
-        page.set_default_timeout(20_000)
-
-        def routed(route: Any) -> None:
-            if route.request.url.startswith(site.base + "/"):
-                route.continue_()
-            else:
-                said.append(f"asked for {route.request.url}")
-                route.abort()
-
-        context.route("**/*", routed)
-        page.on("dialog", lambda dialog: (said.append(f"dialog {dialog.message}"), dialog.dismiss()))
-        if quiet:
-            page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
-        page.on("pageerror", lambda error: said.append(f"error: {error}"))
-        page.goto(site.base + link)
-        return page
-
-    yield open_page
-    assert not said
 
 
 def stored(study: Study) -> list[StoredVote]:
@@ -302,15 +258,10 @@ def busy_study(path: Path) -> Study:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_axe_finds_nothing(language: str, scheme: str, opened: Open, tmp_path: Path) -> None:
-    source = (files("axe_playwright_python") / "axe.min.js").read_text("utf-8")
     found: list[str] = []
 
     def look(page: Any, name: str) -> None:
-        page.evaluate(source)
-        result = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
-        for violation in result["violations"]:
-            nodes = [node["html"][:120] for node in violation["nodes"][:3]]
-            found.append(f"{name}: {violation['impact']} {violation['id']} {nodes}")
+        found.extend(f"{name}: {line}" for line in violations(page))
 
     with busy_study(tmp_path / "s.db") as study, served(study) as site:
         how = {"locale": LOCALES[language], "color_scheme": scheme, "quiet": False}

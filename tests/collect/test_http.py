@@ -11,9 +11,9 @@ from urllib.parse import urlencode
 import pytest
 
 from collect.site import Client, Served, served
-from prefopt.collect.security import HEADERS, Buckets, RateLimit
 from prefopt.studies.study import Study
 from prefopt.studies.votes import StoredVote, stored_votes
+from prefopt.web.security import HEADERS, Buckets, RateLimit
 from studies.small import new_item, new_study
 
 

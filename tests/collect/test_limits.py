@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from collect.site import Client, Served, served
-from prefopt.collect import serve
-from prefopt.collect.security import HEADERS, RateLimit, address_of
 from prefopt.config.collect import CollectServeConfig
 from prefopt.errors import ConfigError
+from prefopt.web import server
+from prefopt.web.security import HEADERS, RateLimit, address_of
 from studies.small import new_study
 
 ANNOTATORS = 40
@@ -118,14 +118,14 @@ def all_of(connection: socket.socket) -> str:
 def test_idle_connections_keep_nobody_out(site: Served) -> None:
     ann = site.signed_in("Ann")
     with ExitStack() as held:
-        for n in range(serve.PLACES + 20):
+        for n in range(server.PLACES + 20):
             held.enter_context(raw(site, b"GET / HTTP/1.1\r\n" if n % 2 else b""))
         before = time.monotonic()
         assert ann.get("/").status == 200 and time.monotonic() - before < 5
 
 
 def test_headers_that_never_end_are_cut_off(site: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(server, "HEADER_SECONDS", 0.3)
     with raw(site) as nothing, raw(site, b"GET / HTTP/1.1\r\nHost: ") as half:
         assert nothing.recv(10) == b"" and half.recv(10) == b""
     with raw(site, f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{site.port}\r\n\r\n".encode()) as kept:
@@ -146,8 +146,8 @@ def test_what_the_server_says_by_itself_carries_the_policy(site: Served, monkeyp
         check(all_of(broken), "400")
     ask = f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{site.port}\r\nConnection: close\r\n\r\n".encode()
     with monkeypatch.context() as patch:
-        patch.setattr(serve, "PLACES", 0)
-        patch.setattr(serve, "_make_room", lambda _: False)
+        patch.setattr(server, "PLACES", 0)
+        patch.setattr(server, "_make_room", lambda _: False)
         with raw(site, ask) as full:
             check(all_of(full), "503")
     monkeypatch.setattr("prefopt.collect.app._Pages.annotator", lambda *_: 1 / 0)

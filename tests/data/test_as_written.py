@@ -12,7 +12,7 @@ import pytest
 from pyarrow import feather
 
 from data.small import small_tokenizer
-from prefopt.api import _names_or_rows
+from prefopt.api.objects import names_or_rows
 from prefopt.data.chat.render import INTO_FIELD, LEFT_INSIDE, TURNS_DROPPED, Renderer
 from prefopt.data.chat.template import Rendering
 from prefopt.data.comparisons import open_comparisons, parse_comparisons, read_comparisons
@@ -137,15 +137,15 @@ def test_rows_of_a_dataset_and_of_its_folder_and_file_are_the_same(tmp_path: Pat
     feather.write_feather(data.with_format("arrow")[:], tmp_path / "rows.feather")
     (saved,) = find_sources([tmp_path / "saved"])
     assert list(saved.rows()) == rows_of(tmp_path / "rows.parquet") == rows_of(tmp_path / "rows.feather") == rows
-    assert _names_or_rows(data) == (["rows given in Python"], rows)
-    assert _names_or_rows(data.select([1])) == (["rows given in Python"], rows[1:])
+    assert names_or_rows(data) == (["rows given in Python"], rows)
+    assert names_or_rows(data.select([1])) == (["rows given in Python"], rows[1:])
 
 
 def test_nulls_that_an_author_wrote_stay(tmp_path: Path) -> None:
     row = {"tools": [{"name": "f", "properties": {"town": None}}], "call": {"arguments": {"a": None}}}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     assert rows_of(tmp_path / "rows.jsonl") == [row]
-    assert _names_or_rows([row]) == (["rows given in Python"], [row])
+    assert names_or_rows([row]) == (["rows given in Python"], [row])
 
 
 def test_a_column_given_to_two_fields_is_refused(tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ from data.layouts.generated import changed_files
 from data.small import small_tokenizer
 from data.tokenising import TEMPLATE, chat_rows, write
 from prefopt.cli import main
+from prefopt.data.audit.rows import Audit, AuditOptions, audit, compare_prompts
+from prefopt.data.audit.statistics import SUSPICIONS, Lengths, suspicions
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.template import Rendering
-from prefopt.data.check.audit import Audit, AuditOptions, audit, compare_prompts
-from prefopt.data.check.statistics import SUSPICIONS, Lengths, suspicions
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.load import NO_FAULT, load_groups
 from prefopt.data.validate import DataKind
@@ -307,6 +307,12 @@ def test_examples_are_the_same_every_time_and_show_what_is_trained(tmp_path: Pat
     group = Renderer(made, Rendering(1024)).render(c).group
     trained = made.decode(group.sequence(0)[0][group.sequence(0)[1]])
     assert f"⟦{trained}⟧" in capsys.readouterr().out
+    assert main([*words, "--json"]) == 0
+    parts = json.loads(capsys.readouterr().out)["examples"][0]["parts"]
+    shared, *responses = ["".join(text for text, _ in part["spans"]) for part in parts]
+    assert [shared + response for response in responses] == [made.decode(group.sequence(k)[0]) for k in range(2)]
+    marked = ["".join(text for text, is_trained in part["spans"] if is_trained) for part in parts]
+    assert marked == ["", *(made.decode(group.sequence(k)[0][group.sequence(k)[1]]) for k in range(2))]
 
 
 def test_without_a_model_nothing_heavy_is_imported(tmp_path: Path) -> None:

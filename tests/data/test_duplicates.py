@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefopt.data.check.statistics import Duplicates
+from prefopt.data.audit.statistics import Duplicates
 from prefopt.records import Comparison, Message, Response, tiers_of
 
 

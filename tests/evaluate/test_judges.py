@@ -157,7 +157,7 @@ def test_models_with_other_tokens_imply_no_reward_together(model: str, tmp_path:
 
 
 def test_a_language_model_is_asked_in_both_orders_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prefopt.evaluate.judges.PAUSE", 0.0)
+    monkeypatch.setattr("prefopt.generate.judged.PAUSE", 0.0)
     with serving() as server:
         options = {"judge_url": server.url, "judge_model": "big"}
 
@@ -193,7 +193,7 @@ def test_a_language_model_that_holds_to_its_view_decides(monkeypatch: pytest.Mon
 
 
 def test_a_judge_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prefopt.evaluate.judges.PAUSE", 0.0)
+    monkeypatch.setattr("prefopt.generate.judged.PAUSE", 0.0)
     with serving() as server:
         url = server.url
     with pytest.raises(RunError, match="cannot be reached") as caught:

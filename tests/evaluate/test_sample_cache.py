@@ -63,7 +63,7 @@ def test_a_judge_that_raises_loses_no_sample(models: tuple[str, str, str], monke
 def test_a_server_that_dies_midway_is_gone_on_from(
     models: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("prefopt.evaluate.judges.PAUSE", 0.0)
+    monkeypatch.setattr("prefopt.generate.judged.PAUSE", 0.0)
     calls = drawn(monkeypatch)
     a, b, prompts = models
     words = ["compare", "--a", a, "--b", b, "--prompts", prompts, "--judge", "llm", "--judge-model", "big", *WORDS]

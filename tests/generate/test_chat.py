@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from model.vision import picture
 from prefopt.chat.conversation import Chat, VoteFile
 from prefopt.chat.input import LineReader
+from prefopt.data.comparisons import read_comparisons
 from prefopt.errors import RunError
 from prefopt.generate.chat_model import ContextLengthError, Messages, drop_oldest
-from prefopt.records import Message
+from prefopt.records import PICTURE, Message
 
 STOP, FAIL = "\x03", "\x00"
 
@@ -257,3 +259,20 @@ def test_turns_leave_question_by_question() -> None:
     twice = drop_oldest(once)
     assert twice is not None and [m.content for m in twice] == ["s", "4"]
     assert drop_oldest(twice) is None
+
+
+def test_a_picture_goes_with_the_next_message(tmp_path: Path) -> None:
+    """Also where no answer came, and into a saved file."""
+    path, saved = tmp_path / "a.png", tmp_path / "saved.jsonl"
+    path.write_bytes(picture().data)
+    typed = f"/image {tmp_path / 'none.png'}\n/image {path}\n{FAIL}\nwhat is it?\nand now?\n/save {saved}\n"
+    found, out = chat(typed, Echo("m"))
+    assert "no such file" in out and "20x12 pixels" in out and "it is gone" in out
+    turns = found.participants[0].messages
+    assert [(m.content, len(m.pictures)) for m in turns if m.role == "user"] == [
+        (f"{PICTURE}what is it?", 1),
+        ("and now?", 0),
+    ]
+    (c,) = read_comparisons(saved).comparisons
+    assert [p.source for p in c.pictures] == [str(path)]
+    assert "/image needs the path" in chat("/image\n", Echo("m"))[1]

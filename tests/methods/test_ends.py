@@ -58,13 +58,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "dpo, lora": {"lora": True},
     "ppo": {"reward": "length", "max_new_tokens": 4, "num": 2},
     "ppo, lora": {"reward": "length", "max_new_tokens": 4, "num": 2, "lora": True},
+    "online": {"reward": "length", "max_new_tokens": 4},
 }
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_writes_it(method: str, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, options = tmp_path / "out", {**QUICK, "progress": "plain", "max_steps": 1, **METHODS[method]}
-    if method.startswith("ppo"):
+    if method.startswith(("ppo", "online")):
         options.pop("max_length")
     getattr(prefopt, method.partition(",")[0])(base, CHATS, output=output, **options)
     assert ends_of(output) == [EOS, IM_END]

@@ -55,6 +55,6 @@ def test_the_option_moves_the_weights(method: str, name: str, place: Path) -> No
 
 def test_no_option_of_their_own_is_forgotten() -> None:
     shared = {o.name for kind in (MethodOptions, ModelOptions) for o in options(kind)}
-    elsewhere = {"train_tokenizer"}  # tests/methods/test_sft.py, a model from text alone
+    elsewhere = {"train_tokenizer", "samples"}  # tests/methods/test_sft.py; tests/train/test_samples.py
     for method, own in OWN.items():
         assert {o.name for o in options(KINDS[method])} - shared - elsewhere == set(own)

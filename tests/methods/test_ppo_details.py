@@ -25,7 +25,14 @@ def test_defaults_are_those_that_made_it_work() -> None:
     """Huang et al. 2024 (arXiv 2403.17031), and Ziegler et al. 2019 for the controller."""
     options: dict[str, Any] = {"model": "m", "prompts": ["p"], "reward": "length", "output": "o"}
     found = PpoConfig(**options)
-    wanted = {"learning_rate": 3e-6, "schedule": "linear", "warmup": 0.0, "adam_epsilon": 1e-5, "weight_decay": 0.0}
+    wanted = {
+        "learning_rate": "auto",
+        "published_rate": 3e-6,
+        "schedule": "linear",
+        "warmup": 0.0,
+        "adam_epsilon": 1e-5,
+        "weight_decay": 0.0,
+    }
     wanted |= {"gamma": 1.0, "gae_lambda": 0.95, "clip": 0.2, "value_clip": 0.2, "value_coefficient": 0.1}
     wanted |= {"ppo_epochs": 4, "minibatches": 1, "whiten_advantages": True, "whiten_rewards": False, "beta": 0.05}
     assert {name: getattr(found, name) for name in wanted} == wanted

@@ -49,6 +49,8 @@ MOVES: dict[str, tuple[Any, dict[str, Any]]] = {
     "clip": (0.01, {"ppo_epochs": 4}),
     "whiten_advantages": (False, {}),
     "whiten_rewards": (True, {}),
+    "normalise_scores": ("running", {}),
+    "max_update_kl": (1e-9, {"ppo_epochs": 4}),
     "gamma": (0.5, {}),
     "gae_lambda": (0.2, {}),
     "value_clip": (1e-4, CRITIC),
@@ -69,11 +71,19 @@ SHOWN_HERE = {
     "save_every": "test_a_stopped_run_goes_on_to_the_same_bits",
     "gradient_checkpointing": "test_checkpointing_saves_less_of_actor_and_critic_and_ends_with_the_same_bits",
     "dtype": "test_a_stopped_run_goes_on_to_the_same_bits",
+    "judge_url": "test_a_run_learns_from_a_judge_and_resumes_with_it",
+    "judge_model": "test_a_run_learns_from_a_judge_and_resumes_with_it",
+    "judge_prompt": "test_a_run_learns_from_a_judge_and_resumes_with_it",
+    "judge_pattern": "test_a_judge_scores_once_retries_and_counts_what_it_did_not_score",
+    "true_reward": "test_a_reward_that_is_exploited_is_told_while_it_happens_and_by_diagnose",
+    "eval_prompts": "test_a_reward_that_is_exploited_is_told_while_it_happens_and_by_diagnose",
+    "eval_every": "test_a_reward_that_is_exploited_is_told_while_it_happens_and_by_diagnose",
+    "keep_samples": "test_the_reward_is_the_weighted_sum_of_its_components",
 }
 SHOWN_ELSEWHERE = set(
     "model adapter lora_rank lora_alpha lora_dropout lora_targets quantise prompts lines on_bad_row format columns"
     " header label_means ignore_columns chat_template"
-    " template_variables output keep_last overwrite dry_run progress track track_project token_budget"
+    " judge_key template_variables output keep_last overwrite dry_run progress track track_project token_budget"
     " attention compile deterministic device threads shard optimizer offload"
     " router_aux_loss_coef router_z_loss_coef".split()
 )
@@ -117,5 +127,6 @@ def test_an_option_moves_the_weights(name: str, places: Any) -> None:
 def test_every_option_is_in_a_table() -> None:
     assert {f.name for f in dataclasses.fields(PpoConfig)} == set(MOVES) | set(SHOWN_HERE) | SHOWN_ELSEWHERE
     here = Path(__file__)
-    text = "".join(here.with_name(f"test_{x}.py").read_text("utf-8") for x in ("ppo", "ppo_details", "last_good"))
+    files = ("ppo", "ppo_details", "ppo_rewards", "last_good")
+    text = "".join(here.with_name(f"test_{x}.py").read_text("utf-8") for x in files)
     assert all(f"def {test}" in text for test in SHOWN_HERE.values())

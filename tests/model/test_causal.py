@@ -26,11 +26,10 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "i
         ("bart", "BartForConditionalGeneration", "is an encoder-decoder; prefopt trains causal"),
         ("t5", "T5ForConditionalGeneration", "is an encoder-decoder; prefopt trains causal"),
         ("mistral3", "Mistral3ForConditionalGeneration", "its language model by itself, saved as Mistral"),
-        ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "made for more than text"),
-        ("qwen3_vl", "Qwen3VLForConditionalGeneration", "made for more than text"),
-        ("llava", "LlavaForConditionalGeneration", "saved as LlamaForCausalLM"),
-        ("smolvlm", "SmolVLMForConditionalGeneration", "saved as LlamaForCausalLM"),
-        ("internvl", "InternVLForConditionalGeneration", "saved as Qwen2ForCausalLM"),
+        ("voxtral", "VoxtralForConditionalGeneration", "saved as LlamaForCausalLM"),
+        ("llava_next", "LlavaNextForConditionalGeneration", "saved as LlamaForCausalLM"),
+        ("aya_vision", "AyaVisionForConditionalGeneration", "saved as Cohere2ForCausalLM"),
+        ("glm4v", "Glm4vForConditionalGeneration", "made for more than text"),
         ("vit", "ViTForImageClassification", "is no causal language model of transformers"),
     ],
 )
@@ -46,7 +45,10 @@ def test_one_true_line(kind: str, name: str, words: str) -> None:
     assert "\n" not in line
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "gemma4", "qwen3_5", "mamba", "opt"])
+VISION = ["qwen2_5_vl", "qwen3_vl", "llava", "smolvlm", "internvl"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "gemma4", "qwen3_5", "mamba", "opt", *VISION])
 def test_causal_language_models_pass(kind: str) -> None:
     refuse_untrainable("MODEL", AutoConfig.for_model(kind))
 

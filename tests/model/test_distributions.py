@@ -15,6 +15,7 @@ from prefopt.model.kernels import head as logprobs
 from prefopt.model.kernels import head_device
 from prefopt.model.kernels.divergence import Divergence
 from prefopt.model.kernels.head import FORWARD, Distributions, TokenScores, head_scores, logit_scores, token_logprobs
+from prefopt.model.kernels.top_tokens import TopTokens
 from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer, ScoreRequest
 
@@ -174,3 +175,63 @@ def test_the_logits_of_a_batch_are_never_held(head: str, monkeypatch: pytest.Mon
         scores = scorer(batch, ScoreRequest(squares=True, reference=kept))
         (scores.logp_M.sum() + scores.divergence_M.sum()).backward()
     assert 32 * vocabulary <= seen.elements < 0.3 * len(batch.target) * vocabulary
+
+
+# -- of the other model the likeliest tokens alone are known -----------------------------------------------------------
+
+
+def binned(z: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Probabilities of some tokens and of all others together, one by one."""
+    p, rows = z.softmax(-1), []
+    for row, known in zip(p, ids.tolist(), strict=True):
+        rest = [v for v in range(len(row)) if v not in known]
+        rows.append(torch.stack([row[v] for v in known] + ([row[rest].sum()] if rest else [])))
+    return torch.stack(rows).log()
+
+
+@pytest.mark.parametrize("way", ["fused", "frozen", "module"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("many", [1, 5, V], ids=lambda k: f"top {k}")
+@pytest.mark.parametrize("divergence", [FORWARD, REVERSE, Divergence("jsd", 0.3)], ids=str)
+def test_top_tokens_and_the_rest_as_one_bin(
+    divergence: Divergence, many: int, transform: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values by the definition on bins, gradients by finite differences."""
+    monkeypatch.setattr(head_device, "tile_elements", lambda _: V * 16)
+    hidden, weight, bias, target = inputs()
+    weight.requires_grad_(way != "frozen")
+    r = torch.randn(M, V, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 2
+    top = r.log_softmax(-1).topk(many)
+    other = TopTokens(top.indices, top.values, r.log_softmax(-1)[torch.arange(M), target], V)
+    options = TRANSFORMS[transform]
+    generator = torch.Generator().manual_seed(2)
+    of_apart, of_logp = (torch.randn(M, generator=generator, dtype=torch.float64) for _ in range(2))
+
+    def scored(h: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> TokenScores:
+        if way == "module":
+            return logit_scores(lambda x: transformed(x @ w.T + b, **options), h, target, other, divergence)
+        return head_scores(h, w, target, other, bias=b, divergence=divergence, **options)
+
+    def total(h: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        found = scored(h, w, b)
+        return (of_apart * found.divergence_M + of_logp * found.logp_M).sum()
+
+    found, z = scored(hidden, weight, bias), transformed(hidden @ weight.T + bias, **options)
+    expected = apart(binned(z, top.indices), binned(r, top.indices), divergence)
+    torch.testing.assert_close(found.divergence_M, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.other_logp_M, r.log_softmax(-1)[torch.arange(M), target])
+    whole = naive(z, r, target, divergence)["divergence_M"]
+    assert (found.divergence_M <= whole + 1e-12).all()
+    if many == V:
+        torch.testing.assert_close(found.divergence_M, whole, rtol=1e-9, atol=1e-12)
+    leaves = [x for x in (hidden, weight, bias) if x.requires_grad]
+    slopes = torch.autograd.grad(total(hidden, weight, bias), leaves)
+    with torch.no_grad():
+        for leaf, slope in zip(leaves, slopes, strict=True):
+            along, h = torch.randn(leaf.shape, generator=generator, dtype=torch.float64), 1e-5
+            leaf += h * along
+            above = total(hidden, weight, bias)
+            leaf -= 2 * h * along
+            below = total(hidden, weight, bias)
+            leaf += h * along
+            assert float((slope * along).sum()) == pytest.approx(float(above - below) / (2 * h), rel=1e-6, abs=1e-8)

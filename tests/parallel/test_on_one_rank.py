@@ -149,7 +149,7 @@ CASES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "one held-out row": (
         "dpo",
         ["none", "full"],
-        {"eval_fraction": 0.1, "eval_every": 1, "early_stopping": 1, "learning_rate": 0.05, **LOTS},
+        {"eval_fraction": 0.1, "samples": 0, "eval_every": 1, "early_stopping": 1, "learning_rate": 0.05, **LOTS},
     ),
     "from scratch": ("sft", ["none", "full"], {"from_scratch": True, "train_tokenizer": 300, "token_budget": 100}),
     "pre-training term": ("ppo", ["none", "full"], {**PPO, "kl_target": 3.0, "critic": "head", "ptx_coefficient": 0.5}),
@@ -163,7 +163,7 @@ CASES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "experts, one pass": (
         "sft",
         ["none", "full"],
-        {"router_z_loss_coef": 0.1, "eval_fraction": 0.3, "dtype": "float64"},
+        {"router_z_loss_coef": 0.1, "eval_fraction": 0.3, "samples": 0, "dtype": "float64"},
     ),
 }
 

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from parallel.ranks import on_ranks
 from prefopt.losses.declare import LOSSES
+from prefopt.runs.samples import SAMPLES, read_samples
 from train.small import pairs, write_model, write_rows
 
 # Ten rows in batches of four: the last batch of an epoch is of two, less than three or four ranks.
@@ -43,9 +44,9 @@ LORA = {"lora": True, "lora_rank": 2, "gradient_checkpointing": True}
 FILES = {"pairs": lambda: pairs(10), "ranked": lambda: RANKED, "labels": lambda: LABELLED}
 
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "dpo": ("dpo", "pairs", {"eval_fraction": 0.3}),
+    "dpo": ("dpo", "pairs", {"eval_fraction": 0.3, "samples": 0}),  # which shards do not draw
     "lora": ("dpo", "pairs", LORA),
-    "sft": ("sft", "pairs", {"eval_fraction": 0.3}),
+    "sft": ("sft", "pairs", {"eval_fraction": 0.3, "samples": 0}),
     "kto": ("dpo", "labels", {"loss": "kto"}),
     "bco": ("dpo", "pairs", {"loss": "bco"}),
     "ranking": ("dpo", "ranked", {"loss": "plackett_luce"}),
@@ -166,6 +167,18 @@ def test_replicas_of_shards_on_two_nodes_train_as_one_process_does(case: str, tm
     for name in ("hybrid", "hybrid-float32"):
         shutil.rmtree(tmp_path / name / "checkpoints")
     same(tmp_path / "one", tmp_path / "hybrid")
+
+
+@pytest.mark.slow
+def test_samples_are_those_of_one_process_and_none_of_shards(tmp_path: Path) -> None:
+    model, file = prepared(tmp_path, "pairs")
+    options = {"eval_fraction": 0.3, "samples": 2, "max_steps": 2}
+    on_ranks(1, train, "dpo", file, options, model, str(tmp_path / "one"))
+    for shard in ("none", "full"):
+        on_ranks(2, train, "dpo", file, {**options, "shard": shard}, model, str(tmp_path / shard))
+    one, other, shards = (tmp_path / name / SAMPLES for name in ("one", "none", "full"))
+    assert one.read_bytes() == other.read_bytes() and len(read_samples(tmp_path / "one")) == 2
+    assert not shards.exists() and weights(tmp_path / "full").keys() == weights(tmp_path / "one").keys()
 
 
 def _killed(model: str, file: str, output: str) -> None:

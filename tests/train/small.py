@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import prefopt
 from data.small import small_tokenizer
 from forked import forked
-from prefopt.train.run import TrainingResult
+from prefopt.train.result import TrainingResult
 
 Row = dict[str, str]
 

@@ -10,6 +10,8 @@ import pytest
 
 from data.small import small_tokenizer
 from prefopt.config.dpo import DpoConfig
+from prefopt.config.reward import RewardConfig
+from prefopt.config.sft import SftConfig
 from prefopt.core.terminal import Reporter, StopRequest
 from prefopt.data.sampler import BatchSampler
 from prefopt.errors import ConfigError, Interrupted
@@ -78,3 +80,34 @@ def test_a_mixture_goes_on_to_the_same_bits(files: tuple[str, str], model: str, 
     assert same_bits(tmp_path / "parts", tmp_path / "whole")
     dpo(model, list(files), tmp_path / "plain", epochs=3, batch_size=4)
     assert metrics(tmp_path / "plain")[0] != metrics(tmp_path / "whole")[0]
+
+
+def test_a_twentieth_is_held_out_from_400_prompts_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By default and for preferences; the same rows as by the option, and fewer where a run reads few."""
+    many, few = write_rows(tmp_path / "many.jsonl", pairs(1200)), write_rows(tmp_path / "few.jsonl", pairs(399))
+    more = write_rows(tmp_path / "more.jsonl", pairs(3, seed=9))
+    plain = load(many)
+    said = capsys.readouterr().out
+    assert f"{len(plain.held_out)} held out (the default; --eval-fraction 0 trains on all)" in said
+    assert list(plain.held_out) == list(load(many, eval_fraction=0.05).held_out) and 40 < len(plain.held_out) < 80
+    assert "--eval-fraction 0" not in capsys.readouterr().out
+    tried = load(many, max_steps=4, batch_size=8)  # reads 32 rows
+    assert 10 <= len(tried.held_out) <= 30 and set(tried.held_out) < set(plain.held_out)
+    assert list(load(many, epochs=3, max_steps=400, batch_size=8).held_out) == list(plain.held_out)
+    assert not load(many, eval_fraction=0.0).held_out and len(load(many, eval_data=[more]).held_out) == 3
+    capsys.readouterr()
+    assert not load(few).held_out
+    assert "nothing is held out: 399 prompts are fewer than the 400" in capsys.readouterr().out
+    assert load(few, eval_fraction=0.05).held_out
+    for name, value in {"eval_every": 2, "early_stopping": 1, "eval_dtype": "float32", "samples": 4}.items():
+        with pytest.raises(ConfigError, match=rf"--{name.replace('_', '-')} needs held-out rows, and 399 prompts"):
+            load(few, **{name: value})
+
+
+def test_other_methods_hold_out_by_option_alone() -> None:
+    needed: dict[str, Any] = {"model": "m", "data": ["d"], "output": "o"}
+    assert (DpoConfig(**needed).eval_fraction, RewardConfig(**needed).eval_fraction) == (None, None)
+    assert SftConfig(**needed).eval_fraction == 0.0 and not SftConfig(**needed).evaluates
+    with pytest.raises(ConfigError, match="--samples 4 needs held-out prompts"):
+        SftConfig(**needed, samples=4)
+    assert DpoConfig(**needed, eval_fraction=0.0, samples=0).samples == 0

@@ -19,6 +19,7 @@ import pytest
 from prefopt.core.statistics import wilson
 from prefopt.errors import RunError
 from prefopt.runs.diagnose import CHECKS, change, diagnose, in_words
+from prefopt.runs.hacking import hacking
 from prefopt.runs.history import Curve, read_history
 from train.small import dpo, pairs, write_model, write_rows
 
@@ -32,6 +33,7 @@ def noisy(f: Callable[[float], float], spread: float = 0.02, n: int = N, seed: i
     return [f(0.0)] + [f(i / (n - 1)) + chance.gauss(0, spread) for i in range(1, n)]
 
 
+BEFORE_TRAINING = {"before_training": {"objective/true_scores": 1.0, "objective/true_scores_error": 0.1}}
 GOOD: dict[str, Any] = {
     "training": {
         "loss": noisy(lambda t: LN2 - 0.2 * t),
@@ -157,6 +159,30 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"training": {"objective/scores": noisy(lambda t: t), "val/length": noisy(lambda t: 20 + 20 * t, 1)}},
         r"grew from 2\d.* to 39.* tokens while the reward rose",
     ),
+    "repeats": (
+        {"training": {"objective/scores": noisy(lambda t: t), "val/distinct": noisy(lambda t: 0.9 - 0.5 * t)}},
+        r"distinct 3-grams fell from 0\.[89]\d to 0\.4\d while the reward rose",
+    ),
+    "narrow": (
+        {"training": {"objective/scores": noisy(lambda t: t), "policy/entropy_avg": noisy(lambda t: 2 - 1.8 * t)}},
+        r"entropy fell from 1\.\d+ to 0\.\d+ nats per token while the reward rose",
+    ),
+    "true reward fell": (
+        {
+            "training": {"objective/scores": noisy(lambda t: t)},
+            "held_out": {"objective/true_scores": [2.0, 1.0, 0.5], "objective/true_scores_error": [0.1] * 3},
+            "record": BEFORE_TRAINING,
+        },
+        r"best at step 20 \(2\) and is 0\.5 at step 60 \(noise 0\.28\) while the reward rose",
+    ),
+    "true reward rose": (
+        {
+            "training": {"objective/scores": noisy(lambda t: 0, 0.1)},
+            "held_out": {"objective/true_scores": [1.2, 1.3, 1.4], "objective/true_scores_error": [0.1] * 3},
+            "record": BEFORE_TRAINING,
+        },
+        r"rose from 1 to 1\.4 \(noise 0\.28\)",
+    ),
     "ended early": ({"record": {"steps": 90}}, "ended at step 60 of 90"),
     "few steps": ({"training": {"loss": [0.69, 0.6, 0.5]}}, "3 steps: too few"),
 }
@@ -189,6 +215,20 @@ NEARLY: dict[str, dict[str, Any]] = {
     "samples grew": {
         "training": {"objective/scores": noisy(lambda t: t), "val/length": noisy(lambda t: 40 + 4 * t, 1)},
     },
+    "repeats": {
+        "training": {"objective/scores": noisy(lambda t: t), "val/distinct": noisy(lambda t: 0.9 - 0.1 * t)},
+    },
+    "narrow": {
+        "training": {"objective/scores": noisy(lambda t: -t), "policy/entropy_avg": noisy(lambda t: 2 - 1.8 * t)},
+    },
+    "true reward fell": {
+        "held_out": {"objective/true_scores": [1.2, 1.1, 1.0], "objective/true_scores_error": [0.1] * 3},
+        "record": BEFORE_TRAINING,
+    },
+    "true reward rose": {
+        "held_out": {"objective/true_scores": [1.1, 1.2, 1.2], "objective/true_scores_error": [0.1] * 3},
+        "record": BEFORE_TRAINING,
+    },
     "ended early": {"record": {"status": "interrupted", "steps": 90}},
     "nothing held out": {"held_out": NONE_HELD_OUT, "record": {"status": "interrupted"}},
     "few steps": {"training": {"loss": noisy(lambda t: 1 - t, n=12)}},
@@ -203,7 +243,8 @@ def test_it_is_not_said_where_they_do_not(name: str, tmp_path: Path) -> None:
 def test_every_sentence_is_tested_both_ways() -> None:
     said = {
         node.args[0].value
-        for node in ast.walk(ast.parse(inspect.getsource(sys.modules[diagnose.__module__])))
+        for rules in (diagnose, hacking)
+        for node in ast.walk(ast.parse(inspect.getsource(sys.modules[rules.__module__])))
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding" and node.args
         if isinstance(node.args[0], ast.Constant)
     }

@@ -143,7 +143,8 @@ def test_no_memory_for_float32_keeps_the_run_alive(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"eval_dtype": "float32"}, "--eval-dtype float32 needs rows to evaluate on"),
+        ({"eval_dtype": "float32", "eval_fraction": 0.0}, "--eval-dtype float32 needs rows to evaluate on"),
+        ({"eval_dtype": "float32"}, "--eval-dtype needs held-out rows, and 20 prompts are fewer than the 400"),
         (
             {"eval_dtype": "float32", "eval_fraction": 0.3, "ref_model_sync_steps": 2},
             "--eval-dtype float32: the reference is scored with every batch; leave it out",

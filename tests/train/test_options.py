@@ -26,6 +26,7 @@ from prefopt.config.dpo import DpoConfig
 from prefopt.core.plugins import installed_version
 from prefopt.errors import ConfigError, DataError, RunError
 from prefopt.model.scorer import Scorer
+from prefopt.runs.samples import read_samples
 from train.small import dpo, evaluations, metrics, pairs, steps, weights, write_model, write_rows
 
 ROWS = pairs(9)
@@ -68,6 +69,45 @@ class Place:
             for row in ROWS
         ]
         return write_rows(self.folder / "talk.jsonl", rows)
+
+    @functools.cached_property
+    def turns(self) -> str:
+        """Conversations of two answers, each with a thought."""
+
+        def answers(text: str) -> list[dict[str, str]]:
+            thought = {"role": "assistant", "reasoning_content": f"so {text[:3]}"}
+            return [{**thought, "content": text[:5]}, {"role": "user", "content": "on"}, {**thought, "content": text}]
+
+        rows = [
+            {
+                "prompt": [{"role": "user", "content": row["prompt"]}],
+                **{side: answers(row[side]) for side in ("chosen", "rejected")},
+            }
+            for row in ROWS
+        ]
+        return write_rows(self.folder / "turns.jsonl", rows)
+
+    @functools.cached_property
+    def judged(self) -> str:
+        """Conversations whose answers have rejected alternatives."""
+        rows = [
+            {
+                "messages": [
+                    {"role": "user", "content": row["prompt"]},
+                    {"role": "assistant", "content": row["chosen"], "rejected": row["rejected"]},
+                ]
+            }
+            for row in ROWS
+        ]
+        return write_rows(self.folder / "judged.jsonl", rows)
+
+    @functools.cached_property
+    def forgetful(self) -> str:
+        """A chat template that shows the thought of the last answer alone."""
+        path = self.folder / "forgetful.jinja"
+        shown = "{% if loop.last and message.reasoning_content %}({{ message.reasoning_content }}){% endif %}"
+        path.write_text(TEMPLATE.replace("{{ message.content }}", shown + "{{ message.content }}"), "utf-8")
+        return str(path)
 
     @functools.cached_property
     def template(self) -> str:
@@ -142,6 +182,19 @@ def eval_dtype(place: Place) -> None:
     given = {"eval_data": [place.more], "dtype": "bfloat16", "learning_rate": 1e-6}
     losses = [evaluations(Path(place.run(**given, eval_dtype=name)))[-1]["eval_loss"] for name in ("run", "float32")]
     assert losses[0] != losses[1] and all(abs(x - math.log(2)) < 0.01 for x in losses)
+
+
+def compare(place: Place) -> None:
+    given = {"data": place.judged, "chat_template": place.template}
+    with pytest.raises(DataError, match="too few responses"):
+        place.run(**given)
+    assert len(steps(Path(place.run(**given, compare="steps")))) == 3
+
+
+def samples(place: Place) -> None:
+    """What is in them: tests/train/test_samples.py."""
+    outputs = [Path(place.run(eval_data=[place.more], samples=n)) for n in (0, 2)]
+    assert [len(read_samples(output)) for output in outputs] == [0, 2]
 
 
 def early_stopping(place: Place) -> None:
@@ -384,6 +437,13 @@ def seed(place: Place) -> None:
             assert not torch.equal(adapters[0][name], adapters[2][name])
 
 
+def vision(place: Place) -> None:
+    """Of rows without pictures any but the default is refused; tests/train/test_pictures.py trains towers."""
+    for value, more in (("full", {}), ("lora", {"lora": True})):
+        with pytest.raises(ConfigError, match="no row has a picture"):
+            place.run(vision=value, **more)
+
+
 def pairs_option(place: Place) -> None:
     """Of three responses, all pairs or the best against the worst."""
     rows = [
@@ -393,6 +453,25 @@ def pairs_option(place: Place) -> None:
     data = write_rows(place.folder / "ranked.jsonl", rows)
     moves("pairs", "best-worst", data=data)(place)
     assert steps(Path(place.run(data=data)))[0]["loss"] == pytest.approx(math.log(2))
+
+
+def measured(option: str, value: Any) -> Callable[[Place], None]:
+    """With the option the KL is measured at other steps, or on other samples; tests/methods/test_kl_guard.py."""
+
+    def check(place: Place) -> None:
+        given = {"max_kl": 1e9, "kl_every": 2, "kl_samples": 8, "max_new_tokens": 4, "learning_rate": 1e-2}
+        found = [
+            [(line["step"], line["objective/kl"]) for line in steps(Path(place.run(**more))) if "objective/kl" in line]
+            for more in (given, {**given, option: value})
+        ]
+        assert found[0] and found[1] and found[0] != found[1]
+
+    return check
+
+
+def max_kl(place: Place) -> None:
+    with pytest.raises(RunError, match="more than --max-kl 1e-09"):
+        place.run(max_kl=1e-9, learning_rate=1e-2, max_new_tokens=8, kl_every=1)
 
 
 SHOWN: dict[str, Callable[[Place], None]] = {
@@ -417,6 +496,8 @@ SHOWN: dict[str, Callable[[Place], None]] = {
     "max_length": moves("max_length", 12),
     "shuffle": moves("shuffle", False),
     "reasoning": moves("reasoning", "strip", data="@talk", chat_template="@template"),
+    "earlier_turns": moves("earlier_turns", "as-shown", data="@turns", chat_template="@forgetful"),
+    "compare": compare,
     "beta": moves("beta", 0.5),
     "label_smoothing": moves("label_smoothing", 0.3),
     "loss": moves("loss", "dpo:1.0,nll:0.2"),
@@ -432,11 +513,17 @@ SHOWN: dict[str, Callable[[Place], None]] = {
     "lora_alpha": moves("lora_alpha", 5, lora=True),
     "lora_dropout": moves("lora_dropout", 0.2, lora=True),
     "lora_targets": lora_targets,
+    "vision": vision,
     "quantise": quantise,
     "epochs": moves("epochs", 2.0),
     "max_steps": moves("max_steps", 2),
     "batch_size": moves("batch_size", 4),
     "learning_rate": moves("learning_rate", 2e-3),
+    "find_learning_rate": moves("find_learning_rate", True, eval_fraction=0.3),
+    "max_kl": max_kl,
+    "kl_every": measured("kl_every", 1),
+    "kl_samples": measured("kl_samples", 16),
+    "max_new_tokens": measured("max_new_tokens", 2),
     "schedule": moves("schedule", "constant"),
     "warmup": moves("warmup", 0.0),
     "weight_decay": moves("weight_decay", 0.1),
@@ -446,6 +533,7 @@ SHOWN: dict[str, Callable[[Place], None]] = {
     "max_grad_norm": moves("max_grad_norm", 0.01),
     "eval_every": eval_every,
     "eval_dtype": eval_dtype,
+    "samples": samples,
     "early_stopping": early_stopping,
     "output": output,
     "save_every": save_every,

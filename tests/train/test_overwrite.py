@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +117,15 @@ def test_names_are_read_as_their_readers_read_them(
         DistilConfig(**there, teacher="~/adapter", output=str(out), overwrite=True)
     with pytest.raises(ConfigError, match="which --reward reads"):
         PpoConfig(model=model, prompts=[data], reward="~/out", output=str(out), overwrite=True)
+
+
+def test_a_run_waits_for_who_looks_whether_its_folder_is_free(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, {}, resume=False)
+    probe = FileLock(tmp_path / ".lock", thread_local=False)
+    probe.acquire()
+    release = threading.Timer(0.1, probe.release)
+    release.start()
+    folder.take()
+    release.join()
+    assert folder.taken
+    folder.leave()

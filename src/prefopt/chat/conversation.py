@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import TextIO
 
@@ -20,14 +21,16 @@ from prefopt.core.files import expanded
 from prefopt.core.options import nearest
 from prefopt.core.terminal import write
 from prefopt.data.layouts.messages import write_messages
+from prefopt.data.pictures import BadPicture, read_picture
 from prefopt.errors import RunError, UserError
 from prefopt.generate.chat_model import ChatModel, ContextLengthError, Messages, drop_oldest, with_system
-from prefopt.records import Message
+from prefopt.records import PICTURE, Message, Picture
 
 TIERS = {"a": [[0], [1]], "b": [[1], [0]], "tie": [[0, 1]]}
 VOTES = {"a": "a", "b": "b", "t": "tie", "tie": "tie", "s": "skip", "skip": "skip"}
 COMMANDS = {
     "/system TEXT": "set the system prompt; without TEXT remove it",
+    "/image PATH": "show the model a picture, with the next message",
     "/reset": "forget the conversation; the system prompt stays",
     "/retry": "answer the last message again",
     "/save FILE": "append the conversation to a file of JSON lines, for --data",
@@ -116,6 +119,22 @@ class Participant:
     dropped: int = 0
 
 
+def fitting_answer(model: ChatModel, messages: Messages, attempt: int) -> tuple[int, Iterator[str]]:
+    """The answer to a conversation, which begins here, and how many of its oldest messages were left out to fit the
+    model's context. Raises :class:`ContextLengthError` where the last message alone does not."""
+    kept = messages
+    while True:
+        chunks = model.answer(kept, attempt)
+        try:
+            first = next(chunks, "")
+        except ContextLengthError:
+            if (shorter := drop_oldest(kept)) is None:
+                raise
+            kept = shorter
+        else:
+            return len(messages) - len(kept), chain([first], chunks)
+
+
 class Chat:
     """``votes``: two models answer blind, as A and B, and the better answer continues both conversations.
 
@@ -139,6 +158,7 @@ class Chat:
         self._interrupts = Interrupts()
         self._order = random.Random(seed)
         self._attempt = 0
+        self._pictures: list[Picture] = []
 
     def run(self) -> None:
         """Talk until the input ends, or the user leaves."""
@@ -174,8 +194,10 @@ class Chat:
         if self.complete:
             self._continue(text)
         elif text.strip():
+            pictures, self._pictures = tuple(self._pictures), []
+            content = PICTURE * len(pictures) + text
             for participant in self.participants:
-                participant.messages.append(Message("user", text))
+                participant.messages.append(Message("user", content, pictures=pictures))
             self._answer()
 
     def _round(self, chunks: Callable[[Participant], Iterator[str]]) -> tuple[list[Participant], list[str]]:
@@ -224,26 +246,20 @@ class Chat:
             self._vote(order, prompt, answers)
 
     def _take_back(self) -> None:
-        """Forget the last message of the user and what followed."""
+        """Forget the last message of the user and what followed; its pictures go with the next one."""
         for participant in self.participants:
-            while participant.messages and participant.messages.pop().role != "user":
-                pass
+            while participant.messages and (taken := participant.messages.pop()):
+                if taken.role == "user":
+                    self._pictures = list(taken.pictures)
+                    break
 
     def _answer_chunks(self, participant: Participant) -> Iterator[str]:
-        messages = whole = with_system(self.system, participant.messages)
-        first = None
-        while first is None:
-            chunks = participant.model.answer(messages, self._attempt)
-            try:
-                first = next(chunks, "")
-            except ContextLengthError:
-                if (shorter := drop_oldest(messages)) is None:
-                    raise
-                messages = shorter
-        if (dropped := len(whole) - len(messages)) > participant.dropped:
+        dropped, chunks = fitting_answer(
+            participant.model, with_system(self.system, participant.messages), self._attempt
+        )
+        if dropped > participant.dropped:
             self._say(f"(the context is full: the {dropped} oldest turns are left out)")
             participant.dropped = dropped
-        yield first
         yield from chunks
 
     def _continue(self, text: str, *, again: bool = False) -> None:
@@ -294,7 +310,20 @@ class Chat:
         self.system = text or None
         self._say("(system prompt set)" if text else "(no system prompt)")
 
+    def _image(self, path: str) -> None:
+        if self.complete:
+            raise RunError("text to continue has no pictures")
+        if not path:
+            raise RunError("/image needs the path of a picture")
+        try:
+            picture = read_picture(path, Path.cwd())
+        except BadPicture as bad:
+            raise RunError(str(bad)) from None
+        self._pictures.append(picture)
+        self._say(f"({picture.size} pixels, shown with the next message)")
+
     def _reset(self, _: str) -> None:
+        self._pictures.clear()
         self.participants = [Participant(participant.model) for participant in self.participants]
         self._say("(a new conversation)")
 

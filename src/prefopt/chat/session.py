@@ -13,6 +13,7 @@ from prefopt.chat.conversation import Chat, VoteFile
 from prefopt.chat.input import terminal_reader
 from prefopt.config.sample import ChatConfig
 from prefopt.core.terminal import Reporter
+from prefopt.data.chat.pictures import has_processor
 from prefopt.data.chat.template import parse_variables, read_template
 from prefopt.generate.chat_model import ChatModel, LocalChatModel, RemoteChatModel
 from prefopt.generate.model_io import SampledModel, renderer_for
@@ -23,10 +24,25 @@ from prefopt.model.precision import slow_dtype
 
 def chat(config: ChatConfig) -> None:
     """One session on standard input and output. Raises :class:`prefopt.errors.UserError` before it begins."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
     reporter = Reporter("plain")
     seed = random.SystemRandom().randrange(2**32) if config.seed is None else config.seed
+    models = open_models(config, seed, reporter)
+    votes = VoteFile(Path(config.votes), [model.name for model in models]) if config.blind else None
+    if votes is not None:
+        reporter.say(f"they answer blind, as A and B in a random order; votes go to {votes.path}")
+    if config.complete:
+        reporter.say("what you type is continued as text; an empty line lets it go on")
+    reporter.say("/help lists commands, Ctrl-C stops an answer, Ctrl-D ends")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # for terminals that lack a character
+    reader = terminal_reader()
+    Chat(models, reader, sys.stdout, system=config.system, complete=config.complete, votes=votes, seed=seed).run()
+
+
+def open_models(config: ChatConfig, seed: int, reporter: Reporter) -> list[ChatModel]:
+    """The one or two models of a chat, with distinct names. Raises :class:`prefopt.errors.UserError`."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
     models: list[ChatModel] = []
     if config.model is not None:
         models.append(_local(config, config.model, config.adapter, seed, reporter))
@@ -42,26 +58,19 @@ def chat(config: ChatConfig) -> None:
     if len(models) == 2 and models[0].name == models[1].name:
         for n, model in enumerate(models, 1):
             model.name = f"{model.name} ({n})"
-    votes = VoteFile(Path(config.votes), [model.name for model in models]) if config.blind else None
-    if votes is not None:
-        reporter.say(f"they answer blind, as A and B in a random order; votes go to {votes.path}")
-    if config.complete:
-        reporter.say("what you type is continued as text; an empty line lets it go on")
-    reporter.say("/help lists commands, Ctrl-C stops an answer, Ctrl-D ends")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # for terminals that lack a character
-    reader = terminal_reader()
-    Chat(models, reader, sys.stdout, system=config.system, complete=config.complete, votes=votes, seed=seed).run()
+    return models
 
 
 def _local(config: ChatConfig, name: str, adapter: str | None, seed: int, reporter: Reporter) -> LocalChatModel:
     model = SampledModel(name, adapter=adapter, quantise=config.quantise, device=config.device, dtype=config.dtype)
+    model.pictures = has_processor(model.source)
     template = read_template(config.chat_template) if config.chat_template else None
     renderer = renderer_for(model.tokenizer, template, parse_variables(config.template_variables or ()))
     recommended = _recommended(model.generation_config)
     given = _given(config, "temperature", "top_p", "top_k")
     sampling = {**recommended, **given}
-    params = SamplingParams(config.max_new_tokens, model.stop_ids(renderer), seed=seed, **sampling)
+    sampled: dict[str, Any] = {"seed": seed, "never": model.never_drawn, **sampling}
+    params = SamplingParams(config.max_new_tokens, model.stop_ids(renderer), **sampled)
     found = LocalChatModel(model, renderer, params)
     own = "its own chat template" if model.tokenizer.chat_template else "turns as 'User: ...', 'Assistant: ...'"
     form = "text" if config.complete else "--chat-template" if template else own

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from prefopt.config import collect
-from prefopt.core.plugins import how_to_install
+from prefopt.core.plugins import needing
 from prefopt.core.terminal import size, tell, tell_json, tell_lines
 from prefopt.data.files.write import ENDINGS, row_files
 from prefopt.data.sampler import split_by_prompt
@@ -97,14 +97,8 @@ def _read_text(name: str) -> str:
 
 
 def collect_serve(config: collect.CollectServeConfig) -> int:
-    try:
+    with needing("collect", "prefopt collect serve"):
         from prefopt.collect.serve import serve
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "prefopt":
-            raise
-        raise ConfigError(
-            f"{error.name} is not installed; prefopt collect serve needs {how_to_install('collect')}"
-        ) from None
     serve(config)
     return 0
 

@@ -8,6 +8,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
+from prefopt.api.models import merged, pushed
 from prefopt.config import tools
 from prefopt.config.compare import CompareConfig
 from prefopt.config.export import ExportConfig
@@ -19,7 +20,7 @@ from prefopt.config.sample import SampleConfig
 from prefopt.config.scoring import ScorerOptions
 from prefopt.config.sweeps import MethodsConfig
 from prefopt.core import cache_folder
-from prefopt.core.model_folder import require_adapter
+from prefopt.core.plugins import needing
 from prefopt.core.ranks import Ranks, check_ranks
 from prefopt.core.terminal import size, tell, tell_json, tell_lines
 from prefopt.errors import ConfigError
@@ -77,18 +78,7 @@ def cache_clear(config: tools.CacheClearConfig) -> int:
 
 
 def merge(config: tools.MergeConfig) -> int:
-    require_adapter(config.adapter)  # before torch is imported
-    from prefopt.model.merge import merge_adapter
-    from prefopt.model.precision import DTYPES, resolve_device
-
-    done = merge_adapter(
-        config.adapter,
-        config.output,
-        model=config.model,
-        dtype=DTYPES[config.dtype],
-        device=resolve_device(config.device),
-    )
-    tell_lines(done.in_words())
+    tell_lines(merged(config).in_words())
     return 0
 
 
@@ -100,14 +90,8 @@ def export(config: ExportConfig) -> int:
 
 
 def push(config: tools.PushConfig) -> int:
-    from prefopt.model.push import confirmed, plan_upload, push
-
-    planned = plan_upload(config.folder, run=config.with_run, checkpoints=config.with_checkpoints)
-    tell_lines(planned.in_words(config.repo, config.private))
-    if not confirmed(config.yes):
-        tell("nothing was sent")
-        return 0
-    tell(f"sent: {push(planned, config.repo, private=config.private)}")
+    address = pushed(config)
+    tell("nothing was sent" if address is None else f"sent: {address}")
     return 0
 
 
@@ -262,7 +246,7 @@ def data_layouts(config: tools.DataLayoutsConfig) -> int:
 
 
 def data_check(config: tools.DataCheckConfig) -> int:
-    from prefopt.data.check import run_check
+    from prefopt.data.audit import run_check
 
     if config.model is None:  # without torch
         return run_check(config)
@@ -288,6 +272,13 @@ def losses(config: tools.LossesConfig) -> int:
     from prefopt.losses.parse import describe_loss, list_losses
 
     tell(list_losses() if config.name is None else describe_loss(config.name))
+    return 0
+
+
+def ui(config: tools.UiConfig) -> int:
+    with needing("collect", "prefopt ui"):
+        from prefopt.ui.serve import serve
+    serve(config)
     return 0
 
 

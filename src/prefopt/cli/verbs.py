@@ -139,6 +139,7 @@ ROWS: list[tuple[str, type[Config], str, str]] = [
     ("collect import", collect.CollectImportConfig, "add items to a study", "study.db --responses more.jsonl"),
     ("collect check", collect.CollectCheckConfig, "check a study against its digests", "study.db"),
     ("collect backup", collect.CollectBackupConfig, "copy a study, also while it is served", "study.db copy.db"),
+    ("ui", tools.UiConfig, "open a local page on a folder of runs: curves, samples, data, chat, new runs", "runs"),
     ("cache list", tools.CacheListConfig, "list cached log-probabilities, tokenised data and samples", ""),
     ("cache verify", tools.CacheVerifyConfig, "check the cache against its checksums", "--repair"),
     ("cache clear", tools.CacheClearConfig, "delete the cache, or entries of it", "--older-than 30"),
@@ -164,6 +165,7 @@ EXAMPLES = {
     "dpo": f"{MODEL} --data pairs.jsonl --eval-fraction 0.1 --output runs/dpo",
     "reward": f"{MODEL} --data pairs.jsonl --output runs/reward",
     "ppo": "--model runs/sft --prompts prompts.jsonl --reward runs/reward --output runs/ppo",
+    "online": "--model runs/sft --prompts prompts.jsonl --reward runs/reward --output runs/online",
 }
 WITH_YAML = {"rlhf", "frontier", "methods", "sample", "collect new"}
 PATHS = {

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 from prefopt.cli.verbs import options_of
 from prefopt.core.options import Option, unknown_options
+from prefopt.core.words import from_words
 from prefopt.errors import ConfigError
 
 FLAG = re.compile(r"-(?!\.?[0-9]|inf$|nan$|$)[^\s=]+(=|$)")
 """Neither negative numbers nor text that begins with a dash are flags."""
-TRUTH = {"true": True, "false": False}
 
 
 def parse(name: str, words: list[str]) -> dict[str, Any]:
@@ -61,7 +59,7 @@ def parse(name: str, words: list[str]) -> dict[str, Any]:
             if flag in found and list[str] not in known[flag].kinds:
                 raise ConfigError(f"{flag} is given twice; leave one out")
             found.setdefault(flag, []).extend(values)
-    return {known[flag].name: _converted(known[flag], values) for flag, values in found.items()}
+    return {known[flag].name: from_words(known[flag], values) for flag, values in found.items()}
 
 
 def _is_switch(o: Option) -> bool:
@@ -81,23 +79,3 @@ def _placed(words: Sequence[str], places: Sequence[Option]) -> dict[str, list[st
         raise ConfigError(f"{word!r} belongs to no option: names and values follow an option, such as --model NAME")
     others = {o.flag: [word] for o, word in zip(taken[1:], words[cut:], strict=True)}
     return {taken[0].flag: list(words[:cut])} | others
-
-
-def _converted(o: Option, values: list[str]) -> Any:
-    """Words of the command line as the option's type; what cannot be converted stays text, which the config refuses."""
-    if not values and bool in o.kinds:
-        return True
-    if not values:
-        raise ConfigError(f"{o.flag} has no value; it must be {o.expects}")
-    if list[str] in o.kinds:
-        return values
-    text = values[0]
-    if text == "null" and o.optional:
-        return None
-    if bool in o.kinds:
-        return TRUTH.get(text, text)
-    for kind in (k for k in (int, float) if k in o.kinds):
-        with suppress(ValueError, OverflowError):
-            if math.isfinite(number := kind(text)):
-                return number
-    return text

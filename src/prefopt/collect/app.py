@@ -6,7 +6,6 @@ import logging
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -18,19 +17,22 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from prefopt.collect.markdown import as_html
-from prefopt.collect.security import Buckets, Guard, RateLimit, Sessions, address_of, csrf_token, same_secret
-from prefopt.collect.views import LANGUAGES, REASONS, Form, Lead, field_of, language_of, number, read_ballot, view_of
+from prefopt.collect.pictures import picture_of
+from prefopt.collect.views import LANGUAGES, REASONS, Form, Lead, field_of, number, read_ballot, view_of
 from prefopt.errors import StudyError
 from prefopt.studies.annotators import DAY, SESSION_DAYS, Annotator, close_session, invited, open_session, session_of
-from prefopt.studies.items import items_left, items_seen, next_item
+from prefopt.studies.items import get_item, items_left, items_seen, next_item, was_shown
 from prefopt.studies.quality import FAST_SECONDS, FAST_SHARE, FEWEST, ONE_SIDE
 from prefopt.studies.study import Study
 from prefopt.studies.votes import RefusedVote, latest_ticket, record, shown_order, undo
+from prefopt.web.language import language_of
+from prefopt.web.security import Buckets, Guard, RateLimit, Sessions, address_of, csrf_token, same_secret
+from prefopt.web.static_files import StaticFiles
 
 log = logging.getLogger("prefopt.collect")
 THEMES = ("auto", "light", "dark")
 PREFERENCES = {"language": tuple(LANGUAGES), "theme": THEMES, "keys": ("on", "off")}
-STATIC = {"style.css": "text/css", "vote.js": "text/javascript", "icon.svg": "image/svg+xml"}
+STATIC = ("style.css", "vote.js", "icon.svg")
 PAGES = ("/", "/lead")
 LIMITS = {"seconds": f"{FAST_SECONDS:g}", "share": f"{FAST_SHARE:.0%}", "level": f"{ONE_SIDE:.1%}", "votes": FEWEST}
 NOTICES = ("saved", "undone", "nothing to undo", "already stored", "left")
@@ -57,6 +59,7 @@ def build_app(study: Study, site: Site) -> ASGIApp:
         "/join/{secret}": pages.invitation,
         "/lead": pages.lead,
         "/lead/item/{number:int}": pages.lead_item,
+        "/picture/{number:int}/{place:int}": pages.picture,
         "/static/{name}": pages.static,
         "/favicon.ico": pages.static,
     }
@@ -86,8 +89,7 @@ class _Pages:
         self.templates.globals |= {"settings": study.settings, "languages": LANGUAGES, "themes": THEMES}
         self.templates.filters["number"] = number
         self.instructions = as_html(study.settings.instructions) if study.settings.instructions else None
-        folder = files("prefopt.collect") / "static"
-        self.files = {name: (folder / name).read_bytes() for name in STATIC}
+        self.files = StaticFiles("prefopt.collect", STATIC)
 
     def annotator(self, request: Request) -> Annotator:
         """Who is signed in. Raises :class:`Refusal`."""
@@ -110,7 +112,8 @@ class _Pages:
 
     def render(self, request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
         """A page in the language and theme of the request."""
-        language = language_of(request.cookies.get("prefopt-language", ""), request.headers.get("accept-language", ""))
+        chosen = request.cookies.get("prefopt-language", "")
+        language = language_of(LANGUAGES, chosen, request.headers.get("accept-language", ""))
         theme = request.cookies.get("prefopt-theme", "auto")
         secret = request.cookies.get(self.cookie, "")
         notice = request.query_params.get("notice", "")
@@ -239,14 +242,26 @@ class _Pages:
             raise Refusal(404, "not found")
         return self.render(request, "item.html", annotator=annotator, **found)
 
+    def picture(self, request: Request) -> Response:
+        """A picture of an item that the annotator was shown, or any for a lead."""
+        annotator = self.annotator(request)
+        number, place = request.path_params["number"], request.path_params["place"]
+        with self.study.reading() as connection:
+            may = annotator.lead or was_shown(connection, annotator, number)
+            item = get_item(connection, number) if may and number < 2**63 else None
+        data = picture_of(item, place) if item is not None else None
+        if data is None:
+            raise Refusal(404, "not found")
+        return Response(data, media_type="image/png")
+
     # -- files and errors --------------------------------------------------------------------------------------
 
     def static(self, request: Request) -> Response:
-        """Script, style and icon, from memory: a path cannot lead anywhere else."""
-        name = request.path_params.get("name", "icon.svg")
-        if name not in STATIC:
+        """Script, style and icon."""
+        found = self.files.answer(request.path_params.get("name", "icon.svg"))
+        if found is None:
             raise Refusal(404, "not found")
-        return Response(self.files[name], media_type=STATIC[name], headers={"Cache-Control": "no-cache"})
+        return found
 
     def http_error(self, request: Request, error: HTTPException) -> Response:
         """Refusals, and unknown routes and methods."""

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from prefopt.collect.pictures import without_metadata
 from prefopt.config.collect import CollectNewConfig, ImportOptions
 from prefopt.config.data import READING
 from prefopt.config.sample import SampleConfig
 from prefopt.data.comparisons import open_comparisons
 from prefopt.data.files.sources import Source, find_sources
 from prefopt.data.layouts import LAYOUTS
+from prefopt.data.pictures import BAD_PICTURE, BadPicture
 from prefopt.data.validate import Problem, convert, describe, refuse, refused_rows
 from prefopt.errors import DataError, RunError
 from prefopt.records import Comparison, Response, Tiers
@@ -71,7 +73,10 @@ class ImportedItems:
             if not all(any(m.content.strip() or m.tool_calls for m in r.messages) for r in responses):
                 raise DataError("has an empty response")
             bare = replace(c, responses=responses, tiers=(), scores=None, labels=None, votes=None, extra={})
-            row = LAYOUTS["canonical"].write(bare)
+            row = LAYOUTS["canonical"].write(without_metadata(bare) if bare.pictures else bare)
+        except BadPicture as bad:
+            self.problems.append(Problem(BAD_PICTURE, c.row, str(bad), c.file))
+            return
         except DataError as error:
             self.problems.append(Problem("cannot be compared", c.row, error.what, c.file))
             return

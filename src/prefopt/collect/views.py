@@ -1,8 +1,4 @@
-"""Contents of the pages: languages, an item with its responses, the ballot, and the lead's statistics.
-
->>> language_of("", "fr, zh-CN;q=0.9, en;q=0.8")
-'zh'
-"""
+"""Contents of the pages: languages, an item with its responses, the ballot, and the lead's statistics."""
 
 from __future__ import annotations
 
@@ -10,45 +6,30 @@ import json
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
+from itertools import count
 from typing import Any
 
 from markupsafe import Markup
 
 from prefopt.collect.markdown import as_html, as_plain
+from prefopt.collect.pictures import parts_of, pictures_before, words_of
 from prefopt.records import Tiers
 from prefopt.studies.annotators import annotators
 from prefopt.studies.items import Item, get_item
 from prefopt.studies.study import Study
 from prefopt.studies.summary import StudySummary, answer_kind, summarise
 from prefopt.studies.votes import RefusedVote, StoredVote, Vote, stored_votes
+from prefopt.web.language import read_languages
 
 LETTERS = "ABCDEFGHI"
 REASONS = ("unclear", "outside", "broken", "offensive")
 LONGEST_FIELD = 20_000
-LANGUAGES: Mapping[str, Mapping[str, str]] = json.loads(
-    (files("prefopt.collect") / "languages.json").read_text("utf-8")
-)
-"""Language code to the texts of the pages."""
+LANGUAGES = read_languages("prefopt.collect")
 
 Form = Mapping[str, Sequence[str]]
 """Field names to values."""
-
-
-def language_of(chosen: str, accepted: str) -> str:
-    """The chosen language, else the first available one in an Accept-Language header, else English."""
-    if chosen in LANGUAGES:
-        return chosen
-    wanted: list[tuple[float, str]] = []
-    for entry in accepted[:200].split(","):
-        name, _, quality = entry.strip().partition(";q=")
-        try:
-            wanted.append((-float(quality or 1), name.lower()[:2]))
-        except ValueError:
-            continue
-    return next((name for _, name in sorted(wanted, key=lambda w: w[0]) if name in LANGUAGES), "en")
 
 
 # -- items ---------------------------------------------------------------------------------------------------------
@@ -88,25 +69,36 @@ def view_of(item: Item, shown: Sequence[int]) -> ItemView:
     row = item.row
     plain = isinstance(row["prompt"], str)
 
-    def messages(role: str, given: Any) -> tuple[MessageView, ...]:
-        return (MessageView(role, as_plain(given) if given else Markup()),) if plain else tuple(map(_message, given))
+    def messages(role: str, given: Any, first: int = 0) -> tuple[MessageView, ...]:
+        """Of turns whose pictures are numbered from ``first``."""
+        if plain:
+            return (MessageView(role, as_plain(given) if given else Markup()),)
+        addresses = (f"/picture/{item.id}/{number}" for number in count(first))
+        return tuple(_message(message, addresses) for message in given)
 
     responses = []
+    before = pictures_before(row)
     for place, k in enumerate(shown):
         given = row["responses"][k]
-        source = given if plain else "\n\n".join(str(m.get("content") or "") for m in given)
-        responses.append(ResponseView(place, LETTERS[place], messages("assistant", given), source))
+        source = given if plain else "\n\n".join(words_of(m.get("content")) for m in given)
+        responses.append(ResponseView(place, LETTERS[place], messages("assistant", given, before[k]), source))
     prompt = tuple(m for m in messages("user", row["prompt"]) if m.html or m.calls or m.reasoning)
     return ItemView(prompt, tuple(_indented(tool) for tool in row.get("tools") or ()), tuple(responses))
 
 
-def _message(message: Mapping[str, Any]) -> MessageView:
-    content, reasoning = str(message.get("content") or ""), message.get("reasoning_content")
+def _message(message: Mapping[str, Any], addresses: Iterator[str]) -> MessageView:
+    """A message; its pictures have the next ``addresses``."""
+    reasoning = message.get("reasoning_content")
     calls = []
     for call in message.get("tool_calls") or ():
         function = call.get("function", {})
         calls.append(f"{function.get('name', '')}({_indented(function.get('arguments', ''))})")
-    html = as_html(content) if content else Markup()
+    html = Markup()
+    for part in parts_of(message.get("content")):
+        if part.get("type") == "image":
+            html += Markup('<img class="picture" src="{}" alt="">').format(next(addresses))
+        else:
+            html += as_html(str(part["text"]))
     return MessageView(str(message["role"]), html, as_html(reasoning) if reasoning else None, tuple(calls))
 
 

@@ -53,7 +53,7 @@ class CompareConfig(MachineOptions, ProgressOptions, SamplingOptions, RowOptions
         default_text="required",
     )
     judge_url: str | None = option(None, "OpenAI-compatible server of the judge llm, such as http://localhost:8000/v1")
-    judge_model: str | None = option(None, "its name there", default_text="the server's only model")
+    judge_model: str | None = option(None, "name of the judge on that server", default_text="the server's only model")
     judge_key: str | None = option(None, "environment variable with the server's key", default_text="no key is sent")
 
     tasks: list[str] | None = option(

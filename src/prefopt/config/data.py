@@ -123,6 +123,7 @@ class CompareOptions(RenderOptions):
         "responses",
         "what is compared: whole responses, or each assistant turn of them that has a label or a rejected alternative,"
         " behind the turns before it",
+        group="data",
     )
 
 
@@ -136,16 +137,16 @@ class DataOptions(CompareOptions, RowOptions):
         "how often an epoch repeats the rows of each --data, in their order: 2 is twice, 0.5 another half every epoch",
         default_text="once each",
     )
-    eval_data: list[str] | None = option(None, "data to evaluate on, named as --data is")
-    eval_fraction: float = option(
+    eval_data: list[str] | None = option(None, "evaluation data, named like --data")
+    eval_fraction: float | None = option(
         0.0, "fraction of the prompts to hold out for evaluation; no prompt is on both sides", at_least=0, below=1
     )
     shuffle: bool = option(True, "draw a new order every epoch, from the seed")
 
     @property
     def evaluates(self) -> bool:
-        """Whether there are rows to evaluate on."""
-        return self.eval_data is not None or self.eval_fraction > 0
+        """Whether there are rows to evaluate on; where ``eval_fraction`` is None, there may be."""
+        return self.eval_data is not None or self.eval_fraction != 0
 
     @property
     def weights(self) -> list[float] | None:
@@ -163,7 +164,7 @@ class DataOptions(CompareOptions, RowOptions):
 
     def check(self) -> None:
         _ = self.weights
-        if self.eval_data is not None and self.eval_fraction > 0:
+        if self.eval_data is not None and self.eval_fraction:
             raise ConfigError("--eval-data and --eval-fraction both name evaluation data: give one of them")
 
 

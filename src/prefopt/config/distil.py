@@ -9,22 +9,49 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from prefopt.config.evaluation import SampleOptions
+from prefopt.config.rollouts import CONCURRENCY, RolloutOptions
 from prefopt.config.sft import LEARNING_RATE
-from prefopt.config.training import MethodOptions, ModelOptions, rate_option
-from prefopt.core.options import option
+from prefopt.config.training import ModelOptions, rate_option
+from prefopt.core.endpoint import base_url, is_url
+from prefopt.core.options import flag, option
 from prefopt.errors import ConfigError
 
 JSD_WEIGHT = 0.5
 MAX_NEW_TOKENS = 128
+TOP_K = 20
+"""What vLLM gives without an option of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistilConfig(MethodOptions, ModelOptions):
+class DistilConfig(SampleOptions, RolloutOptions, ModelOptions):
     """One run of distillation. Construction raises ``ConfigError``."""
 
     model: str = option(help="model to train: a folder, or the name of one on the Hugging Face Hub", group="model")
-    teacher: str = option(help="model to learn from, of the same tokenizer: a folder, or a name on the Hub")
+    teacher: str = option(
+        help="model to learn from, of the same tokenizer: a folder, a name on the Hub, or the URL of a vLLM server"
+    )
     teacher_adapter: str | None = option(None, "adapter on the teacher")
+    teacher_model: str | None = option(
+        None, "name of the teacher on its server", default_text="the only one there", group="teacher's server"
+    )
+    teacher_key: str | None = option(None, "environment variable with the server's key", default_text="no key is sent")
+    teacher_top_k: int | None = option(
+        help="likeliest tokens that the server is asked for at every place; all others together are one bin of the"
+        " loss. vLLM gives more than 20 with --max-logprobs",
+        computed=lambda c: TOP_K if c.teacher_url else None,
+        default_text=f"{TOP_K}, with a server",
+        at_least=1,
+    )
+    teacher_concurrency: int | None = option(
+        help="sequences that the server is asked about at once",
+        computed=lambda c: CONCURRENCY if c.teacher_url else None,
+        default_text=f"{CONCURRENCY}, with a server",
+        at_least=1,
+    )
+    same_tokenizer: bool = option(
+        False, "the server's tokenizer is the model's, which a server without /tokenize cannot show"
+    )
     learning_rate: float = rate_option(LEARNING_RATE, "; 5e-6 to 2e-5 is usual, with LoRA 1e-4 to 5e-4")
     divergence: Literal["forward", "reverse", "jsd"] = option(
         "forward",
@@ -57,8 +84,22 @@ class DistilConfig(MethodOptions, ModelOptions):
         at_least=1,
     )
 
+    @property
+    def teacher_url(self) -> bool:
+        """Whether the teacher is behind a URL."""
+        return is_url(self.teacher)
+
     def check(self) -> None:
+        for name in ("teacher_model", "teacher_key", "teacher_top_k", "teacher_concurrency", "same_tokenizer"):
+            if getattr(self, name) and not self.teacher_url:
+                raise ConfigError(f"{flag(name)} is about a teacher behind a URL: leave it out")
+        if self.teacher_url:
+            base_url(self.teacher, "--teacher")
+            if self.teacher_adapter is not None:
+                raise ConfigError("--teacher-adapter: a server has its own adapters: name one with --teacher-model")
         if self.jsd_weight is not None and self.divergence != "jsd":
             raise ConfigError("--jsd-weight is for --divergence jsd: leave one of them out")
+        if self.rollout_server is not None and not self.on_policy:
+            raise ConfigError("--rollout-server draws responses: give --on-policy, or leave it out")
         if self.max_new_tokens is not None and not self.on_policy:
             raise ConfigError("--max-new-tokens is for responses that are drawn: give --on-policy, or leave it out")

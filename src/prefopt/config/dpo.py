@@ -1,7 +1,7 @@
 """What ``prefopt dpo`` reads. The command line, a YAML file and ``prefopt.dpo(...)`` fill it.
 
 >>> DpoConfig(model="m", data="pairs.jsonl", output="out", lora=True).learning_rate
-2e-05
+'auto'
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from prefopt.config.training import MethodOptions, ModelOptions, rate_option
-from prefopt.core.options import beside, flag, nearest, option
+from prefopt.config.evaluation import PreferenceOptions, SampleOptions
+from prefopt.config.rates import SMALL_RATE
+from prefopt.config.training import ModelOptions, auto_rate_option
+from prefopt.core.options import Config, beside, flag, nearest, option
 from prefopt.core.plugins import plugins
 from prefopt.errors import ConfigError
 
 # Full training: the DPO paper's 1e-6, at the upper end of the 3e-7 to 1e-6 that the field reports. LoRA: 5e-6 to 5e-5
 # is usual, of which 2e-5 is about the geometric mean.
 LEARNING_RATE = {False: 1e-6, True: 2e-5}
+KL_SAMPLES, MAX_NEW_TOKENS = 64, 128
 MIXUP_ALPHA = 0.6  # TR-DPO's soft update
 
 
@@ -30,20 +33,12 @@ FILLED = (*OF_LOSSES, "pairs")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoConfig(MethodOptions, ModelOptions):
-    """One run of DPO, or of another loss. Construction raises ``ConfigError``.
+class LossOptions(Config):
+    """The loss on preferences, and a reference that moves.
 
-    Defaults that depend on the loss (:data:`FILLED`) are None here and filled in when the run begins, since losses
-    need torch.
+    Defaults that depend on the loss (:data:`FILLED`) are None here and filled in when the run begins, since losses need
+    torch.
     """
-
-    learning_rate: float = rate_option(LEARNING_RATE, "; 3e-7 to 1e-6 is usual, with LoRA 5e-6 to 5e-5")
-    reference: str | None = option(
-        None, "reference model of the log-ratios", group="model", default_text="the model before training"
-    )
-    reference_adapter: str | None = option(
-        None, "adapter on the reference (on --reference, else on the model without its own adapter)"
-    )
 
     ref_model_sync_steps: int | None = option(
         None,
@@ -87,7 +82,7 @@ class DpoConfig(MethodOptions, ModelOptions):
         None, "alpha of --divergence alpha: 0 is reverse_kl, 1 is forward_kl", default_text="0.5", at_least=0, at_most=1
     )
     weighting: Literal["wpo"] | None = option(
-        None, "weight of each pair in the loss, see prefopt losses", default_text="all pairs count alike"
+        None, "weight of each pair in the loss, see prefopt losses", default_text="all pairs have equal weight"
     )
     pairs: Literal["all", "best-worst"] | None = option(
         None,
@@ -95,6 +90,59 @@ class DpoConfig(MethodOptions, ModelOptions):
         default_text="all",
     )
 
+    @property
+    def own_losses(self) -> tuple[str, ...]:
+        """Further names that ``loss`` may have, of losses that are not on preferences."""
+        return ()
+
+    def check(self) -> None:
+        """Refuse a misspelt name; a sum and its options are parsed with the losses themselves."""
+        known = {*loss_names(), *plugins("prefopt.losses"), *self.own_losses}
+        for part in self.loss.split(",") if loss_names() else ():
+            name, _, weight = (word.strip() for word in part.partition(":"))
+            of_module = weight and not _NUMBER.fullmatch(weight)  # module:function, read with the losses themselves
+            if not of_module and name not in known and name.replace("-", "_") not in known:
+                guess = nearest(name, sorted(known)) or "; prefopt losses lists them"
+                raise ConfigError(f"--loss {self.loss}: there is no loss {name!r}{guess}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoConfig(LossOptions, PreferenceOptions, SampleOptions, ModelOptions):
+    """One run of DPO, or of another loss. Construction raises ``ConfigError``."""
+
+    learning_rate: float | Literal["auto"] = auto_rate_option(
+        LEARNING_RATE, "; 3e-7 to 1e-6 is usual, with LoRA 5e-6 to 5e-5"
+    )
+    find_learning_rate: bool | Literal["stop"] = option(
+        False,
+        "before training, try rates around --learning-rate in short branches from the same weights, and take the one"
+        " with the lowest held-out loss; stop: print the table and train nothing",
+    )
+    reference: str | None = option(
+        None, "reference model of the log-ratios", group="model", default_text="the model before training"
+    )
+    reference_adapter: str | None = option(
+        None, "adapter on the reference (on --reference, else on the model without its own adapter)"
+    )
+    max_kl: float | None = option(
+        None,
+        "KL from the reference in nats per response at which the run stops, measured on samples of the policy; the last"
+        " good weights are saved as a model",
+        group="evaluation",
+        default_text="not measured",
+        above=0,
+    )
+    kl_every: int | None = option(
+        None,
+        "steps between measurements for --max-kl",
+        needs="max_kl",
+        default_text="20 measurements, evenly",
+        at_least=1,
+    )
+    kl_samples: int | None = beside(
+        "max_kl", KL_SAMPLES, "samples of a measurement, of held-out prompts if any", at_least=2
+    )
+    max_new_tokens: int | None = beside("max_kl", MAX_NEW_TOKENS, "most tokens of such a sample", at_least=1)
     eval_dtype: Literal["auto", "float32", "run"] = option(
         "auto",
         "type to compute held-out losses in: run is that of training; auto is float32 where the rounding of a narrower"
@@ -102,8 +150,28 @@ class DpoConfig(MethodOptions, ModelOptions):
         group="evaluation",
     )
 
+    @property
+    def published_rate(self) -> float:
+        """The learning rate that is usual for models of billions of weights."""
+        return LEARNING_RATE[self.lora]
+
+    @property
+    def small_rate(self) -> float:
+        """The most that is suggested for a small model."""
+        return SMALL_RATE[self.lora]
+
     def check(self) -> None:
-        self._check_loss()
+        if self.find_learning_rate:
+            if not self.evaluates:
+                raise ConfigError(
+                    "--find-learning-rate compares held-out losses: give --eval-data or --eval-fraction, or leave it"
+                    " out"
+                )
+            if self.ref_model_sync_steps is not None:
+                raise ConfigError(
+                    "--find-learning-rate compares losses, and --ref-model-sync-steps changes the reference between"
+                    " them: leave one of them out"
+                )
         if self.eval_dtype != "auto" and not self.evaluates:
             raise ConfigError(
                 f"--eval-dtype {self.eval_dtype} needs rows to evaluate on: give --eval-data or --eval-fraction"
@@ -126,16 +194,6 @@ class DpoConfig(MethodOptions, ModelOptions):
                     f"{flag(name)}: with --ref-model-sync-steps the reference starts as a copy of the policy; leave one"
                     " of them out"
                 )
-
-    def _check_loss(self) -> None:
-        """Refuse a misspelt name; a sum and its options are parsed with the losses themselves."""
-        known = {*loss_names(), *plugins("prefopt.losses")}
-        for part in self.loss.split(",") if loss_names() else ():
-            name, _, weight = (word.strip() for word in part.partition(":"))
-            of_module = weight and not _NUMBER.fullmatch(weight)  # module:function, read with the losses themselves
-            if not of_module and name not in known and name.replace("-", "_") not in known:
-                guess = nearest(name, sorted(known)) or "; prefopt losses lists them"
-                raise ConfigError(f"--loss {self.loss}: there is no loss {name!r}{guess}")
 
 
 _NUMBER = re.compile(r"[-+.\deE]+")

@@ -49,7 +49,7 @@ class ExportConfig(Config):
         default_text="32 texts that ship with prefopt",
     )
     device: str | None = option(
-        None, "cpu, cuda, cuda:N or mps", group="machine", default_text="the first there is of cuda, mps and cpu"
+        None, "cpu, cuda, cuda:N or mps", group="machine", default_text="the first available of cuda, mps and cpu"
     )
 
     def check(self) -> None:

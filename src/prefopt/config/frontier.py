@@ -104,8 +104,8 @@ class FrontierConfig(SweepOptions):
     )
     rloo: list[str] | None = stage_options("ppo with --algorithm rloo")
     rate_factors: list[str] = option(
-        help="train every setting with the first seed at its learning rate times each of these; each method's best one,"
-        " by the prompts of --tune, is that of all its trainings",
+        help="train every setting with the first seed at its learning rate times each of these; all trainings of a"
+        " method then use its best one, chosen on the prompts of --tune",
         computed=lambda c: ["1"],
         default_text="1: rates are as given",
     )

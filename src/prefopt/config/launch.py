@@ -32,7 +32,7 @@ class LaunchConfig(Config):
     dry_run: bool = option(False, "print the command for this machine, and do not run it", group="launch")
 
     name: str = option("prefopt", "name of the job", group="job")
-    hours: float = option(24.0, "time limit of the job; Slurm queues a run again that is stopped by it", group="job")
+    hours: float = option(24.0, "time limit of the job; Slurm requeues a run that reaches it", group="job")
     image: str | None = option(None, "container image with prefopt in it, for Kubernetes", group="job")
     accelerator: str | None = option(None, "kind of GPU, such as H100, for SkyPilot", group="job")
     lines: list[str] | None = option(

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 from prefopt.config.data import READING, RowOptions, TemplateOptions
 from prefopt.config.distil import DistilConfig
 from prefopt.config.dpo import DpoConfig
+from prefopt.config.online import OnlineConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.reward import RewardConfig
 from prefopt.config.sft import SftConfig
@@ -61,6 +62,12 @@ METHODS: Mapping[str, Method] = {
         Method("dpo", DpoConfig, "align a model with preferences by DPO or another loss"),
         Method("reward", RewardConfig, "train a reward model, which scores responses, on preferences"),
         Method("ppo", PpoConfig, "align a model with a reward by PPO or RLOO, on its own responses", rows="prompts"),
+        Method(
+            "online",
+            OnlineConfig,
+            "align a model by its own fresh responses, judged by a reward, a language model or people",
+            rows="prompts",
+        ),
     )
 }
 

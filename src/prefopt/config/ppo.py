@@ -1,7 +1,7 @@
 """What ``prefopt ppo`` reads. The command line, a YAML file and ``prefopt.ppo(...)`` fill it.
 
 >>> PpoConfig(model="m", prompts="prompts.txt", reward="vader", output="out").learning_rate
-3e-06
+'auto'
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prefopt.config.data import PromptOptions, RowOptions, TemplateOptions
-from prefopt.config.training import ModelOptions, RouterOptions, RunOptions, TrainingOptions, rate_option
+from prefopt.config.rates import AUTO, SMALL_RATE
+from prefopt.config.rewards import RewardOptions
+from prefopt.config.rollouts import RolloutOptions
+from prefopt.config.training import ModelOptions, RouterOptions, RunOptions, TrainingOptions, auto_rate_option
 from prefopt.core.options import Config, beside, flag, option
 from prefopt.errors import ConfigError
 
@@ -21,6 +24,7 @@ MAX_KL, MAX_KL_TARGETS = 100.0, 10.0
 # Ouyang et al. 2022 used 27.8, without saying what their two terms are averaged over. With both as means over tokens,
 # and whitened advantages, a token of either moves the weights about as much at 1.
 PTX_COEFFICIENT = 1.0
+IMPORTANCE_CAP = 2.0
 
 CRITIC_ONLY = ("critic", "critic_learning_rate", "gae_lambda", "value_clip", "value_coefficient")
 """What RLOO, which has no critic, does not read."""
@@ -39,6 +43,11 @@ def by_algorithm(values: dict[str, int], help: str, group: str = "") -> Any:
     )
 
 
+def _critic_rate(config: PpoConfig) -> float | None:
+    given = config.algorithm == "ppo" and config.critic != "head" and config.learning_rate != AUTO
+    return float(config.learning_rate) if given else None
+
+
 def of_critic(default: Any, help: str, **limits: Any) -> Any:
     """An option of the critic, which RLOO does without."""
     return option(
@@ -51,21 +60,11 @@ def of_critic(default: Any, help: str, **limits: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardOptions(Config):
-    """What is maximised, and the KL penalty."""
+class KlOptions(Config):
+    """The KL penalty, and the term of PPO-ptx."""
 
-    reward: str = option(
-        help="score of a response: a rule (vader, length), MODULE:FUNCTION of prompts and responses, or the folder or"
-        " Hub name of a reward model with one label and this model's tokenizer",
-        group="reward",
-    )
-    missing_eos_penalty: float | None = option(
-        None, "subtracted from the score of a response without an end token", above=0
-    )
-    missing_eos_score: float | None = option(
-        None, "score of a response without an end token, instead of its own; -1 is usual"
-    )
     beta: float = option(
+        group="reward",
         help="KL penalty coefficient: each token costs beta times its log-ratio; with --kl-target its initial value",
         computed=lambda c: KL_FIXED if c.kl_target is None else KL_ADAPTIVE,
         default_text=f"{KL_FIXED}, with --kl-target {KL_ADAPTIVE}",
@@ -100,14 +99,19 @@ class RewardOptions(Config):
         at_least=1,
     )
 
-    def check(self) -> None:
-        if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
-            raise ConfigError("--missing-eos-penalty and --missing-eos-score exclude each other: give one of them")
-
 
 @dataclass(frozen=True, kw_only=True)
 class PpoConfig(
-    TrainingOptions, RouterOptions, RunOptions, RewardOptions, TemplateOptions, PromptOptions, RowOptions, ModelOptions
+    TrainingOptions,
+    RouterOptions,
+    RunOptions,
+    KlOptions,
+    RewardOptions,
+    RolloutOptions,
+    TemplateOptions,
+    PromptOptions,
+    RowOptions,
+    ModelOptions,
 ):
     """One run of PPO or RLOO. Construction raises ``ConfigError``."""
 
@@ -118,6 +122,19 @@ class PpoConfig(
     max_new_tokens: int = option(128, "most tokens of a response", at_least=1)
     temperature: float = option(
         1.0, "divides the logits, in sampling and in all log-probabilities of policy and reference", above=0
+    )
+
+    stale: Literal["refuse", "correct"] = option(
+        "refuse",
+        "responses that a rollout server drew with older weights: refuse, they are drawn again; correct, they are kept,"
+        " and truncated importance weights multiply all advantages",
+        group="rollout servers",
+    )
+    importance_cap: float | None = option(
+        help="importance weights are truncated at this",
+        computed=lambda c: IMPORTANCE_CAP if c.stale == "correct" else None,
+        default_text=f"{IMPORTANCE_CAP:g}, with --stale correct",
+        at_least=1,
     )
 
     algorithm: Literal["ppo", "rloo"] = option(
@@ -131,11 +148,22 @@ class PpoConfig(
     batch_size: int = option(64, "prompts per step", at_least=1)
     ppo_epochs: int = by_algorithm(PPO_EPOCHS, "passes over the responses of a step")
     minibatches: int = option(1, "optimiser steps per pass; each gets its share of prompts", at_least=1)
-    learning_rate: float = rate_option(LEARNING_RATE)
+    learning_rate: float | Literal["auto"] = auto_rate_option(LEARNING_RATE)
     warmup: float = option(0.0, "fraction of the steps with a rising learning rate", at_least=0, below=1)
     adam_epsilon: float = option(1e-5, "AdamW's epsilon; PPO needs more than the usual 1e-8", above=0)
     clip: float = option(0.2, "PPO clip range: probability ratios are clipped to [1 - eps, 1 + eps]", above=0, below=1)
-    whiten_advantages: bool = option(True, "scale the advantages of a batch to mean 0 and deviation 1")
+    max_update_kl: float | None = option(
+        None,
+        "KL in nats per token from the policy that drew the responses at which the updates of a step end; the rest of"
+        " them are skipped and counted. 0.01 to 0.05 is usual",
+        default_text="all updates are made",
+        above=0,
+    )
+    whiten_advantages: bool = option(
+        help="scale the advantages of a batch to mean 0 and deviation 1; the authors of RLOO do not",
+        computed=lambda c: c.algorithm == "ppo",
+        default_text="true, with --algorithm rloo false",
+    )
     whiten_rewards: bool = option(False, "scale the rewards of a batch to deviation 1, mean kept")
     gamma: float = option(1.0, "discount of later rewards", above=0, at_most=1)
 
@@ -146,7 +174,7 @@ class PpoConfig(
     )
     critic_learning_rate: float | None = option(
         help="the critic's peak learning rate",
-        computed=lambda c: c.learning_rate if c.algorithm == "ppo" and c.critic != "head" else None,
+        computed=_critic_rate,
         default_text="--learning-rate",
         above=0,
     )
@@ -156,7 +184,26 @@ class PpoConfig(
     value_clip: float | None = of_critic(0.2, "clip range of values around those before the update", above=0)
     value_coefficient: float | None = of_critic(0.1, "weight of the critic's loss", above=0)
 
+    @property
+    def published_rate(self) -> float:
+        """The learning rate that is usual for models of billions of weights."""
+        return LEARNING_RATE[self.lora]
+
+    @property
+    def small_rate(self) -> float:
+        """The most that is suggested for a small model."""
+        return SMALL_RATE[self.lora]
+
     def check(self) -> None:
+        if self.stale == "correct" and self.rollout_server is None:
+            raise ConfigError("--stale is about rollout servers: give --rollout-server, or leave it out")
+        if self.stale == "correct" and self.temperature != 1:
+            raise ConfigError(
+                f"--stale correct needs the log-probabilities of older weights at --temperature {self.temperature:g},"
+                " which servers report at 1 alone: leave one of them out"
+            )
+        if self.importance_cap is not None and self.stale == "refuse":
+            raise ConfigError("--importance-cap truncates the weights of --stale correct: leave one of them out")
         if self.lora_dropout:
             raise ConfigError("--lora-dropout: PPO compares log-probabilities, which must not be random: leave it out")
         if self.algorithm == "rloo":

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from prefopt.config.training import MethodOptions, rate_option
+from prefopt.config.evaluation import PreferenceOptions
+from prefopt.config.training import rate_option
 from prefopt.core.options import option
 
 # Full training: InstructGPT's 9e-6 and Llama 2's 5e-6 to 1e-5. LoRA: about ten times as much.
@@ -17,11 +18,11 @@ LEARNING_RATE = {False: 1e-5, True: 1e-4}
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardConfig(MethodOptions):
+class RewardConfig(PreferenceOptions):
     """One run that trains a reward model. Construction raises ``ConfigError``."""
 
     model: str = option(
-        help="model to start from: a language model, best the fine-tuned one, or a reward model to continue training",
+        help="model to start from: a language model, preferably fine-tuned, or a reward model to continue training",
         group="model",
     )
     batch_size: int = option(16, "prompts per optimiser step, each with all its pairs", group="optimiser", at_least=1)

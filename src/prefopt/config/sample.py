@@ -38,7 +38,7 @@ class SampleConfig(MachineOptions, ProgressOptions, TemplateOptions, SamplingOpt
         " name of a reward model with one label and this model's tokenizer",
     )
     engine: Literal["transformers", "vllm"] = option(
-        "transformers", "sampling engine; vllm needs a GPU and the extra of that name"
+        "transformers", "sampling engine; vllm needs a GPU and the extra prefopt[vllm]"
     )
 
     output: str | None = option(
@@ -83,7 +83,7 @@ class ChatConfig(MachineOptions, TemplateOptions):
         default_text="the one behind --url",
     )
     adapter: str | None = option(None, "LoRA adapter on the model", needs="model")
-    against: str | None = option(None, "a second model, which answers too")
+    against: str | None = option(None, "a second model that also answers")
     against_adapter: str | None = option(
         None, "LoRA adapter on the second model (on --against, else on --model without its own adapter)"
     )
@@ -91,7 +91,9 @@ class ChatConfig(MachineOptions, TemplateOptions):
     url: str | None = option(
         None, "an OpenAI-compatible server, such as http://localhost:8000/v1; with --model it is the second model"
     )
-    url_model: str | None = option(None, "name of the model on the server", default_text="its only one", needs="url")
+    url_model: str | None = option(
+        None, "name of the model on the server", default_text="the server's only model", needs="url"
+    )
     url_key: str | None = option(
         None, "environment variable with the server's key", default_text="no key is sent", needs="url"
     )

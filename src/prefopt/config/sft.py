@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from prefopt.config.training import MethodOptions, ModelOptions
+from prefopt.config.evaluation import SampleOptions
+from prefopt.config.training import ModelOptions
 from prefopt.core.model_folder import is_adapter
 from prefopt.core.options import flag, option
 from prefopt.errors import ConfigError
@@ -21,7 +22,7 @@ FROM_SCRATCH = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftConfig(MethodOptions, ModelOptions):
+class SftConfig(SampleOptions, ModelOptions):
     """One run of supervised fine-tuning, or of training from scratch. Construction raises ``ConfigError``."""
 
     model: str = option(

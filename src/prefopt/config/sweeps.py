@@ -15,6 +15,7 @@ from typing import Any, Literal
 from prefopt.config.data import PromptOptions, positive
 from prefopt.config.methods import METHODS, MethodConfig, stage_options
 from prefopt.config.ppo import PpoConfig
+from prefopt.config.rates import AUTO
 from prefopt.config.training import MachineOptions, ProgressOptions
 from prefopt.core.options import flag, option, parse_given
 from prefopt.errors import ConfigError
@@ -24,7 +25,7 @@ GIVEN = {"dpo": "dpo", "sft": "sft", "reward": "reward_model", "ppo": "ppo", "rl
 # Options that the sweep sets itself.
 DECIDED = (
     *("model", "data", "prompts", "output", "adapter", "resume", "overwrite", "dry_run", "seed", "epochs", "max_steps"),
-    *("save_every", "keep_last", "eval_data", "eval_fraction", "lines", "on_bad_row", "pairs", "loss"),
+    *("save_every", "keep_last", "eval_data", "eval_fraction", "samples", "lines", "on_bad_row", "pairs", "loss"),
     *("reference", "reference_adapter", "from_scratch", "train_tokenizer", "device", "dtype", "threads", "progress"),
 )
 OF_PPO = ("reward", "max_new_tokens", "temperature", "schedule", "algorithm")
@@ -45,7 +46,7 @@ class SweepOptions(MachineOptions, ProgressOptions, PromptOptions):
         default_text="prompts are not truncated",
         at_least=1,
     )
-    prefix_max: int | None = option(None, "and to this many at most; the number is drawn for each prompt", at_least=1)
+    prefix_max: int | None = option(None, "and to this many at most; the length is drawn for each prompt", at_least=1)
     held_out: int = option(
         32, "distinct prompts to evaluate on, drawn by the seed; the others are trained on", at_least=2
     )
@@ -138,7 +139,10 @@ class SweepOptions(MachineOptions, ProgressOptions, PromptOptions):
             ours |= {"max_new_tokens": self.max_new_tokens, "schedule": "constant", "lines": self.lines}
         else:
             ours["on_bad_row"] = "skip"  # samples may be empty, or all equally good
+            ours["eval_fraction"] = 0.0  # methods learn from the same rows
         found: MethodConfig = METHODS[command].config.from_dict(ours | own | dict(given), place)
+        if found.learning_rate == AUTO:  # which has no multiples
+            found = found.from_dict(found.to_dict() | {"learning_rate": found.published_rate}, place)
         per_step = found.batch_size * (found.num if isinstance(found, PpoConfig) else each)
         steps = steps or max(1, round(self.responses / per_step))
         return found.from_dict(found.to_dict() | {"max_steps": steps}, place)

@@ -24,7 +24,7 @@ class DataCheckConfig(CompareOptions, ReadOptions):
         help="files, folders, globs or Hub data sets to check; one or more", group="data", positional=True
     )
     eval_data: list[str] | None = option(
-        None, "evaluation data: checked too, and for prompts that the training data have as well"
+        None, "evaluation data to check as well, also for prompts that the training data have too"
     )
     want: Literal["pairs", "scored", "ranking", "labels", "demonstrations", "prompts"] | None = option(
         None, "form that every row must have", default_text="that of each row"
@@ -103,7 +103,7 @@ class MergeConfig(Config):
         " the command reports",
     )
     device: str | None = option(
-        None, "cpu, cuda, cuda:N or mps", group="machine", default_text="the first there is of cuda, mps and cpu"
+        None, "cpu, cuda, cuda:N or mps", group="machine", default_text="the first available of cuda, mps and cpu"
     )
 
     def check(self) -> None:
@@ -175,6 +175,15 @@ class ReportConfig(Config):
     def check(self) -> None:
         if not self.output.lower().endswith((".html", ".htm")):
             raise ConfigError(f"--output {self.output} must end in .html")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UiConfig(Config):
+    """The folder of a local page, and its port. It listens on this machine alone."""
+
+    folder: str = option(".", "folder of runs; what the page starts is written below it", group="page", positional=True)
+    port: int = option(8710, "port to listen on; 0 takes a free one", at_least=0, at_most=65535)
+    open: bool = option(False, "open the page in the browser")
 
 
 PICTURES = (".png", ".svg", ".pdf")

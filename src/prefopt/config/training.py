@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prefopt.config.data import DataOptions
+from prefopt.config.rates import AUTO
 from prefopt.core.files import expanded
 from prefopt.core.model_folder import QUANTISED, base_of, is_adapter
 from prefopt.core.options import Config, flag, nearest, option, options
@@ -39,7 +40,7 @@ class MachineOptions(Config):
         group="machine",
     )
     device: str | None = option(
-        None, "cpu, cuda, cuda:N or mps", default_text="the first there is of cuda, mps and cpu"
+        None, "cpu, cuda, cuda:N or mps", default_text="the first available of cuda, mps and cpu"
     )
     threads: int | None = option(None, "CPU threads", default_text="torch's choice", at_least=1)
 
@@ -64,8 +65,8 @@ def quantise_option(what: str, group: str = "") -> Any:
     """How a model is quantised at loading; None is by the record of its adapter."""
     return option(
         None,
-        f"{what} 4 bits a weight (nf4) or 8 (int8), by bitsandbytes on the CPU or CUDA; none: not even where the"
-        " adapter was trained so",
+        f"{what} 4 bits a weight (nf4) or 8 (int8), by bitsandbytes on the CPU or CUDA; none: full"
+        " precision, also where the adapter was trained on a quantised model",
         group=group,
         default_text="as an adapter was trained, else none",
     )
@@ -111,6 +112,11 @@ class LoraOptions(Config):
         default_text="all linear layers and experts, without heads and routers",
     )
 
+    vision: Literal["frozen", "lora", "full"] = option(
+        "frozen",
+        "of a model with a vision tower, trained on rows with pictures: tower and projector stay as they are, get"
+        " adapters too (with --lora), or train in full (without)",
+    )
     quantise: Quantise = quantise_option(
         "QLoRA: hold the frozen weights under the adapter, and a reference or teacher, in"
     )
@@ -126,6 +132,10 @@ class LoraOptions(Config):
         return self.quantise in QUANTISED
 
     def check(self) -> None:
+        if self.vision == "lora" and not _new_adapter(self):
+            raise ConfigError("--vision lora puts a new adapter on the vision tower: add --lora")
+        if self.vision == "full" and self.lora:
+            raise ConfigError("--vision full trains the vision tower in full, which --lora does not: leave one out")
         for name in ADAPTER_SHAPE:
             if getattr(self, name) is not None and self.named_adapter is not None:
                 where = "--adapter" if self.named_adapter != self.model else "--model, which is an adapter,"
@@ -199,6 +209,18 @@ def rate_option(rates: dict[bool, float], usual: str = "") -> Any:
     )
 
 
+def auto_rate_option(rates: dict[bool, float], usual: str = "") -> Any:
+    """The learning rate of a method that suggests one where none is given; ``rates`` are the published ones, for full
+    training (False) and for LoRA (True)."""
+    return option(
+        AUTO,
+        f"peak learning rate{usual}; auto: that of large models, {rates[False]:g} and with LoRA {rates[True]:g}, and"
+        " more for models below half a billion weights",
+        group="optimiser",
+        above=0,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(MachineOptions, ProgressOptions):
     """Optimiser, output and machine."""
@@ -211,7 +233,7 @@ class RunOptions(MachineOptions, ProgressOptions):
         " more than larger batches",
         at_least=1,
     )
-    learning_rate: float = option(help="peak learning rate", above=0)
+    learning_rate: float | Literal["auto"] = option(help="peak learning rate", above=0)
     schedule: Literal["linear", "cosine", "constant"] = option(
         "linear", "learning rate after the warm-up: falls to zero, or is constant"
     )
@@ -222,10 +244,12 @@ class RunOptions(MachineOptions, ProgressOptions):
     adam_epsilon: float = option(1e-8, "AdamW's epsilon", above=0)
     optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = option(
         "adamw",
-        "adamw-8bit: AdamW with moments in 8 bits, 2 bytes of state for a weight and not 8; paged-adamw-8bit: its"
+        "adamw-8bit: AdamW with moments in 8 bits, 2 bytes of state per weight instead of 8; paged-adamw-8bit: its"
         ' moments move to host memory where a GPU is full. Both need pip install "prefopt[quantise]"',
     )
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 1e9 clips nothing", above=0)
+    max_grad_norm: float = option(
+        1.0, "gradient clipping: gradients are scaled down to this norm; 1e9 turns it off", above=0
+    )
 
     output: str = option(help="folder for the model, its card and the metrics", group="output")
     save_every: int | None = option(None, "steps between checkpoints", default_text="only on interruption", at_least=1)
@@ -258,7 +282,7 @@ class RunOptions(MachineOptions, ProgressOptions):
         None,
         "keep in host memory, of one GPU: optimizer (float32 weights, gradients and optimiser state), activations"
         " (between forward and backward pass), or both",
-        default_text="all is on the device",
+        default_text="everything stays on the device",
     )
     attention: Literal["auto", "loop"] = option(
         "auto", "attention kernel; loop: one call per segment, as a reference to compare with"

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -22,6 +22,8 @@ from filelock import FileLock, Timeout
 
 from prefopt.core.files import expanded, replace_file
 from prefopt.errors import CacheError, ModelError, UserError
+
+log = logging.getLogger(__name__)
 
 
 class Damaged(Exception):
@@ -63,6 +65,21 @@ def acquired(lock: FileLock, seconds: float = 0) -> bool:
         except Timeout:
             return False
     return True
+
+
+@contextmanager
+def space_locked(folder: Path, stop: Callable[[], None] | None = None) -> Iterator[None]:
+    """In this block the caller alone writes the entry ``folder``. ``stop`` is called while it waits, and may raise."""
+    lock = space_lock(folder)
+    if not acquired(lock):
+        log.warning("another process is scoring the same reference (space %s): waiting for it", folder.name)
+        while not acquired(lock, seconds=0.5):
+            if stop is not None:
+                stop()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -176,8 +193,6 @@ def remove(folder: Path) -> None:
             folder.rename(gone)
             shutil.rmtree(gone)
 
-
-log = logging.getLogger(__name__)
 
 # Two writes within one tick of a file system's clock leave the same times (FAT's tick is two seconds): the hash of a
 # file that changed so recently is not remembered.

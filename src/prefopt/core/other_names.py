@@ -55,6 +55,7 @@ OTHER_NAMES: dict[str, tuple[str, str]] = {
     "response-length": ("max-new-tokens", ""),
     "resume-from-checkpoint": ("resume", ""),
     "reward-model-path": ("reward", ""),
+    "target-kl": ("max-update-kl", "where updates end; --kl-target adapts beta"),
     "save-steps": ("save-every", ""),
     "save-total-limit": ("keep-last", ""),
     "sft-model-path": ("model", ""),

@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from pathlib import Path
@@ -25,6 +25,14 @@ def imported(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
     return function
+
+
+def function_of(package: str, name: str, known: Sequence[str]) -> Any:
+    """What ``prefopt.data.check`` and the like stand for: a function of ``prefopt.api``, imported when it is asked for.
+    Raises ``AttributeError`` for a name that is not ``known``, as a module does."""
+    if name not in known:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(package.replace("prefopt", "prefopt.api", 1)), name)
 
 
 def load_object(name: str, place: str, known: Sequence[str] = ()) -> Any:
@@ -86,6 +94,17 @@ def extras() -> dict[str, list[str]]:
         if condition and name and condition[1] != "dev" and name[0] != "prefopt":
             packages.setdefault(condition[1], []).append(name[0])
     return packages
+
+
+@contextmanager
+def needing(extra: str, command: str) -> Iterator[None]:
+    """Imports of a command that needs an extra. Raises :class:`ConfigError` where one of its packages is absent."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "prefopt":
+            raise
+        raise ConfigError(f"{error.name} is not installed; {command} needs {how_to_install(extra)}") from None
 
 
 def how_to_install(extra: str) -> str:

@@ -26,6 +26,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.segment import Segment
 from rich.text import Text
 
+from prefopt.core.notebook import NotebookDisplay, in_notebook
+from prefopt.core.python_words import in_python
 from prefopt.errors import Interrupted
 
 # C0 but for tab and line feed, DEL, C1, line and paragraph separators, embeddings and overrides of direction,
@@ -134,18 +136,23 @@ NOTE_LINES = 4
 
 
 class Reporter:
-    """Lines and bars. ``mode``: ``rich``, ``plain``, ``none``, or ``auto`` (rich on a terminal, else plain)."""
+    """Lines and bars. ``mode``: ``rich``, ``plain``, ``none``, or ``auto``: rich on a terminal, one bar that is updated
+    in place in a notebook, else plain."""
 
     def __init__(self, mode: str = "auto") -> None:
         self._console = Screen()
-        self.mode = ("rich" if self._console.is_terminal else "plain") if mode == "auto" else mode
+        self.display = NotebookDisplay() if mode == "auto" and in_notebook() else None
+        if mode == "auto":
+            mode = "notebook" if self.display else "rich" if self._console.is_terminal else "plain"
+        self.mode = mode
 
     def say(self, line: str) -> None:
-        if self.mode != "none":
-            self._console.print(one_line(line))
+        self.show(one_line(in_python(line) if self.mode == "notebook" else line))
 
     def show(self, text: str) -> None:
-        if self.mode != "none":
+        if self.mode == "notebook":
+            tell(text)  # rich would make an output of its own of each line
+        elif self.mode != "none":
             self._console.print(text)
 
     def bar(self, what: str, total: int, unit: str) -> Bar:
@@ -157,10 +164,11 @@ class Bar:
     """A progress bar with the time left, or a line every few seconds where there is no terminal."""
 
     def __init__(self, reporter: Reporter, console: Screen, what: str, total: int, unit: str) -> None:
-        self._reporter, self._what, self._total, self._unit = reporter, one_line(what), total, unit
+        self._reporter, self._what, self._total = reporter, one_line(what), total
         self._started = self._printed = time.monotonic()
         self._first: float | None = None
         self._task: TaskID | None = None
+        self._unit, self._display = unit, reporter.display
         self._rich = _Noted(unit, console) if reporter.mode == "rich" else None
 
     def __enter__(self) -> Bar:
@@ -190,13 +198,20 @@ class Bar:
         if self._rich and self._task is not None:
             self._rich.note = parts
             self._rich.update(self._task, completed=at, done=done)
-        elif self._reporter.mode == "plain" and (first or done == self._total or now - self._printed >= PLAIN_SECONDS):
+        left = self._left(now, at) if at > self._first and done < self._total else ""
+        ends = first or done == self._total
+        if self._display is not None:
+            note_lines = [visible(part) for part in [left, *parts] if part]
+            self._display.show(self._what, done, self._total, self._unit, note_lines, now=ends)
+        elif self._reporter.mode == "plain" and (ends or now - self._printed >= PLAIN_SECONDS):
             self._printed = now
-            left = ""
-            if at > self._first and done < self._total:
-                left = f", {duration((now - self._started) / (at - self._first) * (self._total - at))} left"
-            notes = "".join(f", {part}" for part in parts if part)
-            self._reporter.say(f"{self._what}: {done}/{self._total} {self._unit}{left}{notes}")
+            notes = "".join(f", {part}" for part in [left, *parts] if part)
+            self._reporter.say(f"{self._what}: {done}/{self._total} {self._unit}{notes}")
+
+    def _left(self, now: float, at: float) -> str:
+        """The time left, at the speed since the first report."""
+        assert self._first is not None
+        return f"{duration((now - self._started) / (at - self._first) * (self._total - at))} left"
 
 
 class _Noted(Progress):

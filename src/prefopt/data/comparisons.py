@@ -141,7 +141,8 @@ def open_comparisons(
         who = "dataset_info.json beside it, with --columns," if given else "dataset_info.json beside it"
         raise DataError(f"{who} gives {clash} (entry {entry.name}); correct it", file=source.name)
     means = {**(entry.means if entry else {}), **options.means}
-    understood = column_map(pairs, refused=refused, cells=cells, means=means, ignored=options.ignored)
+    folder = source.path.parent if source.path is not None else None
+    understood = column_map(pairs, refused=refused, cells=cells, means=means, ignored=options.ignored, folder=folder)
     if options.headless:
         if source.path is None or not cells:
             raise ConfigError(f"--header none is for .csv and .tsv files; {source.name} is neither")
@@ -228,6 +229,9 @@ def run_split(config: DataSplitConfig) -> int:
             and len(paths) == len(sources)
             and all(raw_lines(path) is not None for path in paths)
         )
+        if copied and {p.resolve().parent for p in paths} != {file.path.resolve().parent for file in files}:
+            # Relative paths of pictures would lead nowhere: such rows are written anew, with whole ones.
+            copied = not any(c.pictures for c in chain.from_iterable(readings) if isinstance(c, Comparison))
         known, problems = bytearray(), []
         for c in chain.from_iterable(readings):
             row = c if copied else _written(c, CANONICAL)

@@ -13,15 +13,16 @@ The shared prefix ends before the first trained token of any response: token 3 a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, islice, pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.records import Comparison
+from prefopt.records import PICTURE, Comparison, Message, Picture
 
 IntArray = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
@@ -29,18 +30,61 @@ BoolArray = npt.NDArray[np.bool_]
 OPEN, CLOSE = "⟦", "⟧"  # around trained tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A picture and the tokens [start, stop) that stand for it: its image tokens and the marks between them."""
+
+    picture: Picture
+    start: int
+    stop: int
+
+    def moved(self, by: int) -> Placed:
+        """The same picture ``by`` tokens later."""
+        return replace(self, start=self.start + by, stop=self.stop + by)
+
+
+Pictures = tuple[Placed, ...]
+
+
+class PicturedIds(Sequence[int]):
+    """Token ids [P] of a prompt with the pictures that some of them stand for."""
+
+    def __init__(self, ids: IntArray, pictures: Pictures) -> None:
+        self.ids, self.pictures = ids, pictures
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.ids[index]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> IntArray:
+        return np.array(self.ids, dtype, copy=copy)
+
+    def tobytes(self) -> bytes:
+        """What identifies the prompt: its ids, and its pictures with their places."""
+        held = (p.picture.digest + p.start.to_bytes(8, "little") for p in self.pictures)
+        return self.ids.tobytes() + b"".join(held)
+
+
+def pictures_in(prompt: object) -> Pictures:
+    """The pictures of a prompt."""
+    return prompt.pictures if isinstance(prompt, PicturedIds) else ()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Continuation:
-    """What one response adds to the shared prefix: ``ids`` and ``trained``, both [R].
+    """What one response adds to the shared prefix: ``ids`` and ``trained``, both [R], and its pictures.
 
     A response of several turns may be several *steps*, laid end to end: sequences that each follow the shared prefix
     and do not see one another, because the chat template shows an earlier turn otherwise than it was generated.
-    ``starts`` are the places in ``ids`` where the second step and the later ones begin.
+    ``starts`` are the places in ``ids`` where the second step and the later ones begin. It has no pictures then.
     """
 
     ids: IntArray
     trained: BoolArray
     starts: tuple[int, ...] = ()
+    pictures: Pictures = ()
 
     @property
     def steps(self) -> list[tuple[IntArray, BoolArray]]:
@@ -55,7 +99,8 @@ class Group:
     """``prefix`` [P] and K continuations, with their preferences (see :class:`prefopt.records.Comparison`).
 
     ``pairs`` are (preferred, dispreferred) indices of continuations, ``weights`` theirs (None: equal); ``tiers``,
-    ``scores`` [K] and ``labels`` [K] are those of the record.
+    ``scores`` [K] and ``labels`` [K] are those of the record. ``pictures`` are those of the prefix; the tokens of one
+    picture are in one of the parts.
     """
 
     prefix: IntArray
@@ -66,6 +111,7 @@ class Group:
     tiers: tuple[tuple[int, ...], ...] = ()
     scores: tuple[float, ...] | None = None
     labels: tuple[bool, ...] | None = None
+    pictures: Pictures = ()
 
     @classmethod
     def from_sequences(
@@ -74,8 +120,10 @@ class Group:
         row: int,
         pairs: tuple[tuple[int, int], ...] = ((0, 1),),
         steps: Sequence[int] | None = None,
+        pictures: Sequence[Pictures] = (),
     ) -> Group:
-        """Compute the shared prefix of whole sequences, each (ids [L], trained [L]).
+        """Compute the shared prefix of whole sequences, each (ids [L], trained [L]), with the ``pictures`` of each: the
+        same tokens are not shared where they stand for different pictures.
 
         Each is a response; or ``steps`` [K] says how many consecutive ones are the steps of each response. Raises
         ``ValueError`` where a sequence has no trained token after its first token, which is never scored.
@@ -87,13 +135,20 @@ class Group:
             if not trained[1:].any():
                 raise ValueError("a response has no token to train")
         length = common_length([ids for ids, _ in whole], min(int(trained.argmax()) for _, trained in whole))
+        length = _before_differing(pictures, length) if any(pictures) else length
         if not length:
             for _, trained in whole:
                 trained[0] = False
         added = iter([(ids[length:], trained[length:]) for ids, trained in whole])
         counts = [1] * len(whole) if steps is None else steps
         continuations = tuple(_continuation(list(islice(added, count))) for count in counts)
-        return cls(whole[0][0][:length], continuations, row, pairs)
+        if not any(pictures):
+            return cls(whole[0][0][:length], continuations, row, pairs)
+        assert len(continuations) == len(pictures), "a response with pictures has one step"
+        own = [tuple(p.moved(-length) for p in found if p.start >= length) for found in pictures]
+        continuations = tuple(replace(c, pictures=found) for c, found in zip(continuations, own, strict=True))
+        shared = tuple(p for p in pictures[0] if p.stop <= length)
+        return cls(whole[0][0][:length], continuations, row, pairs, pictures=shared)
 
     @property
     def tokens(self) -> int:
@@ -125,13 +180,24 @@ class Group:
         steps = self.continuations[k].steps
         return [(np.concatenate([self.prefix, ids]), np.concatenate([untrained, trained])) for ids, trained in steps]
 
+    def placed(self, k: int) -> Pictures:
+        """The pictures of response k as a whole sequence."""
+        return (*self.pictures, *(p.moved(len(self.prefix)) for p in self.continuations[k].pictures))
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether there is a picture in the prefix or in a response."""
+        return bool(self.pictures) or any(c.pictures for c in self.continuations)
+
     def key(self, k: int) -> bytes:
-        """Digest (16 bytes) of the ids and masks of response k as whole sequences."""
+        """Digest (16 bytes) of the ids, masks and pictures of response k as whole sequences."""
         digest = hashlib.blake2b(digest_size=16)
         for ids, trained in self.sequences(k):
             digest.update(len(ids).to_bytes(8, "little"))
             digest.update(ids.astype("<i4").tobytes())
             digest.update(np.packbits(trained).tobytes())
+        for p in self.placed(k):
+            digest.update(p.picture.digest + p.start.to_bytes(8, "little"))
         return digest.digest()
 
 
@@ -150,33 +216,43 @@ def common_length(sequences: Sequence[IntArray], most: int) -> int:
     return most
 
 
+def _before_differing(pictures: Sequence[Pictures], length: int) -> int:
+    """The part of a common prefix of ``length`` tokens in which all sequences have the same pictures, none cut."""
+    for found in pictures:
+        for n, placed in enumerate(found):
+            if placed.start < length and (placed.stop > length or any(p[n : n + 1] != (placed,) for p in pictures)):
+                length = placed.start
+                break
+    return length
+
+
 def show(group: Group, tokenizer: Tokenizer, *, most: int | None = None, flat: bool = False) -> str:
     """A group as text with special tokens: the shared prefix, then each response with its trained tokens marked.
 
     Responses are labelled chosen or rejected, or with rank, score or label. ``most`` cuts longer texts in the middle.
     ``flat`` writes each on one line, with ↵ for its line ends.
     """
-    prefix = shortened(_decode(tokenizer, group.prefix), most, flat=flat)
-    if not group.continuations:
-        return f"prompt ({_count(len(group.prefix))})\n{prefix}"
-    lines = [f"shared prefix ({_count(len(group.prefix))})", *([prefix] if prefix else [])]
-    for k, c in enumerate(group.continuations):
-        name = _name(group, len(group.continuations), k)
-        for number, (ids, trained) in enumerate(c.steps, 1):
-            step = f", step {number} of {len(c.starts) + 1}" if c.starts else ""
-            lines.append(f"{name}{step} ({_count(len(ids))}, {int(trained.sum())} trained)")
-            lines.append(shortened(_marked(tokenizer, group.prefix, ids, trained), most, flat=flat))
+    lines = []
+    for place, (name, spans) in enumerate(parts(group, tokenizer)):
+        text = "".join(f"{OPEN}{text}{CLOSE}" if trained else text for text, trained in spans)
+        lines += [name, shortened(text, most, flat=flat)] if text or place or not group.continuations else [name]
     return "\n".join(lines)
 
 
 def show_words(c: Comparison, *, most: int | None = None) -> str:
     """A row as text, without a tokenizer."""
     lines = []
-    for m in c.prompt:
-        lines += [f"{'prompt' if c.text else m.role}:", shortened(m.content, most)]
-    for k, response in enumerate(c.responses):
-        lines += [f"{_name(c, len(c.responses), k)}:", *(shortened(m.content, most) for m in response.messages)]
+    for name, spans in parts_of_words(c):
+        lines += [f"{name}:", *(shortened(text, most) for text, _ in spans)]
     return "\n".join(lines)
+
+
+def with_sizes(m: Message) -> str:
+    """The words of a message with the size of each picture in its place: ``[picture 640x480] What is this?``"""
+    if not m.pictures:
+        return m.content
+    words = m.content.split(PICTURE)
+    return words[0] + "".join(f"[picture {p.size}]{text}" for p, text in zip(m.pictures, words[1:], strict=True))
 
 
 def shortened(text: str, most: int | None, *, flat: bool = False) -> str:
@@ -211,16 +287,42 @@ def _count(tokens: int) -> str:
     return f"{tokens} token{'' if tokens == 1 else 's'}"
 
 
-def _marked(tokenizer: Tokenizer, prefix: IntArray, ids: IntArray, trained: BoolArray) -> str:
-    """The tokens after the prefix, trained ones marked. Decoding starts in the prefix: a space may depend on it."""
+def parts(group: Group, tokenizer: Tokenizer) -> list[tuple[str, list[tuple[str, bool]]]]:
+    """The shared prefix and each response, or each step of it: its name with its count of tokens, and its text in spans
+    that are trained or not."""
+    if not group.continuations:
+        return [(f"prompt ({_count(len(group.prefix))})", [(_decode(tokenizer, group.prefix), False)])]
+    found = [(f"shared prefix ({_count(len(group.prefix))})", [(_decode(tokenizer, group.prefix), False)])]
+    for k, c in enumerate(group.continuations):
+        name = _name(group, len(group.continuations), k)
+        for number, (ids, trained) in enumerate(c.steps, 1):
+            step = f", step {number} of {len(c.starts) + 1}" if c.starts else ""
+            title = f"{name}{step} ({_count(len(ids))}, {int(trained.sum())} trained)"
+            found.append((title, list(_spans(tokenizer, group.prefix, ids, trained))))
+    return found
+
+
+def parts_of_words(c: Comparison) -> list[tuple[str, list[tuple[str, bool]]]]:
+    """The same for a row without a tokenizer: a part for each turn of the prompt and each response, with a span for
+    each message. Nothing is known to be trained."""
+    found = [("prompt" if c.text else m.role, [(with_sizes(m), False)]) for m in c.prompt]
+    for k, response in enumerate(c.responses):
+        found.append((_name(c, len(c.responses), k), [(with_sizes(m), False) for m in response.messages]))
+    return found
+
+
+def _spans(tokenizer: Tokenizer, prefix: IntArray, ids: IntArray, trained: BoolArray) -> Iterator[tuple[str, bool]]:
+    """The tokens after the prefix as text, by whether they are trained. Decoding starts in the prefix: a space may
+    depend on it."""
     cuts = [0, *(np.nonzero(np.diff(trained))[0] + 1).tolist(), len(ids)]
-    before, text = prefix[-1:], ""
+    before = prefix[-1:]
     for start, end in pairwise(cuts):
+        if start == end:
+            continue
         whole, known = (_decode(tokenizer, np.concatenate([before, ids[start:stop]])) for stop in (end, start))
-        run = whole[len(known) :] if whole.startswith(known) else _decode(tokenizer, ids[start:end])
-        text += f"{OPEN}{run}{CLOSE}" if trained[start] else run
+        text = whole[len(known) :] if whole.startswith(known) else _decode(tokenizer, ids[start:end])
+        yield text, bool(trained[start])
         before = ids[end - 1 : end]
-    return text
 
 
 def _decode(tokenizer: Tokenizer, ids: IntArray) -> str:

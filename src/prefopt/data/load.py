@@ -12,6 +12,8 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from prefopt.core.terminal import Reporter
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.template import Rendering
@@ -19,6 +21,7 @@ from prefopt.data.comparisons import Reading, open_comparisons
 from prefopt.data.files.sources import Source, find_sources
 from prefopt.data.layouts import code_of_layouts
 from prefopt.data.layouts.columns import find_dataset_info
+from prefopt.data.pictures import BAD_PICTURE, changed_pictures
 from prefopt.data.sampler import Indices, split_by_prompt
 from prefopt.data.table import Columns, GroupTable, Part, joined
 from prefopt.data.token_cache import Append, Report, TokenCache, Tokenised, TokenKey
@@ -119,7 +122,18 @@ class _GroupLoader:
                 raise DataError("changed while it was read; run the command again", file=source.name)
             return report
 
-        return TokenCache().get(key, make, file=source.name, source=source.entry, stop=self.stop)
+        cache = TokenCache()
+        found = cache.get(key, make, file=source.name, source=source.entry, stop=self.stop)
+        if not found.cached:
+            return found
+        changed = changed_pictures(found.part.picture_files)
+        # A picture that was missing or damaged may be there by now.
+        if changed or any(p.kind == BAD_PICTURE for p in found.report.problems):
+            if changed:
+                log.warning("%s: %d pictures have changed, such as %s", source.name, len(changed), changed[0])
+            cache.remove(key)
+            found = cache.get(key, make, file=source.name, source=source.entry, stop=self.stop)
+        return found
 
     def tokenise(self, reading: Reading, append: Append) -> Report:
         """Append the columns of all groups, chunk by chunk; the report accounts for the other rows."""
@@ -232,11 +246,15 @@ def _group_set(found: Sequence[Tokenised], notes: Sequence[str], on_bad_row: OnB
 
 def _repeated(groups: GroupTable) -> list[str]:
     """A note about rows whose steps repeat most of what they hold."""
-    many = groups.tokens_G > REPEATED * groups.unrepeated_G
-    count = int(many.sum())
-    if not count:
+    if not len(groups.steps_N) or groups.steps_N.max() == 1:
         return []
-    once, steps = int(groups.unrepeated_G[many].sum()), int(groups.tokens_G[many].sum())
-    rows = f"{count} rows" if count > 1 else "1 row"
+    longest_N = np.maximum.reduceat(groups.length_S, np.cumsum(groups.steps_N) - groups.steps_N)
+    owner_N = np.repeat(np.arange(len(groups)), groups.responses_G)
+    once_G = groups.prefix_G + np.bincount(owner_N, longest_N, len(groups)).astype(np.int64)
+    many = groups.tokens_G > REPEATED * once_G
+    if not many.any():
+        return []
+    rows = f"{many.sum()} rows" if many.sum() > 1 else "1 row"
+    once, steps = int(once_G[many].sum()), int(groups.tokens_G[many].sum())
     what = f"steps multiply the tokens of {rows} by {steps / once:.1f}, from {once:,} to {steps:,}"
     return [f"{what}: --earlier-turns as-shown trains one sequence for each response"]

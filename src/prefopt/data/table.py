@@ -14,6 +14,7 @@ when it is asked for, and its token ids are views into the part.
 from __future__ import annotations
 
 import operator
+import os
 from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +25,9 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from prefopt.data.group import BoolArray, Continuation, Group
+from prefopt.data.group import BoolArray, Continuation, Group, Pictures, Placed
+from prefopt.data.picture_columns import picture_columns
+from prefopt.records import Picture
 
 KEY = np.dtype("S16")  # fixed width and padded with zero bytes, so that comparing as strings is comparing all 16
 
@@ -45,6 +48,7 @@ COLUMNS: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
     "row_G": (np.dtype(np.int64), ()),  # row of the source
     "prompt_cut_G": (np.dtype(np.int32), ()),  # tokens removed by truncation
     "prompt_key_G": (KEY, ()),  # Comparison.prompt_key
+    "pictures_G": (np.dtype(np.int32), ()),  # pictures of the shared prefix
     # responses N
     "length_N": (np.dtype(np.int32), ()),  # tokens beyond the shared prefix, those of all steps
     "steps_N": (np.dtype(np.int32), ()),  # sequences that the response consists of, see Continuation
@@ -54,11 +58,20 @@ COLUMNS: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
     "tier_N": (np.dtype(np.int32), ()),  # -1: in none
     "score_N": (np.dtype(np.float64), ()),  # NaN: none
     "label_N": (np.dtype(np.int8), ()),  # -1: none
+    "pictures_N": (np.dtype(np.int32), ()),  # pictures beyond the shared prefix
     # steps S, response after response
     "length_S": (np.dtype(np.int32), ()),  # tokens beyond the shared prefix
     # pairs P
     "pair_P": (np.dtype(np.int32), (2,)),
     "weight_P": (np.dtype(np.float64), ()),  # NaN: none
+    # pictures I, group after group: those of the prefix, then those of each response
+    "digest_I": (KEY, ()),  # Picture.digest
+    "size_I": (np.dtype(np.int32), (2,)),  # width and height
+    "place_I": (np.dtype(np.int32), (2,)),  # tokens [start, stop) in the prefix or in what the response adds
+    "path_I": (np.dtype(np.int32), ()),  # bytes of its path; 0: its file is held here
+    "held_I": (np.dtype(np.int64), ()),  # bytes of its path or of its file
+    # bytes B of paths and files of pictures
+    "held_B": (np.dtype(np.uint8), ()),
 }
 
 
@@ -72,6 +85,7 @@ class Part:
         self.response_starts = _starts(columns["responses_G"])
         self.step_starts = _starts(columns["steps_N"])
         self.pair_starts = _starts(columns["pairs_G"])
+        self._picture_starts: tuple[IndexArray, IndexArray] | None = None
 
     def __len__(self) -> int:
         return len(self.columns["row_G"])
@@ -84,17 +98,50 @@ class Part:
         cuts = accumulate(c["length_N"][responses].tolist(), initial=start + prefix)
         weights, scores = c["weight_P"][pairs].tolist(), c["score_N"][responses].tolist()
         labels, tier = c["label_N"][responses].tolist(), c["tier_N"][responses].tolist()
+        shared, own = self._pictures(g, responses) if len(c["digest_I"]) else ((), [()] * len(labels))
         inner = [self._inner_starts(n) for n in range(responses.start, responses.stop)]
+        added = zip(pairwise(cuts), inner, own, strict=True)
         return Group(
             ids[start : start + prefix],
-            tuple(Continuation(ids[a:b], trained[a:b], s) for (a, b), s in zip(pairwise(cuts), inner, strict=True)),
+            tuple(Continuation(ids[a:b], trained[a:b], s, p) for (a, b), s, p in added),
             int(c["row_G"][g]),
             tuple(map(tuple, c["pair_P"][pairs].tolist())),
             weights=tuple(weights) if weights and weights[0] == weights[0] else None,
             tiers=tuple(tuple(k for k, t in enumerate(tier) if t == best) for best in sorted({*tier} - {-1})),
             scores=tuple(scores) if scores and scores[0] == scores[0] else None,
             labels=tuple(map(bool, labels)) if labels and labels[0] >= 0 else None,
+            pictures=shared,
         )
+
+    def _pictures(self, g: int, responses: slice) -> tuple[Pictures, list[Pictures]]:
+        """The pictures of the prefix of group g, and those of each of its responses."""
+        c = self.columns
+        if self._picture_starts is None:
+            of_groups = c["pictures_G"] + _sums(c["pictures_N"], self.response_starts)
+            self._picture_starts = _starts(of_groups), _starts(c["held_I"])
+        counts = [int(c["pictures_G"][g]), *c["pictures_N"][responses].tolist()]
+        cuts = accumulate(counts, initial=int(self._picture_starts[0][g]))
+        found = [tuple(map(self._picture, range(a, b))) for a, b in pairwise(cuts)]
+        return found[0], found[1:]
+
+    def _picture(self, i: int) -> Placed:
+        assert self._picture_starts is not None
+        c, (first, last) = self.columns, self._picture_starts[1][i : i + 2].tolist()
+        held, (width, height) = c["held_B"][first:last].tobytes(), c["size_I"][i].tolist()
+        digest = bytes(c["digest_I"][i]).ljust(KEY.itemsize, b"\0")  # numpy drops zero bytes at the end
+        source, data = (os.fsdecode(held), b"") if c["path_I"][i] else ("", held)
+        start, stop = c["place_I"][i].tolist()
+        return Placed(Picture(digest, width, height, source, data), start, stop)
+
+    @property
+    def picture_files(self) -> dict[str, bytes]:
+        """The files of pictures that are not held here, and their digests."""
+        c, ends = self.columns, _starts(self.columns["held_I"])
+        found = {}
+        for i in np.flatnonzero(c["path_I"]).tolist():
+            path = os.fsdecode(c["held_B"][ends[i] : ends[i + 1]].tobytes())
+            found[path] = bytes(c["digest_I"][i]).ljust(KEY.itemsize, b"\0")
+        return found
 
     def _inner_starts(self, n: int) -> tuple[int, ...]:
         """Where the second step of response n and the later ones begin."""
@@ -186,20 +233,16 @@ class GroupTable(_Groups):
         return found
 
     @cached_property
-    def unrepeated_G(self) -> IndexArray:
-        """[G] tokens of the prefix and of the longest step of each response."""
-        found = self.prefix_G.astype(np.int64)
-        if len(self.steps_N):
-            longest_N = np.maximum.reduceat(self.length_S, _starts(self.steps_N)[:-1])
-            np.add.at(found, _owners(self.responses_G), longest_N)
-        return found
-
-    @cached_property
     def truncated_G(self) -> BoolArray:
         """[G] whether prompt or a response was truncated."""
         found: BoolArray = self.prompt_cut_G > 0
         found[_owners(self.responses_G)[self.cut_N > 0]] = True
         return found
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether any group has a picture."""
+        return any(len(part.columns["digest_I"]) for part in self.parts)
 
     @property
     def max_id(self) -> int:
@@ -261,6 +304,9 @@ class TableBuilder:
             "label_N": [-1] * count if group.labels is None else group.labels,
             "pair_P": group.pairs,
             "weight_P": [np.nan] * len(group.pairs) if group.weights is None else group.weights,
+            "pictures_G": [len(group.pictures)],
+            "pictures_N": [len(c.pictures) for c in many],
+            **(picture_columns(group) if group.has_pictures else {}),
         }
         for name, new in values.items():
             self._rows[name] += new
@@ -270,7 +316,7 @@ class TableBuilder:
         found: dict[str, Array] = {}
         for name, values in self._rows.items():
             dtype, width = COLUMNS[name]
-            if name.endswith("_T"):
+            if name.endswith(("_T", "_B")):
                 found[name] = np.concatenate([np.empty(0, dtype), *values])
             elif dtype == KEY:
                 found[name] = np.frombuffer(b"".join(values), KEY)
@@ -330,7 +376,18 @@ def _fewer(part: Part, keep_N: BoolArray) -> Part:
     columns["pair_P"] = (before_N[at_P2] - first_P[:, None])[keep_P].astype(c["pair_P"].dtype)
     columns["weight_P"] = c["weight_P"][keep_P]
     columns["pairs_G"] = _counts(group_P[keep_P], len(part), c["pairs_G"])
+    if len(c["digest_I"]):
+        keep_I = np.repeat(stays, np.insert(c["pictures_N"], starts, c["pictures_G"]))
+        columns |= {name: c[name][keep_I] for name in COLUMNS if name.endswith("_I")}
+        columns["held_B"] = c["held_B"][np.repeat(keep_I, c["held_I"])]
     return Part(columns, max_id=part.max_id, source=part.source)
+
+
+def _sums(values: Array, starts: IndexArray) -> IndexArray:
+    """Sums of values[starts[g]:starts[g + 1]], [G]."""
+    ends = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+    found: IndexArray = ends[starts[1:]] - ends[starts[:-1]]
+    return found
 
 
 def _owners(count_G: Array) -> IndexArray:

@@ -268,6 +268,11 @@ class TokenCache:
             used(folder)
         return found
 
+    def remove(self, key: TokenKey) -> None:
+        """Remove an entry."""
+        with self._locked(self.folder / key.id, lambda: None):
+            remove(self.folder / key.id)
+
     def _open(self, folder: Path, file: str, source: int, *, fresh: bool = False) -> Tokenised | None:
         """The entry; None where there is none. Raises ``Damaged``."""
         if not folder.exists():

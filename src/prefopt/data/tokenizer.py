@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from prefopt.core.files import expanded, one_below
 from prefopt.core.hub import fetched
-from prefopt.core.model_folder import base_of, is_adapter, vet_folder
+from prefopt.core.model_folder import base_of, is_adapter, read_object, vet_folder
 from prefopt.errors import ModelError, first_line
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "tekken.json"}
 # With one of these, transformers converts no *.model.
 CONVERTED = VOCABULARIES - {"tekken.json"}
 # Packages that read a *.model, and their modules.
+PROCESSOR_TEMPLATE = "chat_template.json"  # of older vision-language models
 READERS = {
     "SentencePiece": ("sentencepiece protobuf", ("sentencepiece", "google", "google.protobuf")),
     "tiktoken": ("tiktoken", ("tiktoken",)),
@@ -82,6 +83,9 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     if not tokenizer.is_fast:
         what = "the tokenizer gives no character offsets, so trained tokens cannot be told from the prompt"
         raise ModelError(f"{source}: {what}; convert it to tokenizer.json")
+    if tokenizer.chat_template is None and (path / PROCESSOR_TEMPLATE).is_file():
+        template = read_object(path / PROCESSOR_TEMPLATE).get("chat_template")
+        tokenizer.chat_template = template if isinstance(template, str) else None
     for model in models:
         processor: Any = importlib.import_module("sentencepiece").SentencePieceProcessor
         pieces = processor(model_file=str(model)).encode(PROBE, out_type=str)

@@ -26,7 +26,7 @@ from typing import Any
 
 from prefopt.data.chat.render import Rendered, Renderer
 from prefopt.data.chat.template import Rendering
-from prefopt.data.group import Group
+from prefopt.data.group import Group, PicturedIds, pictures_in
 from prefopt.data.steps import NOT_STEPWISE, STEPWISE, judged, judged_steps
 from prefopt.data.table import Array, TableBuilder
 from prefopt.data.tokenizer import Tokenizer
@@ -109,8 +109,12 @@ class Preparer:
         if self.kind != "prompts":
             yield from self.renderer.render_all(good)
             return
-        for comparison, ids in zip(good, self.renderer.prompts(good), strict=True):
-            yield ids if isinstance(ids, Problem) else Rendered(Group(ids, (), comparison.row, ()))
+        for comparison, prompt in zip(good, self.renderer.prompts(good), strict=True):
+            if isinstance(prompt, Problem):
+                yield prompt
+            else:
+                ids = prompt.ids if isinstance(prompt, PicturedIds) else prompt
+                yield Rendered(Group(ids, (), comparison.row, (), pictures=pictures_in(prompt)))
 
 
 def chunks(rows: Iterable[ParsedRow]) -> Iterator[list[ParsedRow]]:
@@ -121,6 +125,7 @@ def chunks(rows: Iterable[ParsedRow]) -> Iterator[list[ParsedRow]]:
         chunk.append(row)
         if isinstance(row, Comparison):
             room -= sum(len(m.content) for turns in (row.prompt, *(r.messages for r in row.responses)) for m in turns)
+            room -= sum(len(picture.data) for picture in row.pictures)
         if len(chunk) == CHUNK_ROWS or room <= 0:
             yield chunk
             chunk, room = [], CHUNK_CHARACTERS

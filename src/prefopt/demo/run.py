@@ -360,6 +360,6 @@ def tell_next(console: Screen, model: Path, again: DpoConfig, aligned: Path, pic
         "7. What to try next",
         f"talk to it: {start} chat --model {shlex.quote(str(aligned))} --against {shlex.quote(str(model))}",
         f"another loss, the same reference from the cache: {command('dpo', again)}",
-        f"your model and your pairs: {start} dpo --model MODEL --data PAIRS.jsonl --output OUTPUT --eval-fraction 0.05",
+        f"your model and your pairs: {start} dpo --model MODEL --data PAIRS.jsonl --output OUTPUT",
         f"{aligned} is an ordinary Hugging Face folder, with its card in README.md; {picture} shows the curves",
     )

@@ -16,7 +16,10 @@ from prefopt.data.validate import Problem, describe, refuse, refused_rows
 from prefopt.errors import DataError
 from prefopt.records import Comparison, Message, Response
 
-REWARD_BENCH, REWARD_BENCH_2, RM_BENCH, JUDGE_BENCH = "RewardBench", "RewardBench 2", "RM-Bench", "JudgeBench"
+REWARD_BENCH = "RewardBench"
+REWARD_BENCH_2 = "RewardBench 2"
+RM_BENCH = "RM-Bench"
+JUDGE_BENCH = "JudgeBench"
 Row = Mapping[str, object]
 
 

@@ -4,16 +4,13 @@ A judge answers with votes, the same that a person gives.
 
 >>> judge = ScoreJudge("length", TextScorer(load_reward("length")))
 >>> question = Question(Comparison.pair("Say hello.", chosen="Hello there", rejected="Hi", row=1))
->>> [tier_outcome(vote.tiers) for vote in judge([question])]
-[1.0]
+>>> [vote.tiers for vote in judge([question])]
+[((0,), (1,))]
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,16 +19,13 @@ from typing import Any
 from prefopt.config.compare import CompareConfig
 from prefopt.config.scoring import IMPLICIT, is_model_reward
 from prefopt.config.tools import ScoreConfig
-from prefopt.core.cache_folder import cache_root
-from prefopt.core.files import write_json
 from prefopt.core.options import nearest
-from prefopt.errors import ConfigError, DataError, RunError
+from prefopt.errors import ConfigError, DataError
 from prefopt.evaluate.score import RowScorer, TextScorer, load_row_scorer
-from prefopt.evaluate.win_rate import tier_outcome
-from prefopt.generate.chat_model import ContextLengthError, Messages, RemoteChatModel
-from prefopt.records import Comparison, Message
+from prefopt.generate.language_judge import LanguageJudge
+from prefopt.records import Comparison
 from prefopt.rewards import RULES, Reward, load_reward, prompt_text
-from prefopt.studies.votes import LONGEST_RATIONALE, Vote
+from prefopt.studies.votes import Vote
 
 FIRST, SECOND, TIE = Vote(((0,), (1,))), Vote(((1,), (0,))), Vote(((0, 1),))
 NAMED = ("regex:PATTERN", "gsm8k", "implicit:MODEL,REFERENCE", "llm")
@@ -182,79 +176,17 @@ def _final_answer(q: Question) -> str:
     raise DataError("has no answer after ####, which --judge gsm8k compares with", file=file, row=row)
 
 
-ATTEMPTS = 3
-PAUSE = 2.0
-"""Seconds before the second attempt, doubled before the third."""
-SYSTEM = (
-    "You compare two answers to the same prompt. Judge how well each does what the prompt asks: whether it is right,"
-    " useful, clear and safe. Length by itself is no merit, and which answer comes first means nothing. Explain in a"
-    " few sentences what decides it. Then write a last line that is exactly one of: [[1]] where the first answer is"
-    " better, [[2]] where the second is, [[tie]] where neither is."
-)
-VERDICT = re.compile(r"\[\[\s*(1|2|tie)\s*\]\]", re.I)
-TIERS = {"1": FIRST.tiers, "2": SECOND.tiers, "tie": TIE.tiers}
-
-
 class LlmJudge(Judge):
-    """A language model behind an OpenAI-compatible URL, asked twice, once in each order: a preference that does not
-    survive the swap is position bias, and counts as a tie. Answers are cached on disk, so that a question is paid for
-    once. ``asked`` counts questions sent, ``cached`` those found on disk."""
+    """A language model behind an OpenAI-compatible URL, see :class:`prefopt.generate.language_judge.LanguageJudge`."""
 
     def __init__(self, url: str, model: str | None, *, key_variable: str | None) -> None:
         """Raises :class:`prefopt.errors.UserError` where the server cannot be asked."""
-        self._model = RemoteChatModel(url, model, key_variable=key_variable, options={"temperature": 0})
-        self.name = self._model.name
-        self._folder = cache_root() / "judgements"
-        self.asked = self.cached = 0
+        self._judge = LanguageJudge(url, model, key_variable=key_variable)
+        self.name = self._judge.name
 
     def notes(self) -> list[str]:
-        return [f"{self.asked} questions were asked of {self.name}, {self.cached} answers came from the cache"]
+        return [self._judge.words]
 
     def __call__(self, questions: Sequence[Question]) -> list[Vote]:
         """Raises :class:`RunError` where no attempt is answered."""
-        return [self._vote(q) for q in questions]
-
-    def _vote(self, q: Question) -> Vote:
-        prompt, (first, second) = prompt_text(q.pair), q.responses
-        answers = [self._answer(prompt, first, second), self._answer(prompt, second, first)]
-        one, two = map(_verdict, answers)
-        if one is None or two is None:
-            return Vote(skipped="the judge gave no verdict")
-        agree = tier_outcome(TIERS[one]) == 1 - tier_outcome(TIERS[two])
-        return Vote(TIERS[one] if agree else TIE.tiers, rationale="\n\n".join(answers)[:LONGEST_RATIONALE])
-
-    def _answer(self, prompt: str, first: str, second: str) -> str:
-        question = f"# Prompt\n\n{prompt}\n\n# First answer\n\n{first}\n\n# Second answer\n\n{second}"
-        key = json.dumps([self.name, SYSTEM, question]).encode("utf-8", "surrogatepass")
-        name = hashlib.blake2b(key, digest_size=16).hexdigest()
-        path = self._folder / name[:2] / f"{name}.json"
-        try:
-            answer = str(json.loads(path.read_text("utf-8"))["answer"])
-            self.cached += 1
-            return answer
-        except Exception:  # absent or damaged: ask again
-            self.asked += 1
-        answer = self._ask((Message("system", SYSTEM), Message("user", question)))
-        if _verdict(answer) is not None:
-            write_json(path, {"judge": self.name, "answer": answer})
-        return answer
-
-    def _ask(self, messages: Messages) -> str:
-        for attempt in range(ATTEMPTS):
-            try:
-                answer = "".join(self._model.answer(messages, attempt))
-                if _verdict(answer) is not None or attempt == ATTEMPTS - 1:
-                    return answer
-            except ContextLengthError as error:
-                return f"no verdict: {error}"
-            except RunError:
-                if attempt == ATTEMPTS - 1:
-                    raise
-            time.sleep(PAUSE * 2**attempt)
-        raise AssertionError("the last attempt returns or raises")
-
-
-def _verdict(answer: str) -> str | None:
-    """The last verdict of an answer: 1, 2 or tie."""
-    found = VERDICT.findall(answer)
-    return str(found[-1]).lower() if found else None
+        return [self._judge.vote(prompt_text(q.pair), *q.responses) for q in questions]

@@ -28,7 +28,7 @@ from prefopt.core.statistics import Interval, mean_interval
 from prefopt.core.terminal import Reporter
 from prefopt.data.comparisons import open_comparisons, parse_comparisons, read_comparisons
 from prefopt.data.files.sources import find_sources
-from prefopt.data.group import Group
+from prefopt.data.group import Group, pictures_in
 from prefopt.data.load import load_groups
 from prefopt.data.validate import Problem, refuse, refused_rows
 from prefopt.errors import CacheError, DataError, ModelError, UserError
@@ -282,9 +282,10 @@ def log_ratios(rows: Sequence[Comparison], reference: SampledModel, policy: Samp
         if isinstance(prompt, Problem):
             raise DataError(f"{prompt.kind}: {prompt.what}", row=row.row)
         ids: Any = row.extra["token_ids"]
-        wholes = [np.concatenate([prompt, np.asarray(x, np.int32)]) for x in ids]
+        wholes = [np.concatenate([np.asarray(prompt), np.asarray(x, np.int32)]) for x in ids]
         sequences = [(whole, np.arange(len(whole)) >= len(prompt)) for whole in wholes]
-        groups.append(Group.from_sequences(sequences, row=row.row, pairs=()))
+        pictures = [pictures_in(prompt)] * len(wholes) if pictures_in(prompt) else ()
+        groups.append(Group.from_sequences(sequences, row=row.row, pairs=(), pictures=pictures))
     if max(int(c.ids.max()) for g in groups for c in g.continuations) >= len(reference.tokenizer):
         raise ModelError(f"--reference {reference.name}: its vocabulary lacks tokens of the samples")
     if policy is None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from http.client import HTTPException, HTTPResponse
 from typing import Any
 
+from prefopt.core.endpoint import Endpoint, ServerRefusal, message_of, reason_of
 from prefopt.data.chat.render import Renderer
+from prefopt.data.layouts.messages import write_parts
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.data.validate import Problem
-from prefopt.errors import ConfigError, RunError
+from prefopt.errors import RunError
 from prefopt.generate.model_io import CONTEXT_TOKENS, SampledModel, continuation
 from prefopt.generate.sampler import Ids, SamplingParams
 from prefopt.generate.transformers_sampler import TransformersSampler
@@ -23,8 +21,6 @@ from prefopt.records import Comparison, Message
 Messages = tuple[Message, ...]
 PLAIN_STOPS = ("\nUser:", "\nSystem:")
 """Text with which a model without a chat template begins a turn of the other side."""
-TIMEOUT = 300.0
-"""Seconds of silence after which a server counts as gone."""
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 CHARACTER_TOKENS = 8
 """Tokens of one character at most; more that do not decode are shown as they are."""
@@ -164,19 +160,15 @@ class RemoteChatModel:
 
         Raises :class:`ConfigError` for an invalid URL, and :class:`RunError` where the server cannot be asked.
         """
-        self._url = _base_url(url)
-        self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream, application/json"}
-        if key_variable is not None:
-            if not (key := os.environ.get(key_variable)):
-                raise ConfigError(f"--url-key {key_variable}: there is no such environment variable, or it is empty")
-            self._headers["Authorization"] = f"Bearer {key}"
+        self._endpoint = Endpoint(url, key_variable=key_variable)
+        self._url = self._endpoint.url
         self._options = dict(options)
-        self._model = model or self._only_model()
-        self.name = f"{self._model} at {urllib.parse.urlsplit(self._url).netloc}"
+        self._model = model or self._endpoint.only_model()
+        self.name = f"{self._model} at {self._endpoint.place}"
 
     def answer(self, messages: Messages, attempt: int) -> Iterator[str]:
         """Raises :class:`ContextLengthError` where the server refuses the length."""
-        turns = [{"role": m.role, "content": m.content} for m in messages]
+        turns = [{"role": m.role, "content": write_parts(m, urls=True) if m.pictures else m.content} for m in messages]
         yield from self._stream("chat/completions", {"messages": turns}, attempt)
 
     def complete(self, text: str, attempt: int) -> Iterator[str]:
@@ -193,7 +185,7 @@ class RemoteChatModel:
                 streams = response.headers.get_content_type() == "text/event-stream"
                 yield from self._texts(_events(response) if streams else [json.loads(response.read())])
             except (OSError, HTTPException, ValueError) as error:
-                raise RunError(f"{self._url}: the answer broke off ({_reason(error)})") from error
+                raise RunError(f"{self._url}: the answer broke off ({reason_of(error)})") from error
 
     def _texts(self, events: Iterable[Any]) -> Iterator[str]:
         """The text of events. Reasoning that a server sends apart is put into <think> tags, as models write it."""
@@ -202,7 +194,7 @@ class RemoteChatModel:
             if not isinstance(event, dict):
                 continue
             if "error" in event:
-                raise RunError(f"{self._url}: {_message(event)}")
+                raise RunError(f"{self._url}: {message_of(event)}")
             for choice in event.get("choices") or ():
                 part = choice.get("delta") or choice.get("message") or choice
                 thought = part.get("reasoning_content") or part.get("reasoning")
@@ -214,42 +206,17 @@ class RemoteChatModel:
                     yield f"\n</think>\n\n{text}" if thinking else text
                     thinking = False
 
-    def _only_model(self) -> str:
-        with self._open("models", None) as response:
-            try:
-                names = [str(m["id"]) for m in json.loads(response.read())["data"]]
-            except (ValueError, KeyError, TypeError) as error:
-                raise RunError(f"{self._url}: it does not list its models; name one with --url-model") from error
-        if len(names) != 1:
-            raise ConfigError(f"--url-model is missing: {self._url} has {', '.join(names) or 'no model'}")
-        return names[0]
-
     def _open(self, path: str, body: bytes | None) -> HTTPResponse:
-        request = urllib.request.Request(f"{self._url}/{path}", data=body, headers=self._headers)
         try:
-            response: HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT)
-        except urllib.error.HTTPError as error:
-            what = _message(error.read())
-            if error.code == 400 and "context" in what and body is not None:
-                raise ContextLengthError(what) from error
-            raise RunError(f"{self._url}: the server answers {error.code} ({what or error.reason})") from error
-        except (OSError, HTTPException) as error:
-            raise RunError(f"{self._url} cannot be reached ({_reason(error)}); is the server running?") from error
-        return response
+            return self._endpoint.open(path, body)
+        except ServerRefusal as error:
+            if error.status == 400 and "context" in error.what and body is not None:
+                raise ContextLengthError(error.what) from error
+            raise
 
 
 ChatModel = LocalChatModel | RemoteChatModel
 """Answers conversations and completes text, streaming chunks of text."""
-
-
-def _base_url(url: str) -> str:
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise ConfigError(f"--url {url} should begin with http:// or https://, such as http://localhost:8000/v1")
-    path = parts.path.rstrip("/")
-    for ending in ("/chat/completions", "/completions"):
-        path = path.removesuffix(ending)
-    return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
 
 
 def _events(response: HTTPResponse) -> Iterator[Any]:
@@ -269,22 +236,3 @@ def _events(response: HTTPResponse) -> Iterator[Any]:
         ended = ended or any(c.get("finish_reason") for c in choices or ())
     if not ended:
         raise ValueError("its end is missing")
-
-
-def _message(answer: Any) -> str:
-    """A server's error message in one line, from the body of its answer or the JSON in it."""
-    found = answer
-    if isinstance(answer, bytes):
-        try:
-            found = json.loads(answer)
-        except ValueError:
-            found = answer.decode("utf-8", "replace")
-    for name in ("error", "message", "detail"):
-        if isinstance(found, dict) and name in found:
-            found = found[name]
-    return " ".join(str(found or "").split())[:300]
-
-
-def _reason(error: Exception) -> str:
-    reason = getattr(error, "reason", None) or error
-    return getattr(reason, "strerror", None) or " ".join(str(reason).split()) or type(error).__name__

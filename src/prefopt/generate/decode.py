@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from prefopt.data.group import pictures_in
 from prefopt.data.table import IndexArray
 from prefopt.generate.packed_linear import is_packed
 from prefopt.generate.sampler import Ids
@@ -27,7 +28,7 @@ from prefopt.model.architectures import body_of, causal_model
 from prefopt.model.costs import count_pass, out_of_memory, uncounted
 from prefopt.model.kernels.attention import gather_plan
 from prefopt.model.kernels.head import transformed
-from prefopt.model.packing import split
+from prefopt.model.packing import ForwardPass, Segment, split
 from prefopt.model.scorer import Scorer
 
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
@@ -104,19 +105,42 @@ class SlotDecoder(Decoder):
         gather = gather_plan(segments, self.device) if kernel == "varlen" else None
         on_device = [torch.from_numpy(x).to(self.device) for x in (ids, positions, flat, at, ends - 1)]
         filling = Filling(self.slots, segments, on_device[2], on_device[3], kernel, gather)
-        return self._forward(*on_device[:2], filling=filling)[on_device[4]]
+        given = self._with_pictures(prompts, rows, ids, segments, on_device[0])
+        positions_T = given.pop("position_ids", on_device[1][None])
+        return self._forward(on_device[0], positions_T, filling=filling, **given)[on_device[4]]
+
+    def _with_pictures(
+        self,
+        prompts: Sequence[Ids],
+        rows: Sequence[Sequence[int]],
+        ids: IndexArray,
+        segments: tuple[Segment, ...],
+        ids_T: torch.Tensor,
+    ) -> dict[str, Any]:
+        """What the model is given for pictures in a row of prompts, whose slots get the positions that follow."""
+        starts = [segment[0] for segment in segments]
+        found = [p.moved(start) for prompt, start in zip(prompts, starts, strict=True) for p in pictures_in(prompt)]
+        if not found:
+            return {}
+        row = ForwardPass(ids_T, ids_T, segments, pictures=tuple(found), host_ids=ids)
+        given = self.scorer.vision.arguments(row, shared=True)
+        if "position_ids" in given:
+            highest = given["position_ids"].amax((0, 1)).cpu().numpy()
+            for (start, stop, *_), of in zip(segments, rows, strict=True):
+                self.slots.shifted(of, int(highest[start:stop].max()) + 1 - (stop - start))
+        return given
 
     def step(self, token_n: torch.Tensor) -> torch.Tensor:
         self.slots.make_room()
-        hidden = self._forward(token_n, self.slots.positions, slots=self.slots)
+        hidden = self._forward(token_n, self.slots.positions[None], slots=self.slots)
         self.slots.length += 1
         return hidden
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor, **cache: Any) -> torch.Tensor:
         count_pass(self.model, ids.numel(), "decode")
         self.slots.called.clear()
-        ids, positions = ids[None], positions[None]
-        out = body_of(self.model)(input_ids=ids, position_ids=positions, use_cache=False, return_dict=True, **cache)
+        given = {"input_ids": ids[None], "position_ids": positions, "use_cache": False, "return_dict": True}
+        out = body_of(self.model)(**given, **cache)
         hidden: torch.Tensor = out.last_hidden_state[0]
         return hidden
 

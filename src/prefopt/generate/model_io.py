@@ -17,12 +17,13 @@ from transformers import GenerationConfig
 
 from prefopt.core.model_folder import NOT_QUANTISED
 from prefopt.data.chat.ends import end_of_turn
+from prefopt.data.chat.pictures import token_of_pictures
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.template import Rendering
 from prefopt.data.comparisons import open_comparisons
 from prefopt.data.files.content import DAMAGED, damaged, look
 from prefopt.data.files.sources import MemoryOrigin, Source, find_sources
-from prefopt.data.group import IntArray
+from prefopt.data.group import IntArray, PicturedIds
 from prefopt.data.tokenizer import Tokenizer, tokenizer_digest
 from prefopt.data.validate import Problem, check, convert, describe, refuse, refused_rows
 from prefopt.errors import ConfigError, DataError
@@ -85,6 +86,9 @@ class SampledModel:
                 self.generation_config = GenerationConfig.from_pretrained(self.source)
         self.context = context_length(config)
 
+    pictures = False
+    """Whether the model is loaded to take pictures."""
+
     @cached_property
     def scorer(self) -> Scorer:
         """The model, frozen, in the requested precision."""
@@ -92,7 +96,8 @@ class SampledModel:
             disable_dropout(self._given)
             return Scorer(self._given)
         quantise = self.quantise or NOT_QUANTISED
-        model = load_model(self.source, dtype=self.dtype, device=self.device, adapter=self.adapter, quantise=quantise)
+        options: dict[str, Any] = {"adapter": self.adapter, "quantise": quantise, "pictures": self.pictures}
+        model = load_model(self.source, dtype=self.dtype, device=self.device, **options)
         model.requires_grad_(False)
         MasterWeights(model, self.dtype)  # adapters are loaded in the precision they were saved in
         return Scorer(model)
@@ -114,6 +119,12 @@ class SampledModel:
         if (scorer := self.__dict__.pop("scorer", None)) is not None:
             scorer.detach_hook()
 
+    @property
+    def never_drawn(self) -> tuple[int, ...]:
+        """The token in whose place features of pictures go, where the model is given some."""
+        token = token_of_pictures(self.source) if self.pictures else None
+        return () if token is None else (token,)
+
     def stop_ids(self, renderer: Renderer) -> tuple[int, ...]:
         """Every token that ends a response: EOS, those of the generation config, the template's end of turn."""
         found = [self.tokenizer.eos_token_id, *ids_of(getattr(self.generation_config, "eos_token_id", None))]
@@ -133,7 +144,7 @@ class PromptSet:
     ``len(rows) + refused_rows(problems) == read``."""
 
     rows: list[Comparison] = field(default_factory=list)
-    ids: list[IntArray] = field(default_factory=list)
+    ids: list[IntArray | PicturedIds] = field(default_factory=list)
     read: int = 0
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ class TextRewardScorer:
     def __init__(self, reward: Reward, tokenizer: Tokenizer, stop: Sequence[int]) -> None:
         self._reward, self._tokenizer, self._stop = reward, tokenizer, stop
         self.words = f"{reward.name}, of the text"
+        self.models: list[ScalarScorer] = []
 
     def gathered(self) -> AbstractContextManager[None]:
         """As :meth:`RewardModelScorer.gathered`: there is nothing to gather."""
@@ -40,13 +41,21 @@ class TextRewardScorer:
 
     def __call__(self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int) -> list[float]:
         """A finite number for each response [N] of groups whose prompts are ``rows``. Raises :class:`RunError`."""
-        prompts, texts = [], []
-        for row, group in zip(rows, groups, strict=True):
-            for c in group.continuations:
-                text = continuation(self._tokenizer, group.prefix, without_stop(c.ids, self._stop))
-                prompts.append(prompt_text(row))
-                texts.append(text if row.text else text.strip())  # white space around an answer is the template's
-        return self._reward(prompts, texts)
+        texts = response_texts(self._tokenizer, self._stop, rows, groups)
+        prompts = [prompt_text(row) for row, many in zip(rows, texts, strict=True) for _ in many]
+        return self._reward(prompts, [text for many in texts for text in many])
+
+
+def response_texts(
+    tokenizer: Tokenizer, stop: Sequence[int], rows: Sequence[Comparison], groups: Sequence[Group]
+) -> list[list[str]]:
+    """The texts of responses, without their stop tokens, of groups whose prompts are ``rows``."""
+    found = []
+    for row, group in zip(rows, groups, strict=True):
+        texts = [continuation(tokenizer, group.prefix, without_stop(c.ids, stop)) for c in group.continuations]
+        # White space around an answer is the template's.
+        found.append(texts if row.text else [text.strip() for text in texts])
+    return found
 
 
 class RewardModelScorer:
@@ -55,6 +64,7 @@ class RewardModelScorer:
 
     def __init__(self, name: str, scorer: ScalarScorer) -> None:
         self.scorer, self._name = scorer.eval(), name
+        self.models = [self.scorer]
         self.words = f"{name}, a reward model"
 
     def gathered(self) -> AbstractContextManager[None]:
@@ -77,7 +87,47 @@ class RewardModelScorer:
         return scores
 
 
-RewardScorer = TextRewardScorer | RewardModelScorer
+class WeightedRewards:
+    """The weighted sum of several rewards, each with the name of its metrics."""
+
+    def __init__(self, parts: Mapping[str, tuple[float, RewardScorer]]) -> None:
+        """``parts``: weight and scorer of each component, by name."""
+        self._parts = dict(parts)
+        self.words: str = " + ".join(
+            f"{weight:g} {name} ({part.words})" for name, (weight, part) in self._parts.items()
+        )
+
+    @property
+    def models(self) -> list[ScalarScorer]:
+        """The reward models among the components."""
+        return [model for _, part in self._parts.values() for model in part.models]
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """As :meth:`RewardModelScorer.gathered`, of all components."""
+        with ExitStack() as stack:
+            for _, part in self._parts.values():
+                stack.enter_context(part.gathered())
+            yield
+
+    def components(
+        self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int
+    ) -> dict[str, list[float]]:
+        """What each component gives the responses [N], without its weight."""
+        return {name: part(rows, groups, token_budget) for name, (_, part) in self._parts.items()}
+
+    def total(self, components: Mapping[str, Sequence[float]]) -> list[float]:
+        """The weighted sum [N] of :meth:`components`."""
+        weights = [weight for weight, _ in self._parts.values()]
+        columns = [components[name] for name in self._parts]
+        return [sum(w * x for w, x in zip(weights, row, strict=True)) for row in zip(*columns, strict=True)]
+
+    def __call__(self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int) -> list[float]:
+        """As :meth:`TextRewardScorer.__call__`."""
+        return self.total(self.components(rows, groups, token_budget))
+
+
+RewardScorer = TextRewardScorer | RewardModelScorer | WeightedRewards
 
 
 def load_reward_scorer(
@@ -89,24 +139,26 @@ def load_reward_scorer(
     device: torch.device,
     attention: str,
     longest: int,
-) -> RewardScorer:
+    option: str = "--reward",
+) -> TextRewardScorer | RewardModelScorer:
     """The rule or function of that name, else the reward model in that folder (or on the Hub).
 
-    ``longest``: tokens of prompt and response together. Raises :class:`ModelError` for a model with another number of
-    labels, another tokenizer or too short a context, and :class:`prefopt.errors.ConfigError` for an unknown name.
+    ``longest``: tokens of prompt and response together; ``option`` gave the name. Raises :class:`ModelError` for a
+    model with another number of labels, another tokenizer or too short a context, and
+    :class:`prefopt.errors.ConfigError` for an unknown name.
     """
     if not is_model_reward(name):
         return TextRewardScorer(load_reward(name), tokenizer, stop)
     source = local_folder(name)
     if not has_scalar_head(source):
         what = "is a language model, which gives no score"
-        raise ModelError(f"--reward {name} {what}: prefopt reward makes one that does")
+        raise ModelError(f"{option} {name} {what}: prefopt reward makes one that does")
     theirs = load_tokenizer(source).get_vocab()
     for token, i in tokenizer.get_vocab().items():
         if theirs.get(token) != i:
             there = f"token {theirs[token]} of its own" if token in theirs else "none of its own"
             raise ModelError(
-                f"--reward {name} has another tokenizer: {token!r} is token {i} of the policy, and {there}; use a"
+                f"{option} {name} has another tokenizer: {token!r} is token {i} of the policy, and {there}; use a"
                 " reward model that was made from this policy"
             )
     model = load_scalar(source, dtype=dtype, device=device, tokenizer=tokenizer).requires_grad_(False)
@@ -114,10 +166,10 @@ def load_reward_scorer(
     context = context_length(causal_model(model).config)
     if context is not None and longest > context:
         what = f"its context is {context} tokens, but prompt and response may have {longest}"
-        raise ModelError(f"--reward {name}: {what}; lower --max-new-tokens")
+        raise ModelError(f"{option} {name}: {what}; lower --max-new-tokens")
     if vocabulary_size(causal_model(model)) < len(tokenizer):
         what = "its vocabulary is smaller than the tokenizer's"
-        raise ModelError(f"--reward {name}: {what}; they belong to different models")
+        raise ModelError(f"{option} {name}: {what}; they belong to different models")
     return RewardModelScorer(name, scorer)
 
 

@@ -27,13 +27,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from prefopt.data.group import Group, IntArray
+from prefopt.data.group import Group, IntArray, PicturedIds, pictures_in
 from prefopt.errors import ConfigError
 from prefopt.model.packing import packed_batches
 from prefopt.model.scorer import Scorer
 
 FloatArray = npt.NDArray[np.float64]
 Ids = Sequence[int] | IntArray
+
+
 ProgressCallback = Callable[[int, int], None]
 """Called with the number of samples that ended and of tokens drawn since the last call; may raise to stop the sampler.
 Both are negative where a batch ran out of memory and will be drawn again."""
@@ -46,7 +48,8 @@ class SamplingParams:
     ``temperature`` divides the logits; 0 is greedy. Then ``top_k`` keeps the k likeliest tokens, then ``top_p`` the
     smallest set of likeliest tokens with this probability; tokens as likely as the last one kept stay too. The rest is
     renormalised. A sample ends with a token of ``stop`` (which it keeps, but not among its first ``min_new_tokens``),
-    after ``max_new_tokens``, or where the model's context ends.
+    after ``max_new_tokens``, or where the model's context ends. Tokens ``never`` drawn, such as that in whose place a
+    picture's features go, have no probability, whatever the other settings.
     """
 
     max_new_tokens: int
@@ -56,6 +59,7 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int | None = None
     seed: int = 0
+    never: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         good = {
@@ -71,7 +75,9 @@ class SamplingParams:
     @property
     def pure(self) -> bool:
         """Whether tokens come from the model's own distribution, so that both log-probabilities are the same."""
-        return self.temperature == 1 and self.top_p == 1 and self.top_k is None and self.min_new_tokens == 0
+        return (
+            self.temperature == 1 and self.top_p == 1 and self.top_k is None and not (self.min_new_tokens or self.never)
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,7 +145,7 @@ def occurrences(prompts: Sequence[Ids]) -> list[int]:
     seen: dict[bytes, int] = {}
     numbers = []
     for prompt in prompts:
-        key = np.asarray(prompt, np.int32).tobytes()
+        key = prompt.tobytes() if isinstance(prompt, PicturedIds) else np.asarray(prompt, np.int32).tobytes()
         numbers.append(seen.get(key, 0))
         seen[key] = numbers[-1] + 1
     return numbers
@@ -150,7 +156,8 @@ def group_of(prompt: Ids, samples: Sequence[Sample], row: int = 0) -> Group:
     start = np.asarray(prompt, np.int32)
     wholes = [np.concatenate([start, sample.ids]) for sample in samples]
     sequences = [(ids, np.arange(len(ids)) >= len(start)) for ids in wholes]
-    return Group.from_sequences(sequences, row=row, pairs=())
+    pictures = pictures_in(prompt)
+    return Group.from_sequences(sequences, row=row, pairs=(), pictures=[pictures] * len(wholes) if pictures else ())
 
 
 # -- drawing tokens --------------------------------------------------------------------------------------------
@@ -179,23 +186,33 @@ def choose(z: torch.Tensor, params: SamplingParams, key_n: torch.Tensor, step: S
 
     Without top-p, nothing waits for the device.
     """
-    w = z
-    if params.min_new_tokens and params.stop:
-        w, early = z.clone(), torch.as_tensor(step, device=z.device) < params.min_new_tokens
-        for stop in params.stop:
-            w[:, stop].masked_fill_(early, -math.inf)
+    w = masked(z, params, step)
     if params.temperature == 0:
         token_n = w.argmax(-1)
         logp_n = _at(z, token_n) - z.logsumexp(-1)
         return Choice(token_n, torch.zeros_like(logp_n), logp_n)
-    if params.temperature != 1:
-        w = w / params.temperature
-    w = _truncated(w, params)
     total_n = None if w is z else z.logsumexp(-1)
     e = w.softmax(-1)
     token_n, sums = _draw(e, key_n, step)
     sampling_logp_n = _at(e, token_n).log_() - sums.sum(-1).log_()
     return Choice(token_n, sampling_logp_n, sampling_logp_n if total_n is None else _at(z, token_n) - total_n)
+
+
+def masked(z: torch.Tensor, params: SamplingParams, step: Step) -> torch.Tensor:
+    """Logits [n, V] of the distribution that is drawn from, ``z`` itself where that is the model's own; at temperature
+    0 its argmax is taken."""
+    w = z.clone() if params.never else z
+    for never in params.never:
+        w[:, never] = -math.inf
+    if params.min_new_tokens and params.stop:
+        w, early = w.clone(), torch.as_tensor(step, device=z.device) < params.min_new_tokens
+        for stop in params.stop:
+            w[:, stop].masked_fill_(early, -math.inf)
+    if params.temperature == 0:
+        return w
+    if params.temperature != 1:
+        w = w / params.temperature
+    return _truncated(w, params)
 
 
 def _draw(e: torch.Tensor, key_n: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:

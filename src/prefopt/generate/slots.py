@@ -44,7 +44,8 @@ KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(slots=True)
 class Slots:
-    """The cache of one batch: ``start`` [rows] is each row's first slot, ``length`` how many are used. Rows that start
+    """The cache of one batch: ``start`` [rows] is each row's first slot, ``length`` how many are used, ``shift`` [rows]
+    how far positions are ahead of slots (a picture has more tokens than positions, so below 0 then). Rows that start
     near one another should stand side by side (:meth:`parts`)."""
 
     start: IndexArray
@@ -52,15 +53,19 @@ class Slots:
     length: int = 0
     layers: dict[LayerCall, KeysAndValues] = field(default_factory=dict)
     called: Counter[int] = field(default_factory=Counter)
+    shift: IndexArray = field(init=False)
     _start: torch.Tensor | None = None
     _bias: torch.Tensor | None = None
     _parts: list[tuple[slice, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.shift = np.zeros(len(self.start), np.int64)
 
     @property
     def positions(self) -> torch.Tensor:
         """The position [rows] of the next token, on the device."""
         if self._start is None:
-            self._start = torch.from_numpy(self.start).to(self.device)
+            self._start = torch.from_numpy(self.start - self.shift).to(self.device)
         return self.length - self._start
 
     def call_of(self, module: torch.nn.Module) -> LayerCall:
@@ -69,12 +74,19 @@ class Slots:
         return id(module), self.called[id(module)]
 
     def place(self, rows: Sequence[int], lengths: IndexArray) -> None:
-        """Sequences of these lengths take the place of what ``rows`` hold; :meth:`fill` brings their tokens."""
+        """Sequences of these lengths take the place of what ``rows`` hold; :meth:`fill` brings their tokens, and
+        :meth:`shifted` their positions where those are not 0, 1, 2, ..."""
         if (more := int(lengths.max()) - self.length) > 0:
             self.start += more
             self.length += more
             self._copy_layers(slice(None), 0, more)
         self.start[list(rows)] = self.length - lengths
+        self.shift[list(rows)] = 0
+        self._moved()
+
+    def shifted(self, rows: Sequence[int], shift: int) -> None:
+        """The next positions of placed sequences are their lengths plus ``shift``."""
+        self.shift[list(rows)] = shift
         self._moved()
 
     def fill(
@@ -109,7 +121,7 @@ class Slots:
 
     def keep(self, index: torch.Tensor) -> None:
         """Keep rows ``index`` (on the CPU), in that order; a row may occur several times."""
-        self.start = self.start[index.numpy()]
+        self.start, self.shift = self.start[index.numpy()], self.shift[index.numpy()]
         self._drop_unused(index.to(self.device))
 
     def _drop_unused(self, index: torch.Tensor | slice) -> None:

@@ -13,9 +13,10 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
+from prefopt.data.group import pictures_in
 from prefopt.errors import ModelError, first_line
 from prefopt.generate.batch import Job, Queue, SampleBatch
-from prefopt.generate.decode import Decoder, WholeDecoder, decoder_of
+from prefopt.generate.decode import Decoder, SlotDecoder, WholeDecoder, decoder_of
 from prefopt.generate.packed_linear import FEWEST_ROWS, packed_linears
 from prefopt.generate.sampler import Ids, ProgressCallback, Sample, SamplingParams, occurrences
 from prefopt.model.architectures import attention_shapes, causal_model, context_length, vocabulary_size
@@ -43,7 +44,8 @@ class TransformersSampler:
 
     def __init__(self, scorer: Scorer, *, rows: int | None = None, read_every: int | None = None) -> None:
         self.scorer, self.rows, self.read_every = scorer, rows, read_every
-        self.context = context_length(causal_model(scorer.model).config)
+        self._model = causal_model(scorer.model)
+        self.context = context_length(self._model.config)
         self._decoder, self.note = decoder_of(scorer)
         self.decoder_name = self._decoder.name
 
@@ -123,7 +125,10 @@ class TransformersSampler:
             yield
 
     def _check(self, prompts: Sequence[Ids], params: SamplingParams) -> None:
-        size = vocabulary_size(causal_model(self.scorer.model))
+        if any(map(pictures_in, prompts)) and self._decoder is not SlotDecoder:
+            name = type(self._model).__name__
+            raise ModelError(f"{name} is sampled from with its own cache, which takes no pictures here")
+        size = vocabulary_size(self._model)
         for n, prompt in enumerate(prompts, 1):
             if not len(prompt):
                 raise ModelError(f"prompt {n} has no token; a model needs one to start from")

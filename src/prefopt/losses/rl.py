@@ -30,15 +30,29 @@ class Clipped(NamedTuple):
     clipped: Tensor
 
 
-def policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, clip: float) -> Clipped:
-    """max(-A r, -A clip(r, 1 - clip, 1 + clip)), r = exp(logp - old_logp) (equation 7, as a loss).
+def policy_loss(
+    logp: Tensor, old_logp: Tensor, advantage: Tensor, clip: float, clip_high: float | None = None
+) -> Clipped:
+    """max(-A r, -A clip(r, 1 - clip, 1 + clip_high)), r = exp(logp - old_logp) (equation 7, as a loss).
 
-    Per token for PPO; per response, with sums of log-probabilities, for RLOO. At r = 1 the gradient is that of
-    -A logp: the policy gradient.
+    Per token for PPO and GRPO; per response, with sums of log-probabilities, for RLOO, and with their means over tokens
+    for GSPO. At r = 1 the gradient is that of -A logp: the policy gradient. ``clip_high``, by default ``clip``, is
+    DAPO's (Yu et al. 2025, arXiv 2503.14476, equation 10): a larger one leaves unlikely tokens room to grow.
     """
     ratio = torch.exp(logp - old_logp)
-    plain, held = -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)
+    high = clip if clip_high is None else clip_high
+    plain, held = -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + high)
     return Clipped(torch.maximum(plain, held), (held > plain).to(logp.dtype).detach())
+
+
+def truncated_importance(logp: Tensor, sampled_logp: Tensor, cap: float) -> Tensor:
+    """min(p / q, cap) at samples of q, whose log-probabilities are ``sampled_logp``, for expectations under p.
+
+    Per token, or per response with sums of log-probabilities. Truncated importance sampling (Ionides 2008,
+    doi:10.1198/106186008X320456): its variance is bounded, and its bias only underweights what q rarely draws. Per
+    token as the rho of V-trace (Espeholt et al. 2018, arXiv 1802.01561, section 4.1).
+    """
+    return torch.exp(logp - sampled_logp).clamp(max=cap)
 
 
 def value_loss(value: Tensor, old_value: Tensor, target: Tensor, clip: float | None) -> Clipped:
@@ -119,6 +133,53 @@ def leave_one_out(return_N: Tensor, group_N: Tensor) -> Tensor:
         raise ValueError("leave-one-out needs at least two responses per prompt")
     sum_G = return_N.new_zeros(groups).index_add(0, group_N, return_N)
     return return_N - (sum_G[group_N] - return_N) / (many_G[group_N] - 1)
+
+
+STD_FLOOR = 1e-4
+"""Added to the deviation of a group: equal scores differ by rounding, which must not become an advantage."""
+
+
+def group_relative(return_N: Tensor, group_N: Tensor, *, std: bool) -> Tensor:
+    """Each response's return less the mean of its group, itself included, [N]: the advantage of GRPO.
+
+    Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300), section 4.1.2. ``std`` divides by the standard deviation of the
+    group, as they do; without it prompts that are nearly always or hardly ever answered well do not weigh more than
+    others (Liu et al. 2025, Dr. GRPO, arXiv 2503.20783, section 3.1). ``group_N`` numbers the prompts from 0.
+    """
+    groups = int(group_N.max()) + 1
+    many_G = torch.bincount(group_N, minlength=groups).to(return_N.dtype)
+
+    def mean_N(x_N: Tensor) -> Tensor:
+        return (return_N.new_zeros(groups).index_add(0, group_N, x_N) / many_G)[group_N]
+
+    gap_N = return_N - mean_N(return_N)
+    return gap_N / (mean_N(gap_N.square()).sqrt() + STD_FLOOR) if std else gap_N
+
+
+def overlong_penalty(length_N: Tensor, longest: int, buffer: int) -> Tensor:
+    """0 for responses of up to ``longest - buffer`` tokens, then falling linearly to -1 at ``longest``, [N].
+
+    Yu et al. 2025 (DAPO, arXiv 2503.14476), equation 13, which is added to the score.
+    """
+    return ((longest - buffer - length_N).double() / buffer).clamp(-1.0, 0.0)
+
+
+def averaged_tokens(loss_M: Tensor, length_N: Tensor, average: str, longest: int) -> Tensor:
+    """The losses of tokens [M] as numerators [M], to be divided by :func:`averaging_weight` of the global batch.
+
+    ``rows``: the mean over responses of each response's mean over tokens (GRPO, arXiv 2402.03300, equation 3), in which
+    a token of a long response counts less. ``tokens``: the mean over all tokens (DAPO, arXiv 2503.14476, equation 8).
+    ``constant``: the sum over tokens by ``longest``, the same for all responses, and the mean over these (Dr. GRPO,
+    arXiv 2503.20783, section 3.2): the gradient of the expected return, up to a factor.
+    """
+    if average == "rows":
+        return loss_M / length_N.to(loss_M.dtype)[owners(length_N)]
+    return loss_M / longest if average == "constant" else loss_M
+
+
+def averaging_weight(length_N: Tensor, average: str) -> Tensor:
+    """What :func:`averaged_tokens` are divided by: the number of tokens, or of responses."""
+    return length_N.sum().double() if average == "tokens" else length_N.new_tensor(float(len(length_N))).double()
 
 
 def whiten(x: Tensor, *, shift_mean: bool = True) -> Tensor:

@@ -10,20 +10,24 @@ import torch
 
 from prefopt.config.distil import DistilConfig
 from prefopt.data.chat.ends import trained_ends
-from prefopt.errors import ModelError
+from prefopt.data.table import GroupTable
+from prefopt.errors import ConfigError, ModelError
 from prefopt.generate.sampler import SamplingParams
 from prefopt.model.check import check_scoring
 from prefopt.model.kernels.divergence import Divergence
 from prefopt.parallel.world import ALONE
 from prefopt.reference.identity import identity_of_name, tokenizer_of_name
 from prefopt.rl.models import weights_in_files
+from prefopt.rl.samplers import policy_sampler
 from prefopt.rl.student import StudentBatches, check_prompts
 from prefopt.train.data import DataBatches, load_data
-from prefopt.train.offline import OfflineRun
+from prefopt.train.offline import OfflineRun, Plan
 from prefopt.train.policy import Policy
 from prefopt.train.reference import ReferenceChoice, ReferenceRun
-from prefopt.train.run import ModelStart, TrainingResult, open_run, read_model
-from prefopt.train.teacher import DistillationObjective, TeacherPlan
+from prefopt.train.remote_teacher import RemoteTeacher, RemoteTeacherPlan
+from prefopt.train.result import TrainingResult
+from prefopt.train.run import ModelStart, Run, open_run, read_model
+from prefopt.train.teacher import DistillationObjective, TeacherPlan, TopTokensObjective
 
 WORDS = {
     "forward": "forward KL(teacher || model)",
@@ -49,7 +53,7 @@ def run(
     with open_run(config, model=model, callbacks=callbacks) as run:
         config, say = run.config, run.say
         start = read_model(run, tokenizer)
-        choice = run.world.first_on_node(lambda: _teacher(config, start))
+        choice = None if config.teacher_url else run.world.first_on_node(lambda: _teacher(config, start))
         data = run.world.first_on_node(
             lambda: load_data(config, start, rows, run.reporter, run.stop, kind="demonstrations", windows=True)
         )
@@ -58,45 +62,73 @@ def run(
         others = partial(_bytes_of, choice, run.dtype)
         # One that draws is cut when it trains, beside a copy of its modules that the other ranks need not call.
         world = ALONE if config.on_policy else run.world
-        policy = run.loading(Policy(config, start.source, run.dtype, run.device, model, world, others))
+        pictures = data.groups.has_pictures
+        if pictures and config.on_policy:
+            raise ConfigError("--on-policy samples from prompts of text alone; leave it out, or rows with pictures")
+        policy = run.loading(
+            Policy(config, start.source, run.dtype, run.device, model, world, others, pictures=pictures)
+        )
         offline = OfflineRun(run=run, start=start, data=data, policy=policy)
         offline.check(check_scoring)
-        divergence = Divergence(config.divergence, config.jsd_weight or 0.5)
-        mean = "token" if config.average == "tokens" else "response"
-        words = WORDS[config.divergence].format(divergence.weight)
-        say(f"teacher: {choice.words}, {choice.identity.digest[:12]}, scored with every batch")
-        say(f"loss: {words}, mean over every {mean}")
-        reference = ReferenceRun(run, choice, policy.scorer, token_values=False, shards=policy.shards)
-        plan = TeacherPlan(reference, _source(offline, policy).groups)
-        objective = DistillationObjective(divergence, config.average, device=policy.device)
+        teacher = None if choice is not None else RemoteTeacher(run, start.tokenizer, policy.scorer)
+        objective = _objective(run, choice, policy)
+        plan = _plan(run, choice, policy, _source(offline, policy, teacher).groups)
         if config.dry_run:
-            offline.preview(objective, _source(offline, policy), plan=plan)
+            offline.preview(objective, _source(offline, policy, teacher, asked=False), plan=plan)
             return None
         plan.say_missing()
-        offline.take_folder({"teacher": (choice.identity.digest, "the teacher")})
+        if teacher is None:
+            assert choice is not None
+            offline.take_folder({"teacher": (choice.identity.digest, "the teacher")})
+        else:
+            offline.take_folder({"teacher": (teacher.identity(data.groups), "the teacher")})
+            teacher.ask(data.groups)
         say(policy.make_trainable(run.world, draws=config.on_policy > 0, others=others))
-        source = _source(offline, policy)
+        source = _source(offline, policy, teacher)
         if isinstance(source, StudentBatches):
-            source.prepare(run.folder)
+            source.prepare(policy_sampler(run, policy, start.tokenizer, longest=start.limit))
             drawn = sum(map(source.is_drawn, range(offline.steps)))
             say(f"sampling: {drawn} of {offline.steps} steps learn from the model's own responses")
         trainer = offline.fit(objective, source, plan=plan)
+        if isinstance(source, StudentBatches):
+            source.close()
         return offline.finish(trainer, title="Distillation", tag="distil")
 
 
-def _source(offline: OfflineRun, policy: Policy) -> DataBatches:
+def _objective(run: Run, choice: ReferenceChoice | None, policy: Policy) -> DistillationObjective:
+    config: DistilConfig = run.config
+    divergence = Divergence(config.divergence, config.jsd_weight or 0.5)
+    if choice is not None:
+        run.say(f"teacher: {choice.words}, {choice.identity.digest[:12]}, scored with every batch")
+    words = WORDS[config.divergence].format(divergence.weight)
+    run.say(f"loss: {words}, mean over every {'token' if config.average == 'tokens' else 'response'}")
+    kind = DistillationObjective if choice is not None else TopTokensObjective
+    return kind(divergence, config.average, device=policy.device)
+
+
+def _plan(run: Run, choice: ReferenceChoice | None, policy: Policy, groups: GroupTable) -> Plan:
+    if choice is None:
+        return RemoteTeacherPlan()
+    return TeacherPlan(ReferenceRun(run, choice, policy.scorer, token_values=False, shards=policy.shards), groups)
+
+
+def _source(offline: OfflineRun, policy: Policy, teacher: RemoteTeacher | None, *, asked: bool = True) -> DataBatches:
+    """Batches of the data, or of these and samples. ``asked``: a teacher behind a URL was asked about the data."""
     run, config, data = offline.run, offline.run.config, offline.data
+    columns: dict[str, Any] = {}
+    if teacher is not None:
+        columns["columns"] = teacher.columns if asked else teacher.placeholder
     if not config.on_policy:
-        return DataBatches(data, offline.sampler)
+        return DataBatches(data, offline.sampler, **columns)
     ends = tuple(trained_ends(data.groups, offline.start.tokenizer))
     settings = SamplingParams(config.max_new_tokens, ends, seed=config.seed)
-    scorer, longest = policy.apart, offline.start.limit
-    return StudentBatches(data, offline.sampler, scorer, settings, config.on_policy, run.world, longest=longest)
+    known = (data, offline.sampler, policy.apart, settings, config.on_policy, run.world)
+    return StudentBatches(*known, longest=offline.start.limit, teacher=teacher, **columns)
 
 
-def _bytes_of(choice: ReferenceChoice, dtype: torch.dtype) -> int:
-    """Bytes of the teacher's weights."""
-    return weights_in_files(choice.model) * dtype.itemsize
+def _bytes_of(choice: ReferenceChoice | None, dtype: torch.dtype) -> int:
+    """Bytes of the weights of a teacher in memory."""
+    return 0 if choice is None else weights_in_files(choice.model) * dtype.itemsize
 
 
 def _teacher(config: DistilConfig, start: ModelStart) -> ReferenceChoice:

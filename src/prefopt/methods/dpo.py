@@ -13,19 +13,23 @@ from prefopt.errors import ConfigError, RunError
 from prefopt.model.check import check_scoring
 from prefopt.model.costs import MEMORY_ERRORS
 from prefopt.model.quantised import is_quantised
+from prefopt.rl.kl_guard import GuardedBatches, kl_guard
 from prefopt.runs.diagnose import diagnose, in_words
 from prefopt.runs.history import read_history
 from prefopt.runs.metrics import Record
 from prefopt.train.batch import Batch
 from prefopt.train.columns import Values, columns_of
 from prefopt.train.data import DataBatches, load_data
+from prefopt.train.find_rate import find_rate
 from prefopt.train.held_out import NO_ROOM, TOO_LARGE, Choice, HeldOutPrecision, no_room, widened
 from prefopt.train.loss_options import Losses, data_kind, describe, losses_of, needs_reference
 from prefopt.train.objective import PreferenceObjective, check_rows, inspect_first
 from prefopt.train.offline import OfflineRun
 from prefopt.train.policy import Policy
+from prefopt.train.rate import settle_rate
 from prefopt.train.reference import ReferenceChoice, ReferencePlan, ReferenceRun, choose_reference
-from prefopt.train.run import Run, TrainingResult, open_run, read_model
+from prefopt.train.result import TrainingResult
+from prefopt.train.run import Run, open_run, read_model
 
 
 def run(
@@ -55,15 +59,17 @@ def run(
         if needs_reference(terms):
             choice = run.world.first_on_node(lambda: choose_reference(config, model))
 
-        policy = run.loading(Policy(config, start.source, run.dtype, run.device, model, run.world))
+        pictures = data.groups.has_pictures
+        policy = run.loading(Policy(config, start.source, run.dtype, run.device, model, run.world, pictures=pictures))
         offline = OfflineRun(run=run, start=start, data=data, policy=policy)
         check = offline.check(check_scoring)
+        settle_rate(run, policy.scorer, updates=offline.steps)
         say(f"loss: {describe(terms)}")
         plan = _reference_plan(offline, terms, choice)
         objective = PreferenceObjective(terms, device=policy.device)
         merge = any("label_P" in (*term.inputs, *term.loss.optional_inputs) for term in terms)
         columns = partial(columns_of, kind=terms[0].loss.kind, which=which, merge=merge)
-        batches = partial(DataBatches, data, offline.sampler, columns, mismatched=plan.mismatched)
+        batches = partial(GuardedBatches, data, offline.sampler, columns, mismatched=plan.mismatched)
 
         if config.dry_run:
             offline.preview(objective, batches(reference=plan.placeholder()), plan=plan)
@@ -73,6 +79,10 @@ def run(
         source = batches(reference=plan.values(policy.scorer))
         precision = _held_out_precision(run, policy, plan, batches)
         say(policy.make_trainable(run.world))
+        if config.find_learning_rate and not find_rate(offline, objective, source, plan):
+            return None
+
+        source.guard = guard = kl_guard(offline, plan)
 
         def inspect(step: int, update: int, record: Record, batch: Batch, values: Values) -> bool:
             if step:
@@ -82,8 +92,10 @@ def run(
             return line is not None
 
         trainer = offline.fit(objective, source, plan=plan, inspect=inspect, precision=precision)
+        measured = guard.measure_saved(trainer) if guard is not None else {}
         return offline.finish(
             trainer,
+            measured=measured,
             title=_TITLES.get(config.loss, f"Preference optimisation ({describe(terms)})"),
             tag=terms[0].loss.name.rpartition(":")[2],
             closing=lambda: in_words(diagnose(read_history(run.folder.path))),
@@ -107,7 +119,7 @@ def _held_out_precision(
     Raises :class:`ConfigError` where ``--eval-dtype float32`` cannot be had.
     """
     asked, name = run.config.eval_dtype, str(run.dtype).removeprefix("torch.")
-    if not run.config.evaluates or asked == "run" or run.dtype not in (torch.bfloat16, torch.float16):
+    if not len(plan.held_out) or asked == "run" or run.dtype not in (torch.bfloat16, torch.float16):
         return None
     if why := _not_in_float32(policy, plan):
         if asked == "float32":

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from prefopt.config.export import ExportConfig
 from prefopt.config.methods import method_of
+from prefopt.config.online import COMPARERS, OnlineConfig
+from prefopt.config.ppo import PpoConfig
 from prefopt.config.reward_bench import RewardBenchConfig
+from prefopt.config.rewards import LLM
 from prefopt.config.sample import SampleConfig
 from prefopt.config.scoring import IMPLICIT, RULES, ScorerOptions, is_model_reward
 from prefopt.config.tools import ScoreConfig
+from prefopt.core.endpoint import Endpoint, is_url
 from prefopt.core.files import OVERWRITE, RESUME, expanded, is_path, one_below, refuse_existing
 from prefopt.core.hub import no_telemetry, why_not_read
 from prefopt.core.ranks import ranks_in, restarted
@@ -25,15 +30,18 @@ from prefopt.rewards import load_reward
 from prefopt.runs.folder import check_output
 
 MODELS = ("model", "adapter", "reference", "reference_adapter", "teacher", "teacher_adapter", "a", "b")
-DATA = ("data", "eval_data", "prompts", "ptx_data", "files")
+DATA = ("data", "eval_data", "prompts", "eval_prompts", "ptx_data", "files")
 TEXT = ".txt"
 CONFIGS = ("config.json", "adapter_config.json")
 GPU_DRIVERS = ("libcuda.so.1", "libamdhip64.so", "nvcuda.dll", "amdhip64.dll")
 
 
 def check_before_torch(config: Any) -> None:
-    """Raise :class:`prefopt.errors.UserError` for a missing device, model, data file or reward, for an empty
-    data file, and for an output folder that is taken. Configs without a ``device`` pass: they need no torch."""
+    """Raise :class:`prefopt.errors.UserError` for a missing device, model, data file or reward, for an empty data file,
+    for an output folder that is taken, and for a rollout server that does not answer.
+
+    Configs without a ``device`` pass: they need no torch.
+    """
     if not hasattr(config, "device"):
         return
     _check_device(config.device)
@@ -57,14 +65,42 @@ def check_before_torch(config: Any) -> None:
         for option in MODELS:
             names = getattr(config, option, None)
             for name in names if isinstance(names, list) else [names]:
-                _check_model(name)
+                if not (option == "teacher" and name is not None and is_url(name)):
+                    _check_model(name)
+    _check_servers(config)
+    known = [*RULES, *([IMPLICIT] if isinstance(config, ScorerOptions) else [])]
+    known += COMPARERS if isinstance(config, OnlineConfig) else []
+    for reward in _rewards_of(config):
+        _check_reward(reward, known)
+
+
+def _rewards_of(config: Any) -> list[str]:
+    if isinstance(config, PpoConfig):
+        sources = [term.source for term in config.reward_terms]
+        sources += [] if config.true_reward is None else [config.true_reward]
+        return [source for source in sources if source != LLM]
     reward = getattr(config, "reward", None)
-    if isinstance(reward, str) and is_model_reward(reward):
+    return [reward] if isinstance(reward, str) else []
+
+
+def _check_reward(reward: str, known: Sequence[str]) -> None:
+    if is_model_reward(reward):
         _check_model(reward)
-        return
-    known = (*RULES, *([IMPLICIT] if isinstance(config, ScorerOptions) else []))
-    if isinstance(reward, str) and reward not in known:
+    elif reward not in known:
         load_reward(reward)  # refuses the name, or an absent module
+
+
+def _check_servers(config: Any) -> None:
+    """Refuse servers that do not answer; not of a resumed run, whose checkpoint may hold what they would be asked."""
+    if getattr(config, "resume", False):
+        return
+    teacher = getattr(config, "teacher", None)
+    named = {"rollout": getattr(config, "rollout_server", None) or [], "teacher": [teacher] if teacher else []}
+    for what, names in named.items():
+        flag = "--rollout-server" if what == "rollout" else "--teacher"
+        for url in filter(is_url, names):
+            key = getattr(config, f"{what}_key")
+            Endpoint(url, key_variable=key, flag=flag, key_flag=f"--{what}-key").models(f"--{what}-model")
 
 
 def _check_device(name: str | None) -> None:

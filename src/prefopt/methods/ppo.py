@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,31 +11,47 @@ from typing import Any
 import numpy as np
 
 from prefopt.config.ppo import PpoConfig
-from prefopt.config.scoring import is_model_reward
+from prefopt.config.rewards import WATCH_TIMES
 from prefopt.core.terminal import size
 from prefopt.data.group import Group, shortened
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import Diverged
 from prefopt.generate.model_io import PromptSet, SampledModel
-from prefopt.generate.rewards import TextRewardScorer
 from prefopt.generate.sampler import SamplingParams, group_of
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.losses.rl import KlController
 from prefopt.model.card import portable
 from prefopt.model.check import CheckReport, check_scoring
 from prefopt.model.costs import peak_memory
+from prefopt.model.scorer import Scorer
 from prefopt.reference.identity import identity_of_name
-from prefopt.rewards import Reward, load_reward
 from prefopt.rl.models import PpoModels, build_models, bytes_of_others
 from prefopt.rl.objective import PpoObjective
-from prefopt.rl.prompts import PtxTerm, order_of, plan_of, read_ptx, read_rollout_prompts, too_few
+from prefopt.rl.prompts import (
+    PtxTerm,
+    ends_of,
+    order_of,
+    plan_of,
+    read_held_out,
+    read_ptx,
+    read_rollout_prompts,
+    too_few,
+    updates_of,
+)
+from prefopt.rl.rewards import Rewards
 from prefopt.rl.rollouts import Collector
 from prefopt.rl.rounds import Rounds, keep_last_good
+from prefopt.rl.sample_log import SAMPLES, SampleLog
+from prefopt.rl.samplers import LocalSampler, policy_sampler
+from prefopt.rl.watch import Watch, with_true_reward
 from prefopt.runs.folder import digest_of, fingerprint
+from prefopt.runs.hacking import BEFORE
 from prefopt.runs.history import averages_of, read_history
 from prefopt.train.memory import Trainee, TrainingMemory
 from prefopt.train.optim import Network
 from prefopt.train.policy import Policy
+from prefopt.train.rate import settle_rate
+from prefopt.train.result import RunResult
 from prefopt.train.routing import describe_routing, routed
 from prefopt.train.run import EXAMPLE_TEXT, Run, open_run, steps_of
 from prefopt.train.trainer import TrainerState
@@ -46,13 +62,9 @@ TRIED = 4
 Scores = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
 
-@dataclass(frozen=True, slots=True)
-class PpoResult:
+@dataclass(frozen=True, slots=True, repr=False)
+class PpoResult(RunResult):
     """``metrics`` are averages over the episodes of the last tenth of the steps."""
-
-    output: Path
-    steps: int
-    metrics: dict[str, float]
 
 
 def run(
@@ -70,11 +82,7 @@ def run(
     None for a dry run. Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop:
     the run can be resumed.
     """
-    function = None  # of texts; None for a reward model
-    if reward is not None:
-        function = Reward(config.reward, reward)
-    elif not is_model_reward(config.reward):
-        function = load_reward(config.reward)
+    rewards = Rewards.of(config, reward)
     with open_run(config, model=model, callbacks=callbacks) as run:
         config, say = run.config, run.say
         start = SampledModel(
@@ -87,56 +95,92 @@ def run(
             tokenizer=tokenizer,
         )
         prompts, settings = read_rollout_prompts(config, start, rows, run.reporter)
-        longest = max(map(len, prompts.ids)) + config.max_new_tokens
+        held_out = read_held_out(config, start, prompts, run.reporter)
+        longest = max(map(len, [*prompts.ids, *(held_out.ids if held_out else ())])) + config.max_new_tokens
         policy = run.loading(Policy(config, start.source, run.dtype, run.device, model))
+        settle_rate(run, policy.scorer, updates=updates_of(config, len(prompts.ids)))
+        config = run.config
         check = _check(policy, prompts, settings)
         run.say_scoring(policy, check)
         ptx = read_ptx(config, start.tokenizer, start.context, policy.scorer, run.reporter)
         say(policy.leftover())
         for line in describe_routing(policy.scorer, config):
             say(line)
-        say(policy.make_trainable(run.world, draws=True, others=lambda: bytes_of_others(config, policy, start.source)))
-        judge = TextRewardScorer(function, start.tokenizer, settings.stop) if function is not None else None
-        models = build_models(config, policy, start.source, start.tokenizer, settings.stop, longest, judge, run.world)
+        others = partial(bytes_of_others, config, policy, start.source, rewards)
+        say(policy.make_trainable(run.world, draws=True, others=others))
+        models = build_models(config, policy, start.source, start.tokenizer, settings.stop, longest, rewards, run.world)
         for line in models.words():
             say(line)
         memory = _memory(run, models)
         tokens = run.world.smallest(_token_budget(run, memory, prompts, ptx))
         if config.dry_run:
-            _preview(run, start, prompts, ptx, memory, tokens)
+            _preview(run, start, settings, prompts, ptx, memory, tokens)
             return None
-        same = _same(config, start, prompts, ptx, function)
+        same = _same(config, start, prompts, held_out, ptx, rewards)
         run.take_folder(same, algorithm=config.algorithm, memory=models.memory())
         say(memory.line(_largest(run, prompts, ptx), tokens))
-        _say_plan(run, prompts, tokens)
+        _say_plan(run, start, settings, prompts, tokens)
         run.folder.remember(token_budget=tokens, checkpointed=memory.trainees[0].checkpointed)
-        rounds = _rounds(run, models, prompts, settings, check, ptx)
+        rounds = _rounds(run, models, start, prompts, held_out, settings, check, ptx)
         state = _train(run, models, rounds, tokens, start.tokenizer, settings.stop)
+        rounds.collector.sampler.close()
         run.save(policy, start.tokenizer, settings.stop)
         return _finish(run, models, prompts, state.step, state.seconds)
 
 
 def _rounds(
-    run: Run, models: PpoModels, prompts: PromptSet, settings: SamplingParams, check: CheckReport, ptx: PtxTerm | None
+    run: Run,
+    models: PpoModels,
+    start: SampledModel,
+    prompts: PromptSet,
+    held_out: PromptSet | None,
+    settings: SamplingParams,
+    check: CheckReport,
+    ptx: PtxTerm | None,
 ) -> Rounds:
-    """The sampler, and the rounds that are learned from; the number of rows at once is kept for a resume."""
-    config, known, scorer = run.config, run.folder.record, models.actor.apart
-    longest = max(map(len, prompts.ids)) + config.max_new_tokens
-    with scorer.gathered():
-        sampler = TransformersSampler(scorer)
-        sampler.rows = known.get("sampled_at_once") or known.get("rows") or sampler.estimate_rows(longest)
-    run.folder.remember(sampled_at_once=sampler.rows)
+    """The sampler, and the rounds that are learned from."""
+    config, scorer = run.config, models.actor.apart
+    longest = max(map(len, [*prompts.ids, *(held_out.ids if held_out else ())])) + config.max_new_tokens
+    sampler = policy_sampler(run, models.actor, start.tokenizer, longest=longest, stale=config.stale)
     order = order_of(config, len(prompts.ids))
     critic = models.critic.of_rollouts if models.critic is not None else None
+    collector = Collector(
+        prompts, sampler, settings, config.num, models.judge, scorer, critic, models.reference, run.world
+    )
+    other, steps = models.reference.scorer, steps_of(config, order.steps_per_epoch)
     return Rounds(
         config,
-        Collector(prompts, sampler, settings, config.num, models.judge, scorer, critic, models.reference, run.world),
+        collector,
         order,
         KlController(config.beta, config.kl_target, config.kl_horizon),
-        steps=steps_of(config, order.steps_per_epoch),
+        steps=steps,
         ratio_tolerance=check.tolerance(1) / min(1.0, config.temperature),
+        watch=_watch(run, models, collector, held_out, steps),
+        samples=SampleLog(run.folder.path / SAMPLES, prompts, start.tokenizer, settings.stop, config.keep_samples),
+        reference=None if models.is_start else replace(collector, sampler=_sampler_of(other), scorer=other),
         ptx=ptx,
     )
+
+
+def _watch(run: Run, models: PpoModels, collector: Collector, held_out: PromptSet | None, steps: int) -> Watch:
+    """What is measured beside training; ``collector`` answers the prompts of training."""
+    often, watched = max(1, round(steps / WATCH_TIMES)), None
+    if held_out is not None:
+        judge = with_true_reward(models.judge, models.true_judge)
+        watched = replace(collector, prompts=held_out, num=1, judge=judge, critic=None)
+    return Watch(
+        watched,
+        every=run.config.eval_every or often,
+        look_every=often,
+        steps=steps,
+        remember=run.folder.remember,
+        known=BEFORE in run.folder.record,
+    )
+
+
+def _sampler_of(scorer: Scorer) -> LocalSampler:
+    with scorer.gathered():
+        return LocalSampler(scorer)
 
 
 def _train(
@@ -172,40 +216,50 @@ def _check(policy: Policy, prompts: PromptSet, settings: SamplingParams) -> Chec
 
 
 def _same(
-    config: PpoConfig, start: SampledModel, prompts: PromptSet, ptx: PtxTerm | None, reward: Reward | None
+    config: PpoConfig,
+    start: SampledModel,
+    prompts: PromptSet,
+    held_out: PromptSet | None,
+    ptx: PtxTerm | None,
+    rewards: Rewards,
 ) -> dict[str, tuple[Any, str]]:
     """What a resumed run must not change: names in ``run.json`` to (value, words)."""
     found: dict[str, tuple[Any, str]] = {
         "data": (digest_of(prompts.ids), "the prompts"),
         "model": (start.identity().digest, "the model"),
     }
+    if held_out is not None:
+        found["eval_prompts"] = (digest_of(held_out.ids), "the prompts of --eval-prompts")
     if ptx is not None:
         found["ptx_data"] = (fingerprint(ptx.groups), "the data of --ptx-data")
     if config.reference is not None:
         reference = identity_of_name(config.reference, quantise=config.quantise)
         found["reference"] = (reference.digest, "the reference model")
-    if reward is None:
-        found["reward"] = (identity_of_name(config.reward).digest, "the reward model")
-    elif (code := reward.digest()) is not None:
-        found["reward"] = (code, f"the code of --reward {reward.name}")
-    return found
+    return found | rewards.same()
 
 
 def _preview(
-    run: Run, start: SampledModel, prompts: PromptSet, ptx: PtxTerm | None, memory: TrainingMemory, tokens: int
+    run: Run,
+    start: SampledModel,
+    settings: SamplingParams,
+    prompts: PromptSet,
+    ptx: PtxTerm | None,
+    memory: TrainingMemory,
+    tokens: int,
 ) -> None:
     """The output of a dry run: prompts, options, plan and memory."""
     for row, ids in list(zip(prompts.rows, prompts.ids, strict=True))[:1]:
-        run.say_example(f"row {row.row}:", shortened(start.tokenizer.decode(ids.tolist()), EXAMPLE_TEXT, flat=True))
+        run.say_example(f"row {row.row}:", shortened(start.tokenizer.decode(list(ids)), EXAMPLE_TEXT, flat=True))
     run.say_options()
-    _say_plan(run, prompts, tokens)
+    _say_plan(run, start, settings, prompts, tokens)
     run.say(memory.whole_line(_largest(run, prompts, ptx), tokens))
     run.say(f"memory: {size(peak_memory(run.device))} at most so far")
     run.say("dry run: nothing was trained, and no output written")
 
 
-def _say_plan(run: Run, prompts: PromptSet, tokens: int) -> None:
-    run.say(plan_of(run.config, len(prompts.ids), tokens))
+def _say_plan(run: Run, start: SampledModel, settings: SamplingParams, prompts: PromptSet, tokens: int) -> None:
+    ends = [str(start.tokenizer.convert_ids_to_tokens(i)) for i in settings.stop]
+    run.say(f"{plan_of(run.config, len(prompts.ids), tokens)}; {ends_of(run.config, ends)}")
     run.say(too_few(run.config, len(prompts.ids)))
 
 
@@ -225,7 +279,7 @@ def _memory(run: Run, models: PpoModels) -> TrainingMemory:
     critic = models.critic
     if critic is not None and critic.scorer is not None:
         trainees.append(Trainee(critic.scorer, critic.weights, critic.blueprint))
-    others = {name: count for name, count in models.memory().items() if name in ("reference", "reward")}
+    others = models.beside_training()
     return TrainingMemory(trainees, run.config, run.device, others, run.world.ranks.local_size)
 
 
@@ -268,11 +322,19 @@ def _finish(run: Run, models: PpoModels, prompts: PromptSet, steps: int, seconds
         seconds=seconds,
         title=_TITLES[config.algorithm],
         tag=config.algorithm,
-        data=f"{len(prompts.ids)} prompts, from {files}. The reward is `{portable(config.reward)}`.",
+        data=f"{len(prompts.ids)} prompts, from {files}. The reward is {_reward_words(config)}.",
         licence="The licences of the base model, of the reward model and of the data apply.",
         closing=lambda: [closing],
     )
     return PpoResult(folder, steps, last)
+
+
+def _reward_words(config: PpoConfig) -> str:
+    """The components of the reward, without folders of this machine."""
+    terms = config.reward_terms
+    if len(terms) == 1:
+        return f"`{portable(terms[0].source)}`"
+    return " + ".join(f"{term.weight:g} times `{portable(term.source)}` ({term.name})" for term in terms)
 
 
 _TITLES = {"ppo": "Proximal Policy Optimization", "rloo": "REINFORCE with a leave-one-out baseline"}

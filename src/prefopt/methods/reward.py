@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,18 +22,11 @@ from prefopt.train.objectives import RewardObjective
 from prefopt.train.offline import OfflineRun
 from prefopt.train.policy import ScalarPolicy
 from prefopt.train.reliability import Reliability, draw, reliability
-from prefopt.train.run import Run, TrainingResult, open_run, read_model
+from prefopt.train.result import RewardResult
+from prefopt.train.run import Run, open_run, read_model
 
 ZERO_FROM = 1000
 """Training prompts to measure the shift on: its standard error is a thirtieth of the rewards' standard deviation."""
-
-
-@dataclass(frozen=True, slots=True)
-class RewardResult(TrainingResult):
-    """With the ``shift`` of the saved weights and, if rows were held out, their ``reliability``."""
-
-    shift: float
-    reliability: Reliability | None
 
 
 def run(
@@ -57,8 +49,10 @@ def run(
         config, say = run.config, run.say
         start = read_model(run, tokenizer, merged=True)
         data = run.world.first_on_node(lambda: load_data(config, start, rows, run.reporter, run.stop, kind="pairs"))
-        where = (run.dtype, run.device)
-        policy = run.loading(ScalarPolicy(config, start.source, *where, model, start.tokenizer, run.world))
+        where, pictures = (run.dtype, run.device), data.groups.has_pictures
+        policy = run.loading(
+            ScalarPolicy(config, start.source, *where, model, start.tokenizer, run.world, pictures=pictures)
+        )
         offline = OfflineRun(run=run, start=start, data=data, policy=policy)
         offline.check(_check)
         if config.margin is not None:

@@ -184,7 +184,8 @@ def _stages(found: Any) -> dict[str, dict[str, str]]:
     return stages
 
 
-MODELS, DATA, FILES = ("model", "reward", "reference"), ("data", "prompts", "eval_data", "ptx_data"), ("chat_template",)
+MODELS, FILES = ("model", "reward", "reference"), ("chat_template", "judge_prompt")
+DATA = ("data", "prompts", "eval_data", "eval_prompts", "ptx_data")
 """Options that name models, data and files. Digests are of their contents, not their names."""
 
 

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from prefopt.config.sample import SampleConfig
+from prefopt.core.shown import Shown
 from prefopt.core.terminal import Bar, Reporter, StopRequest, duration
+from prefopt.data.group import shortened
 from prefopt.data.layouts import LAYOUTS
 from prefopt.errors import ConfigError
 from prefopt.generate.model_io import SampledModel, continuation, without_stop
@@ -40,10 +42,12 @@ VLLM_SAMPLES = 4096
 """The same in samples for vLLM, which makes its own batches."""
 
 Row = dict[str, Any]
+SHOWN, LINE = 4, 160
+"""Prompts, and samples of each, in the table of a result; characters of each."""
 
 
-@dataclass(frozen=True, slots=True)
-class SampleResult:
+@dataclass(frozen=True, slots=True, repr=False)
+class SampleResult(Shown):
     """``rows`` are those of the output file, if none was written.
 
     ``finished`` is the fraction of samples that ended by themselves, ``empty`` the number without text; ``mismatch``
@@ -58,6 +62,26 @@ class SampleResult:
     finished: float
     empty: int
     mismatch: LogprobMismatch | None
+
+    def table(self) -> tuple[str, list[tuple[str, str]]]:
+        """Counts, and the first samples where no file was written."""
+        rows = [
+            ("finished", f"{self.finished:.0%} of {self.samples} samples, {self.empty} empty"),
+            ("tokens", f"{self.tokens:,}"),
+        ]
+        if self.output is not None:
+            rows.append(("written", str(self.output)))
+        for row in self.rows[:SHOWN]:
+            rows.append(("", ""))
+            rows += [("prompt", _one_line(row["prompt"])), *(("", _one_line(r)) for r in row["responses"][:SHOWN])]
+        more = f", {SHOWN} shown" if len(self.rows) > SHOWN else ""
+        return f"{self.samples} samples of {self.prompts} prompts{more}", rows
+
+
+def _one_line(turns: str | list[Row]) -> str:
+    """A text, or the last turn of a conversation, cut to a line."""
+    text = turns if isinstance(turns, str) else str(turns[-1].get("content") or "")
+    return shortened(text, LINE, flat=True)
 
 
 def run(
@@ -128,6 +152,7 @@ class _SampleRun:
             config.top_p,
             config.top_k,
             config.seed,
+            model.never_drawn,
         )
         self.longest = max(map(len, self.prompts.ids)) + config.max_new_tokens
         names = ", ".join(map(str, model.tokenizer.convert_ids_to_tokens(list(stop_ids))))
@@ -197,6 +222,8 @@ class _SampleRun:
         model, record = self.model, self.file.record if self.file else {}
         dtype = str(model.dtype).removeprefix("torch.")
         if self.config.engine == "vllm":
+            if model.pictures:
+                raise ConfigError("--engine vllm is not given pictures, which some prompts have; leave --engine out")
             from prefopt.generate.vllm import VllmSampler
 
             if model.context is None:

@@ -16,7 +16,8 @@ from prefopt.train.data import DataBatches, load_data
 from prefopt.train.objectives import LikelihoodObjective
 from prefopt.train.offline import OfflineRun
 from prefopt.train.policy import Policy
-from prefopt.train.run import TrainingResult, open_run, read_model
+from prefopt.train.result import TrainingResult
+from prefopt.train.run import open_run, read_model
 
 
 def run(
@@ -45,11 +46,11 @@ def run(
         # Texts without a prompt are cut into windows instead of being truncated.
         options: dict[str, Any] = {"kind": "demonstrations", "train_on": config.train_on, "windows": True}
         data = run.world.first_on_node(lambda: load_data(config, start, rows, run.reporter, run.stop, **options))
-        given = model
+        given, pictures = model, data.groups.has_pictures
         if config.from_scratch:
             fitted = config.train_tokenizer is not None
             given = new_model(start.source, start.tokenizer, seed=config.seed, fitted=fitted).to(run.device)
-        policy = run.loading(Policy(config, start.source, run.dtype, run.device, given, run.world))
+        policy = run.loading(Policy(config, start.source, run.dtype, run.device, given, run.world, pictures=pictures))
         offline = OfflineRun(run=run, start=start, data=data, policy=policy)
         offline.check(check_scoring)
         tokens = int(data.groups.trained_N[: int(data.source.groups.responses_G.sum())].sum())

@@ -50,17 +50,19 @@ def new_lora(
     dropout: float,
     targets: list[str] | None,
     task: str = "CAUSAL_LM",
+    towers: bool = False,
 ) -> torch.nn.Module:
     """Wrap ``model`` in a new LoRA adapter, drawn from torch's generator; all other weights are frozen.
 
-    ``targets``: see :func:`lora_targets`. ``task``: PEFT's; with ``SEQ_CLS`` the scalar head trains in full.
+    ``targets`` and ``towers``: see :func:`lora_targets`. ``task``: PEFT's; with ``SEQ_CLS`` the scalar head trains in
+    full.
     """
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import Linear
     from transformers.pytorch_utils import Conv1D
 
     plain = causal_model(model)
-    found = lora_targets(plain, targets)
+    found = lora_targets(plain, targets, towers=towers)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,

@@ -32,6 +32,7 @@ from prefopt.model.packing import pack
 from prefopt.model.quantised import check_packed
 from prefopt.model.scalar import ScalarScorer
 from prefopt.model.scorer import PackedModel, Scorer
+from prefopt.model.supported import language_class
 
 VOCABULARY, WINDOW, CONTEXT = 61, 8, 128
 _SMALL = (
@@ -67,10 +68,10 @@ def tiny_clone(config: PreTrainedConfig) -> PreTrainedModel | None:
 def _build(config: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        size = sum(p.numel() for p in language_class(config).from_config(config).parameters())
     if size > LARGEST:
         raise ValueError(f"{size} parameters")
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+    model: PreTrainedModel = language_class(config).from_config(
         config, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
     )
     model.eval()
@@ -82,7 +83,8 @@ def _build(config: Any) -> PreTrainedModel:
 
 
 def _shrunk(config: PreTrainedConfig, heads_too: bool) -> Any:
-    small: Any = copy.deepcopy(config.get_text_config())
+    whole: Any = copy.deepcopy(config)
+    small: Any = whole.get_text_config()
     old_layers = small.num_hidden_layers
     kinds = getattr(small, "layer_types", None) or []
     # Until every type of layer has occurred, at least two where there are two.
@@ -103,7 +105,20 @@ def _shrunk(config: PreTrainedConfig, heads_too: bool) -> Any:
             setattr(small, name, min(value, getattr(small, name)))
     if heads_too:
         _shrink_heads(small)
-    return small
+    alone: Any = AutoModelForCausalLM._model_mapping
+    return small if small is whole or type(small) in alone else _with_small_tower(whole)
+
+
+def _with_small_tower(whole: Any) -> Any:
+    """A configuration whose language model, small already, has no class of its own, with a tower as small."""
+    text, tower = whole.get_text_config(), whole.vision_config
+    _set(tower, depth=1, num_hidden_layers=1, hidden_size=16, intermediate_size=24, num_heads=2, num_attention_heads=2)
+    _set(tower, out_hidden_size=text.hidden_size, deepstack_visual_indexes=[0], fullatt_block_indexes=[0])
+    rope = getattr(text, "rope_parameters", None)
+    if isinstance(rope, dict):  # three kinds of positions share the frequencies, as many as half a head is wide
+        half = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) // 2
+        rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
+    return whole
 
 
 def _shrink_heads(small: Any) -> None:
@@ -217,8 +232,16 @@ def check_scalars(scorer: ScalarScorer, groups: Sequence[Group]) -> CheckReport:
         noise = _rms(together - torch.cat([scorer(pack([g], scorer.layout).to(device)) for g in some]))
         ends = [g.sequences(k)[-1] for g in some for k in range(len(g.continuations))]
         rows = [torch.from_numpy(ids[: int(np.flatnonzero(on)[-1]) + 1]).long().to(device)[None] for ids, on in ends]
+        placed = [g.placed(k) for g in some for k in range(len(g.continuations))]
+        more = [
+            scorer.vision.own_arguments(x, [p.picture for p in ps]) if ps else {}
+            for x, ps in zip(rows, placed, strict=True)
+        ]
         with scorer.attention_by(None), scorer.gathered():
-            own = [model(input_ids=x, attention_mask=torch.ones_like(x), use_cache=False).logits[0, 0] for x in rows]
+            own = [
+                model(input_ids=x, attention_mask=torch.ones_like(x), use_cache=False, **given).logits[0, 0]
+                for x, given in zip(rows, more, strict=True)
+            ]
     sharing = _rms(together + scorer.shift - torch.stack(own).to(together.dtype))
     gross = _GROSS[scorer.dtype] * max(1.0, float(together.abs().max()))
     if not max(sharing, noise) < gross:
@@ -254,9 +277,12 @@ def _checked_clone(scorer: PackedModel) -> float | None:
 
 
 def _typical(groups: Sequence[Group]) -> list[Group]:
-    """A few groups of typical length, cheap enough for every start."""
-    far = np.abs(GroupTable.of(groups).tokens_G - 300)
-    return [groups[i] for i in np.argsort(far, kind="stable")[:3].tolist()]
+    """A few groups of typical length, cheap enough for every start; with pictures, where there are some."""
+    table = GroupTable.of(groups)
+    order = np.argsort(np.abs(table.tokens_G - 300), kind="stable")
+    if table.has_pictures:  # one with pictures comes first
+        order = order[np.argsort(table.pictures_G[order] == 0, kind="stable")]
+    return [groups[i] for i in order[:3].tolist()]
 
 
 @torch.no_grad()

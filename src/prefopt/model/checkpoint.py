@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -124,13 +124,17 @@ class ModelOrigin:
         """Weights of the model that the checkpoint holds."""
         return {self.renamed[n] for n in self.checkpoint.tensors if n not in self.untouched}
 
-    def stored(self, model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Weights ``state`` of ``model`` under the names of the checkpoint, shared ones as often as it holds them. A
-        weight that the checkpoint lacks (a head that is no longer tied) gets transformers' name."""
+    def stored(
+        self, model: Any, state: Mapping[str, torch.Tensor], frozen: Collection[str] = ()
+    ) -> dict[str, torch.Tensor]:
+        """Weights ``state`` of ``model`` under the names of the checkpoint, shared ones as often as it holds them;
+        ``frozen`` ones are read from it. A weight that the checkpoint lacks (a head that is no longer tied) gets
+        transformers' name."""
         from transformers.core_model_loading import revert_weight_conversion
 
         skipped = set(self.untouched) | self.converted
         plain = {name: state[new] for name, new in self.renamed.items() if name not in skipped}
+        plain |= {n: self.checkpoint.tensors[n].read(n) for n in plain if self.renamed[n] in frozen}
         written = {self.renamed[name] for name in plain}
         rest = {name: value for name, value in state.items() if name not in written}
         reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, rest)

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from prefopt.core.files import expanded, is_path
@@ -34,6 +41,7 @@ from prefopt.model.supported import (
     backend_errors,
     drop_foreign_attention,
     keep_unpacked_names,
+    language_class,
     loading_options,
     model_errors,
     quantisation_of,
@@ -121,8 +129,10 @@ def load_model(
     adapter: str | None = None,
     quantise: str | None = None,
     from_first: FromFirst | None = None,
+    pictures: bool = False,
 ) -> torch.nn.Module:
-    """A causal language model, dropout off, with ``adapter`` (trainable) on it where one is named, or ``name`` is one.
+    """A causal language model, dropout off, with ``adapter`` (trainable) on it where one is named, or ``name`` is one;
+    with its vision tower where it is to take ``pictures``.
 
     ``quantise``: see :func:`prefopt.model.quantised.chosen`. ``from_first``: see :func:`load_weights`; the model is
     then on the CPU. Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, or needs code of its
@@ -135,7 +145,7 @@ def load_model(
     config = load_config(name)
     refuse_other_kinds(name, config)
     quantise = chosen(quantise, adapter)
-    kind = AutoModelForCausalLM
+    kind = language_class(config, pictures=pictures)
     loaded = load_weights(kind, name, config, dtype, device, quantise=quantise, from_first=from_first)
     return add_adapter(loaded, adapter) if adapter else loaded
 
@@ -183,7 +193,7 @@ def load_weights(
     steady_routers(model)
     origin = trace_origin(model, WeightFiles.read(source), own_config)
     keep_unpacked_names(model, own_config)
-    if kind is AutoModelForCausalLM:
+    if kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
         _check_language_model(name, model, origin)
     if info["mismatched_keys"]:
         weight, found, expected = min(info["mismatched_keys"])

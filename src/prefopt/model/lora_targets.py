@@ -138,14 +138,16 @@ class LoraTargets:
     words: str
 
 
-def lora_targets(model: Any, named: Sequence[str] | None) -> LoraTargets:
-    """The weights that ``named`` (``--lora-targets``; None: the default) stands for. Raises :class:`ConfigError` for a
-    name that matches no weight, or where an adapter would have no effect."""
+def lora_targets(model: Any, named: Sequence[str] | None, *, towers: bool = False) -> LoraTargets:
+    """The weights that ``named`` (``--lora-targets``; None: the default) stands for, with the linear layers of
+    ``towers`` and projectors. Raises :class:`ConfigError` for a name that matches no weight, or where an adapter would
+    have no effect."""
     matrices = list(weight_matrices(model))
     tensors = (*model.named_parameters(), *model.named_buffers())
     if named and any(name.endswith(".qweight") for name, _ in tensors):  # GPTQ and AWQ layers, which PEFT knows
         return LoraTargets([*named], None, ", ".join(named))
     wanted = _named(matrices, named) if named else [m for m in matrices if _default(m)]
+    wanted += [m for m in matrices if towers and m.kind == "tower" and m not in wanted]
     if not wanted:
         raise ConfigError("--lora: no weight of this model can have an adapter; leave it out to train the whole model")
     former = _former_names(model)

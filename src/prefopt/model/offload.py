@@ -8,10 +8,10 @@ of their own, beside the computation.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,16 @@ AHEAD = 4
 """Saved blocks that come back before they are needed."""
 IN_FLIGHT = 8
 """Gradients that wait on the host to be added up."""
+
+
+class HeldElsewhere(Protocol):
+    """Weights by the names of a scorer's parameters, which have them within ``gathered`` alone."""
+
+    weights: Mapping[str, torch.Tensor]
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """In this block the parameters have their values."""
+        ...
 
 
 class _Block:

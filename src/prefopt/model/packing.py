@@ -14,12 +14,12 @@ token of P, which is read K times and stored once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from prefopt.data.group import Group
+from prefopt.data.group import Group, Pictures, Placed
 from prefopt.data.table import GroupTable, IndexArray
 from prefopt.model.kernels.device import kind_of
 from prefopt.model.kernels.gather import Sums, gathered, occurrences
@@ -32,12 +32,15 @@ Segment = tuple[int, int, int, int]
 @dataclass(frozen=True, slots=True, eq=False)
 class ForwardPass:
     """Inputs of one forward pass: ``ids`` and ``positions`` [T], and the segments of its attention. ``repeated``: how
-    many of its first tokens a pass before it has encoded, too (the prompt of responses that are encoded apart)."""
+    many of its first tokens a pass before it has encoded, too (the prompt of responses that are encoded apart).
+    ``pictures``: by their tokens in the row, in order; a row with pictures has its ids on the host, too."""
 
     ids: torch.Tensor
     positions: torch.Tensor
     segments: tuple[Segment, ...]
     repeated: int = 0
+    pictures: Pictures = ()
+    host_ids: IndexArray | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,7 +76,7 @@ class PackedBatch:
         pairs = occurrences(self.read.numpy()) if kind_of(device) == "cuda" else []
         arrays = [x.numpy() for x in (*inputs, *numbers)] + [x for pair in pairs for x in pair]
         there = iter(on_device(arrays, device))
-        passes = tuple(ForwardPass(next(there), next(there), p.segments, p.repeated) for p in self.passes)
+        passes = tuple(replace(p, ids=next(there), positions=next(there)) for p in self.passes)
         read, target, owner, length, last = (next(there) for _ in numbers)
         reads = tuple((next(there), next(there)) for _ in pairs) if pairs else None
         return PackedBatch(self.groups, passes, read, target, owner, length, last, reads)
@@ -123,11 +126,13 @@ class _PackedRow:
         self.ids: list[np.ndarray] = []
         self.positions: list[np.ndarray] = []
         self.segments: list[Segment] = []
+        self.pictures: list[Placed] = []
         self.length = 0
         self.repeated = 0
 
-    def add(self, ids: np.ndarray, first_position: int) -> int:
+    def add(self, ids: np.ndarray, first_position: int, pictures: Pictures = ()) -> int:
         start = self.length
+        self.pictures += [placed.moved(start) for placed in pictures]
         self.ids.append(ids)
         self.positions.append(np.arange(first_position, first_position + len(ids)))
         self.length += len(ids)
@@ -136,7 +141,8 @@ class _PackedRow:
     def finish(self) -> ForwardPass:
         ids = torch.from_numpy(np.concatenate(self.ids).astype(np.int64))
         positions = torch.from_numpy(np.concatenate(self.positions))
-        return ForwardPass(ids, positions, tuple(self.segments), self.repeated)
+        host = ids.numpy() if self.pictures else None
+        return ForwardPass(ids, positions, tuple(self.segments), self.repeated, tuple(self.pictures), host)
 
 
 @dataclass(slots=True)
@@ -179,17 +185,17 @@ def _apart(rows: list[_PackedRow], group: Group, first: int) -> list[_Step]:
             rows.append(row := _PackedRow())
             row.segments.append((0, len(ids), 0, 0))
             row.repeated = len(group.prefix) if steps else 0
-            steps.append(_Step(first + k, row, row.add(ids, 0), -1, ids, trained))
+            steps.append(_Step(first + k, row, row.add(ids, 0, group.placed(k)), -1, ids, trained))
     return steps
 
 
 def _add_shared(row: _PackedRow, group: Group, first: int) -> list[_Step]:
     prefix = len(group.prefix)
-    origin = row.add(group.prefix, 0)
+    origin = row.add(group.prefix, 0, group.pictures)
     steps: list[_Step] = []
     for k, c in enumerate(group.continuations):
         for ids, trained in c.steps:
-            start = row.add(ids, prefix)
+            start = row.add(ids, prefix, c.pictures)
             row.segments.append((start, row.length, origin, prefix) if steps else (origin, row.length, 0, 0))
             steps.append(_Step(first + k, row, start, origin + prefix - 1 if prefix else -1, ids, trained))
     return steps

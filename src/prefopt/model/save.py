@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 
 from prefopt.core.files import output_errors, write_json
 from prefopt.core.model_folder import is_own, read_object
+from prefopt.data.chat.pictures import FILES, processor_file
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ModelError
 from prefopt.model.architectures import causal_model, transformers_log_level
@@ -50,8 +51,11 @@ _RENAMED: dict[str, dict[str, str]] = {
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
-def save_weights(folder: Path, model: Any, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Write the weights ``state`` of ``model``, its configuration (of ``dtype``) and its generation configuration.
+def save_weights(
+    folder: Path, model: Any, state: Mapping[str, torch.Tensor], dtype: torch.dtype, frozen: Collection[str] = ()
+) -> None:
+    """Write the weights ``state`` of ``model``, its configuration (of ``dtype``) and its generation configuration. What
+    is ``frozen`` is written as the checkpoint has it, not as it was rounded for computing.
 
     A model that was loaded from a folder keeps that folder's names and class, and byte for byte every tensor that is in
     no weight of the model. Raises :class:`ModelError` where there are such tensors, and the folder is gone.
@@ -64,7 +68,7 @@ def save_weights(folder: Path, model: Any, state: Mapping[str, torch.Tensor], dt
         model.config.architectures = [type(model).__name__]
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
-        _write_shards(folder, origin.stored(model, state), origin)
+        _write_shards(folder, origin.stored(model, state, frozen), origin)
         copy_side_files(origin.checkpoint.folder, folder)
     _whole_config(model, origin, dtype).save_pretrained(folder)
 
@@ -77,6 +81,14 @@ def copy_side_files(source: Path, folder: Path) -> None:
             if is_own(file) and not target.exists():
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, target)
+
+
+def copy_processor(source: str, folder: Path) -> None:
+    """Copy the settings of a processor of pictures from a model folder or Hub name to a folder that lacks them."""
+    for name in FILES:
+        file = processor_file(source, name)
+        if file is not None and not (folder / name).exists():
+            shutil.copyfile(file, folder / name)
 
 
 def apply_umask(folder: Path) -> None:

@@ -49,10 +49,10 @@ PAD = "<|pad|>"
 class ScalarScorer(PackedModel):
     """Rewards or values of packed batches by a model of :func:`load_scalar`, or one wrapped by PEFT."""
 
-    def __init__(self, model: torch.nn.Module, *, attention: str = "auto", share: bool = True) -> None:
-        """Raises :class:`ModelError` for a model without a scalar head."""
+    def __init__(self, model: torch.nn.Module, **how: Any) -> None:
+        """``how``: see :class:`PackedModel`. Raises :class:`ModelError` for a model without a scalar head."""
         check_scalar_model(causal_model(model))
-        super().__init__(model, attention=attention, share=share)
+        super().__init__(model, **how)
 
     @property
     def shift(self) -> float:
@@ -97,6 +97,7 @@ def load_scalar(
     seed: int = 0,
     quantise: str | None = None,
     from_first: FromFirst | None = None,
+    pictures: bool = False,
 ) -> torch.nn.Module:
     """A model with a scalar head, dropout off, from any of these folders (or names on the Hub):
 
@@ -105,12 +106,12 @@ def load_scalar(
     - a model with a scalar head of another trainer (:mod:`prefopt.model.checkpoint`)
     - an adapter of either kind, which is merged into its model
 
-    ``quantise``: nf4 or int8, of a model that is no adapter. ``from_first``: as of
+    ``quantise``: nf4 or int8, of a model that is no adapter. ``pictures``: it is to take them. ``from_first``: as of
     :func:`prefopt.model.load.load_weights`; a model that an adapter is merged into has all weights even so. Raises
     :class:`ModelError` for a folder that is damaged, has another number of labels, pads with EOS, or is of an
     architecture without such a class.
     """
-    loaded = _load(name, dtype, device, tokenizer, seed, chosen(quantise, None), from_first)
+    loaded = _load(name, dtype, device, tokenizer, seed, chosen(quantise, None), from_first, pictures)
     return cast(torch.nn.Module, loaded.to(device) if from_first is None else loaded)
 
 
@@ -122,6 +123,7 @@ def _load(
     seed: int,
     quantise: str | None,
     from_first: FromFirst | None,
+    pictures: bool,
 ) -> PreTrainedModel:
     if is_adapter(name):  # merged, all weights train
         if quantise is not None:
@@ -134,7 +136,8 @@ def _load(
     if not _names_classifier(config):
         if (head := scalar_head(name)) is not None:
             return _with_own_head(name, config, head, dtype, device, tokenizer, quantise, from_first)
-        bare = load_model(name, dtype=dtype, device=device, quantise=quantise, from_first=from_first)
+        _class_of(config, "")
+        bare = load_model(name, dtype=dtype, device=device, quantise=quantise, from_first=from_first, pictures=pictures)
         return scalar_from(bare, tokenizer, seed=seed)
     if config.num_labels != 1:
         raise ModelError(f"{name} has {config.num_labels} labels; a reward model has one, the reward")

@@ -8,13 +8,13 @@ last hidden states; :mod:`prefopt.model.scalar` reads rewards and values from th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from transformers import PreTrainedModel
 
 from prefopt.errors import ModelError, UserError, first_line
 from prefopt.model.architectures import (
@@ -33,6 +33,7 @@ from prefopt.model.kernels.attention import HOOK, TRIAL, HookReached, Unshareabl
 from prefopt.model.kernels.divergence import Divergence
 from prefopt.model.kernels.head import (
     FORWARD,
+    Compared,
     Distributions,
     TokenScores,
     head_logits,
@@ -46,8 +47,9 @@ from prefopt.model.kernels.head import (
 )
 from prefopt.model.kernels.head_class import Head, head_of
 from prefopt.model.kernels.shared import segments_tensor
-from prefopt.model.offload import HostActivations
+from prefopt.model.offload import HeldElsewhere, HostActivations
 from prefopt.model.packing import ForwardPass, PackedBatch, PackLayout
+from prefopt.model.pictures import VisionInputs, attention_configs, own_attention
 from prefopt.model.recurrence.mixers import mask_for, mixers_of, share_prefixes
 
 if TYPE_CHECKING:
@@ -59,24 +61,16 @@ def version_of(dtype: torch.dtype) -> int:
     return 1 if dtype == wide_dtype(dtype) else 2
 
 
-class HeldElsewhere(Protocol):
-    """Weights by the names of a scorer's parameters, which have them within ``gathered`` alone."""
-
-    weights: Mapping[str, torch.Tensor]
-
-    def gathered(self) -> AbstractContextManager[None]:
-        """In this block the parameters have their values."""
-        ...
-
-
 class PackedModel(torch.nn.Module):
     """Last hidden states of packed batches, by a transformers model or one wrapped by PEFT.
 
     ``attention`` is ``auto`` or ``loop`` (the plain kernel). ``share=False`` encodes every response in a row of its
-    own with the model's own attention, as for models that cannot share a prefix.
+    own with the model's own attention, as for models that cannot share a prefix. ``pictures``: some rows have them.
     """
 
-    def __init__(self, model: torch.nn.Module, *, attention: str = "auto", share: bool = True) -> None:
+    def __init__(
+        self, model: torch.nn.Module, *, attention: str = "auto", share: bool = True, pictures: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         causal = causal_model(model)
@@ -84,6 +78,7 @@ class PackedModel(torch.nn.Module):
             raise ModelError(f"{type(causal).__name__} is an encoder-decoder; prefopt trains causal language models")
         config = causal.config.get_text_config()
         self.reason = sharing_obstacle(causal, config) if share else "sharing is switched off"
+        self.pictures = pictures
         self.layout = PackLayout(self.reason is None, rope_limit(config))
         self.attention = attention
         self.compiled: CompiledLayers | None = None
@@ -93,9 +88,7 @@ class PackedModel(torch.nn.Module):
         self.most_passes: Callable[[int], int] | None = None
         """Where every pass must be made by all ranks (shards): the largest of their numbers of passes."""
         self.offload: HostActivations | None = None  # set where activations wait for backward in host memory
-        # All configurations that a layer may read: the model's, its text part's, and those of inner models.
-        configs = [causal.config, config, *(m.config for m in causal.modules() if isinstance(m, PreTrainedModel))]
-        self._configs = list({id(c): c for c in configs}.values())
+        self._configs, self._tower_configs = attention_configs(causal)
         self._attention_before = [getattr(c, "_attn_implementation", None) for c in self._configs]
         self.recurrent = sorted(type(m).__name__ for m in mixers_of(causal))
         """Classes of the recurrent layers that share prefixes."""
@@ -111,6 +104,11 @@ class PackedModel(torch.nn.Module):
         ranks enter and leave the block together, and no other pass is made."""
         with self.outer_weights() if self.shards is None else self.shards.gathered():
             yield
+
+    @cached_property
+    def vision(self) -> VisionInputs:
+        """What the model is given for rows with pictures. Raises :class:`ModelError` where it takes none."""
+        return VisionInputs(causal_model(self.model))
 
     def separate(self, reason: str) -> None:
         """Encode every response in a row of its own from now on, for this reason."""
@@ -239,8 +237,9 @@ class PackedModel(torch.nn.Module):
             self._set_attention(before)
 
     def _set_attention(self, names: Sequence[str | None]) -> None:
-        for config, name in zip(self._configs, names, strict=True):
-            config._attn_implementation = name
+        with own_attention(self._tower_configs):
+            for config, name in zip(self._configs, names, strict=True):
+                config._attn_implementation = name
         if self.recurrent:
             share_prefixes(self.model, names[0] == HOOK)
 
@@ -275,6 +274,8 @@ class PackedModel(torch.nn.Module):
             elif kernel == "varlen":
                 extra["prefix_gather"] = gather_plan(row.segments, row.ids.device)
             extra |= mask_for(body, row.segments)
+        if row.pictures and not row.ids.is_meta:  # whose memory is that of a row of words
+            extra |= self.vision.arguments(row, shared=self.layout.share)
         saving = self.offload.saving() if self.offload is not None and torch.is_grad_enabled() else nullcontext()
         with compiled.settings() if compiled is not None else nullcontext(), saving:
             out = body(input_ids=row.ids[None], use_cache=False, return_dict=True, **extra)
@@ -283,10 +284,10 @@ class PackedModel(torch.nn.Module):
 
 class ScoreRequest(NamedTuple):
     """Values that a forward pass returns beside log-probabilities: the log of summed ``squares`` of probabilities, the
-    ``divergence`` from ``reference`` distributions, its own ``distributions``, and the ``hidden`` states."""
+    ``divergence`` from a ``reference``, its own ``distributions``, and the ``hidden`` states."""
 
     squares: bool = False
-    reference: Distributions | None = None
+    reference: Compared | None = None
     distributions: bool = False
     hidden: bool = False
     divergence: Divergence = FORWARD
@@ -296,10 +297,8 @@ class Scorer(PackedModel):
     """Token log-probabilities of packed batches by a causal language model, or one wrapped by PEFT. Arguments as of
     :class:`PackedModel`. ``head``: how logits are computed; None: found out (see :mod:`prefopt.model.kernels.head`)."""
 
-    def __init__(
-        self, model: torch.nn.Module, *, attention: str = "auto", share: bool = True, head: Head | None = None
-    ) -> None:
-        super().__init__(model, attention=attention, share=share)
+    def __init__(self, model: torch.nn.Module, *, head: Head | None = None, **how: Any) -> None:
+        super().__init__(model, **how)
         causal = causal_model(model)
         self.head = head_of(causal) if head is None else head
         if self.head.kind == "model" and self.layout.share:

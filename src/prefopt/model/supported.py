@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers import __version__ as transformers_version
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -28,6 +28,7 @@ from prefopt.core.plugins import installed_version
 from prefopt.errors import ModelError, UserError, first_line
 from prefopt.model.architectures import architectures_of
 from prefopt.model.costs import out_of_memory
+from prefopt.model.pictures import FAMILIES
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +79,19 @@ def refuse_packed(name: str, config: Any, *, adapter: bool, merged: bool = False
     raise ModelError(f"{name} is quantised ({quantisation_of(config)}); {what} give the model it was quantised from")
 
 
+def language_class(config: Any, *, pictures: bool = False) -> Any:
+    """The auto class of transformers that loads a model: with its vision tower where it takes ``pictures``, or where
+    its language model is not loaded by itself and its family is one that is known."""
+    causal: Any = AutoModelForCausalLM._model_mapping
+    whole: Any = AutoModelForImageTextToText._model_mapping
+    if type(config) in whole and (pictures or (type(config) not in causal and config.model_type in FAMILIES)):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
 def refuse_other_kinds(name: str, config: Any) -> None:
-    """Raise :class:`ModelError` for encoders, encoder-decoders, and models that AutoModelForCausalLM does not load."""
+    """Raise :class:`ModelError` for encoders, encoder-decoders, and models that no auto class of language models loads,
+    with or without pictures."""
     what = next(iter(architectures_of(config)), f"a model of type {config.model_type}")
     mapping: Any = AutoModelForCausalLM._model_mapping
     text = config.get_text_config()
@@ -87,7 +99,7 @@ def refuse_other_kinds(name: str, config: Any) -> None:
         problem = "an encoder-decoder"
     elif config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
         problem = "an encoder"
-    elif type(config) in mapping:
+    elif type(config) in mapping or language_class(config) is AutoModelForImageTextToText:
         return
     elif text is config:
         problem = "no causal language model of transformers (AutoModelForCausalLM does not know it)"

@@ -116,7 +116,7 @@ class Index:
                     new.append(read_sealed(path, self.space))
                     self._read.add(path.name)
             except Damaged as damage:
-                _move_aside(path)
+                move_aside(path)
                 log.warning("cache block %s is damaged (%s): moved aside, its responses are scored again", path, damage)
         if new:
             self._append(new)
@@ -297,11 +297,12 @@ def verify(root: Path | None = None, *, repair: bool = False) -> list[tuple[Path
         if (folder / "about.json").exists() and not _about(folder):
             damaged.append((folder / "about.json", "unreadable"))
     for path, _ in damaged if repair else ():
-        _move_aside(path)
+        move_aside(path)
     return damaged
 
 
-def _move_aside(path: Path) -> None:
+def move_aside(path: Path) -> None:
+    """Rename a damaged file, for people to look at."""
     with cache_errors(path), suppress(FileNotFoundError):  # another process may be first
         path.rename(path.with_name(path.name + ".damaged"))
 

@@ -17,7 +17,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from functools import partial
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from prefopt.core.cache_folder import acquired, cache_errors, reference_folder, space_lock, used, write_cached
+from prefopt.core.cache_folder import cache_errors, reference_folder, space_locked, used, write_cached
 from prefopt.data.group import Group
 from prefopt.data.table import Array, GroupTable, IndexArray, KeyArray, Selection, ranges
 from prefopt.errors import CacheError, ModelError
@@ -207,7 +207,7 @@ class ReferenceCache:
         missing = world.on_first(lambda: self._missing(requested, token_values))
         calls, seconds = 0, 0.0
         if len(missing):
-            with self._locked(stop) if world.first else nullcontext():
+            with space_locked(self.folder, stop) if world.first else nullcontext():
                 missing, plan = world.on_first(lambda: self._plan(table, requested, token_budget, token_values))
                 if plan is not None:
                     named = NamedGroups.of(table.key_N, table.response_starts)
@@ -332,19 +332,6 @@ class ReferenceCache:
             if not (plan and len(self._missing(plan.groups.keys_N, token_values=path.name.startswith("plan-tokens")))):
                 with cache_errors(path):
                     path.unlink()
-
-    @contextmanager
-    def _locked(self, stop: StopCallback) -> Iterator[None]:
-        lock = space_lock(self.folder)
-        if not acquired(lock):
-            log.warning("another process is scoring the same reference (space %s): waiting for it", self.space.id)
-            while not acquired(lock, seconds=0.5):
-                if stop is not None:
-                    stop()
-        try:
-            yield
-        finally:
-            lock.release()
 
     def _describe(self) -> None:
         """Write the description of the space, for people and for ``prefopt cache list``."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from prefopt.core.model_folder import (
     vet_folder,
     weight_files,
 )
+from prefopt.data.chat.pictures import processor_digest
 from prefopt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from prefopt.errors import ModelError
+from prefopt.model.architectures import causal_model
 from prefopt.model.load import base_and_adapter, local_folder
 from prefopt.model.quantised import BACKEND, chosen, identity_fields
 from prefopt.model.scorer import Scorer, version_of
@@ -57,6 +60,9 @@ _ADAPTER_IRRELEVANT = frozenset(
 
 def space_of(identity: Identity, scorer: Scorer, device: torch.device) -> SpaceKey:
     """The space of the values that ``scorer`` gives for the reference ``identity``."""
+    if scorer.pictures:  # pixel values are the processor's
+        processor = processor_digest(str(causal_model(scorer.model).name_or_path))
+        identity = replace(identity, config=json_digest([identity.config, processor]))
     dtype = str(scorer.dtype).removeprefix("torch.")
     kernel, kind = scorer.kernel_version, device.type
     if device.type == "cuda":

@@ -21,12 +21,13 @@ from prefopt.core.files import output_errors, replace_file
 from prefopt.core.options import command, options
 from prefopt.errors import UserError
 from prefopt.evaluate.result import CompareResult
-from prefopt.reports.comparison import comparison_report, read_comparison
-from prefopt.runs.diagnose import change_of, diagnose
+from prefopt.reports.comparison import LONGEST, comparison_report, read_comparison
+from prefopt.runs.diagnose import diagnose
 from prefopt.runs.experts import read_experts
 from prefopt.runs.history import History
 from prefopt.runs.listing import cells_of
-from prefopt.runs.plot import COLOURS, SIDES, Panel, figure_of, panels_by_method, require_matplotlib, shortened
+from prefopt.runs.plot import COLOURS, figure_of, in_words, panels_by_method, require_matplotlib, shortened
+from prefopt.runs.samples import AFTER, read_samples
 from prefopt.runs.settings import differing, short_path, shown
 from prefopt.runs.table import as_number, caveats, labels, reached, runs_of, summary
 
@@ -63,6 +64,7 @@ def run_report(run: History, name: str) -> dict[str, Any]:
         "environment": run.record.get("environment", {}),
         "command": _command(run),
         "samples": _samples(run),
+        "texts": _texts(run),
         "experts": [(name, [f"{share:.2%}" for share in shares]) for name, shares in read_experts(run.folder)],
     }
 
@@ -111,6 +113,20 @@ def _samples(run: History) -> str:
         f"the reward of its own samples was {scores[0]:.3g} in the first step and is {ending['objective/scores']:.3g}"
         f" over the last tenth of the steps{far}; this is the reward that it was trained on"
     )
+
+
+def _texts(run: History) -> list[dict[str, Any]]:
+    """Samples on held-out prompts, before and after training."""
+    rows = [row for row in read_samples(run.folder) if AFTER in row["models"]]
+    return [
+        {
+            "verdict": f"row {row['source_row']}",
+            "prompt": shortened(row["prompt"], LONGEST),
+            "models": row["models"],
+            "responses": [shortened(text, LONGEST) for text in row["responses"]],
+        }
+        for row in rows
+    ]
 
 
 OF_ACCURACY = ("accuracy", "no better than chance", "worse than chance")
@@ -248,32 +264,6 @@ def curves(runs: Sequence[History]) -> list[tuple[Markup, list[str]]]:
         figure.axes[0].set_title(panel.title, fontsize=10, loc="left")
         found.append((inline(figure, name=f"curve{n}", label=f"{panel.title}: {of}"), in_words(panel, several)))
     return found
-
-
-def in_words(panel: Panel, runs: Sequence[History]) -> list[str]:
-    """A line for each curve of a panel: its start, its end, and whether it changed beyond noise."""
-    lines = []
-    for run, name in zip(runs, labels(runs), strict=True):
-        for side in SIDES if panel.sides else ("",):
-            metric = f"{panel.name}/{side}" if side else panel.name
-            of = ", ".join(part for part in (name if len(runs) > 1 else "", side) if part)
-            if words := _curve_words(run, metric):
-                lines.append(f"{of}: {words}" if of else words)
-    return lines
-
-
-def _curve_words(run: History, metric: str) -> str:
-    parts = []
-    if (found := change_of(run, metric)) is not None:
-        verb = {1: "rose", -1: "fell", 0: "did not change beyond noise:"}[found.direction]
-        parts.append(f"{verb} from {as_number(found.first)} to {as_number(found.last)} (noise {found.noise:.2g})")
-    if held := run.curve(metric, held_out=True):
-        if len(held.steps) > 1:
-            first, last = as_number(held.values[0]), as_number(held.values[-1])
-            parts.append(f"on held-out rows from {first} at step {held.steps[0]} to {last} at step {held.steps[-1]}")
-        else:
-            parts.append(f"on held-out rows {as_number(held.values[0])} at step {held.steps[0]}")
-    return "; ".join(parts)
 
 
 def win_rates(found: Mapping[str, Any], *, name: str) -> Markup | None:

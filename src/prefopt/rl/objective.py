@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from prefopt.config.ppo import PpoConfig
+from prefopt.data.group import Group
 from prefopt.losses.rl import (
     gae,
     k1,
@@ -16,6 +19,7 @@ from prefopt.losses.rl import (
     per_response,
     policy_loss,
     token_rewards,
+    truncated_importance,
     value_loss,
     whiten,
     without_end,
@@ -23,7 +27,7 @@ from prefopt.losses.rl import (
 from prefopt.model.kernels.head import Distributions
 from prefopt.model.packing import PackedBatch
 from prefopt.model.scorer import PackedModel, Scorer, response_sums
-from prefopt.rl.models import Critic, look
+from prefopt.rl.critic import Critic, look
 from prefopt.rl.rollouts import Rollouts
 from prefopt.runs.metrics import Record
 from prefopt.train.batch import Batch, Column, LossResult
@@ -56,6 +60,36 @@ def final_scores(config: PpoConfig, rollouts: Rollouts) -> torch.Tensor:
     """Scores [N], with the penalty of responses that did not end."""
     penalty, instead = config.missing_eos_penalty, config.missing_eos_score
     return without_end(rollouts.score_N, rollouts.finished_N, penalty=penalty, instead=instead)
+
+
+def corrected(config: PpoConfig, targets: Targets, rollouts: Rollouts) -> Targets:
+    """With ``importance_cap``, advantages are multiplied by truncated importance weights: the clipped loss is linear in
+    advantages, so that this weights every row of it."""
+    if config.importance_cap is None:
+        return targets
+    weight = importance(config, rollouts, config.importance_cap)
+    return replace(targets, advantage=targets.advantage * weight)
+
+
+def importance(config: PpoConfig, rollouts: Rollouts, cap: float = math.inf) -> torch.Tensor:
+    """Importance weights of tokens (PPO, [M]) or responses (RLOO, [N]): policy by what they were sampled from."""
+    both = rollouts.logp_M, rollouts.sampled_logp_M
+    if config.algorithm == "rloo":
+        both = per_response(both[0], rollouts.length_N), per_response(both[1], rollouts.length_N)
+    return truncated_importance(*both, cap)
+
+
+def importance_metrics(config: PpoConfig, rollouts: Rollouts) -> Record:
+    """Of the weights before they are truncated: average, largest, fraction truncated, and the effective fraction of the
+    sample, (sum w)^2 / (n sum w^2)."""
+    assert config.importance_cap is not None
+    weight = importance(config, rollouts)
+    return {
+        "importance/mean": float(weight.mean()),
+        "importance/max": float(weight.max()),
+        "importance/truncated": float((weight > config.importance_cap).double().mean()),
+        "importance/effective": float(weight.sum().square() / (len(weight) * weight.square().sum())),
+    }
 
 
 def targets_of(config: PpoConfig, rollouts: Rollouts, beta: float) -> Targets:
@@ -121,38 +155,44 @@ class PpoObjective(Objective):
             total = policy.numerator.sum() / tokens
         shares = {"loss/policy_avg": total}
         with torch.no_grad():
-            metrics = _ratio_metrics(logp_M, old_M)
-            metrics["policy/clipfrac_avg"] = _counted(policy.clipped)
+            metrics = ratio_metrics(logp_M, old_M)
+            metrics["policy/clipfrac_avg"] = counted(policy.clipped)
         if self.critic is not None:
             assert self.config.value_coefficient is not None
             value = value_loss(values["value_M"], column("old_value_M"), column("return_M"), self.config.value_clip)
             shares["loss/value_avg"] = value.numerator.sum() / tokens
-            metrics["val/clipfrac_avg"] = _counted(value.clipped)
+            metrics["val/clipfrac_avg"] = counted(value.clipped)
             total = total + self.config.value_coefficient * shares["loss/value_avg"]
         return LossResult(total, {"loss": total, **shares}, metrics)
 
     def derived(self, record: Record) -> Record:
         """With the variance of the ratio in place of averages of squares."""
-        found = dict(record)
-        found.pop("val/log_ratio_square")
-        found["val/ratio_var"] = max(0.0, found.pop("val/ratio_square") - found["val/ratio"] ** 2)
-        return found
+        return without_squares(record)
 
 
-def _ratio_metrics(logp_M: torch.Tensor, old_M: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def without_squares(record: Record) -> Record:
+    """``record`` with the variance of the ratio in place of averages of squares."""
+    found = dict(record)
+    found.pop("val/log_ratio_square")
+    found["val/ratio_var"] = max(0.0, found.pop("val/ratio_square") - found["val/ratio"] ** 2)
+    return found
+
+
+def ratio_metrics(logp_M: torch.Tensor, old_M: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The policy's change since the responses were drawn."""
     gap_M = logp_M - old_M
     ratio_M = gap_M.exp()
     return {
-        "policy/approxkl_avg": _counted(k2(gap_M)),
-        "policy/entropy_avg": _counted(-logp_M),
-        "val/ratio": _counted(ratio_M),
-        "val/ratio_square": _counted(ratio_M.square()),
-        "val/log_ratio_square": _counted(gap_M.square()),
+        "policy/approxkl_avg": counted(k2(gap_M)),
+        "policy/entropy_avg": counted(-logp_M),
+        "val/ratio": counted(ratio_M),
+        "val/ratio_square": counted(ratio_M.square()),
+        "val/log_ratio_square": counted(gap_M.square()),
     }
 
 
-def _counted(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def counted(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A metric of values that all weigh the same."""
     return x.sum(), x.new_full((), x.numel())
 
 
@@ -166,7 +206,16 @@ def rollout_metrics(rollouts: Rollouts, score_N: torch.Tensor, targets: Targets,
     kl_N = per_response(k1(gap_M), length_N)
     n = len(length_N)
     mismatch_M = (rollouts.sampled_logp_M - rollouts.logp_M).abs()
+    parts = {
+        f"{what}/{name}": found
+        for name, part_N in rollouts.part_N.items()
+        for what, found in (
+            ("objective/scores", float(part_N.mean())),
+            ("objective/scores_std", float(part_N.std(unbiased=False))),
+        )
+    }
     record = {
+        **parts,
         "objective/scores": float(rollouts.score_N.mean()),
         "objective/scores_std": float(rollouts.score_N.std(unbiased=False)),
         "objective/kl": float(kl_N.mean()),
@@ -179,6 +228,7 @@ def rollout_metrics(rollouts: Rollouts, score_N: torch.Tensor, targets: Targets,
         "val/num_eos_tokens": float(rollouts.finished_N.sum()),
         "val/eos_rate": float(rollouts.finished_N.double().mean()),
         "val/length": float(length_N.double().mean()),
+        "val/distinct": float(distinct(rollouts.groups).mean()),
         "val/sampler_gap": float(mismatch_M.mean()),
         "val/sampler_gap_max": float(mismatch_M.max()),
     }
@@ -187,3 +237,18 @@ def rollout_metrics(rollouts: Rollouts, score_N: torch.Tensor, targets: Targets,
         left = float((targets.return_M - rollouts.value_M).var(unbiased=False))
         record["val/explained_variance"] = 1 - left / spread if spread > 0 else 0.0
     return record
+
+
+NGRAM = 3
+"""Tokens of the n-grams that :func:`distinct` counts."""
+
+
+def distinct(groups: Sequence[Group]) -> torch.Tensor:
+    """The fraction of n-grams of each response [N] that occur in it for the first time: 1 where nothing is repeated,
+    near 0 where a phrase is said over and over (Li et al. 2016, arXiv 1510.03055, distinct-n, here within a response).
+    A response with fewer tokens than one n-gram repeats nothing."""
+    found = []
+    for ids in (c.ids.tolist() for g in groups for c in g.continuations):
+        grams = [tuple(ids[t : t + NGRAM]) for t in range(len(ids) - NGRAM + 1)]
+        found.append(len(set(grams)) / len(grams) if grams else 1.0)
+    return torch.tensor(found, dtype=torch.float64)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from prefopt.config.online import OnlineConfig
 from prefopt.config.ppo import PpoConfig
+from prefopt.config.rates import AUTO
 from prefopt.config.sample import SampleConfig
 from prefopt.core.terminal import Reporter
 from prefopt.data.chat.template import Rendering, parse_variables, read_template
 from prefopt.data.chat.truncate import sequence_limit
+from prefopt.data.group import pictures_in
 from prefopt.data.load import load_groups
 from prefopt.data.sampler import BatchSampler
 from prefopt.data.table import GroupTable
 from prefopt.data.tokenizer import Tokenizer
+from prefopt.errors import DataError
 from prefopt.generate.model_io import PromptSet, SampledModel, read_prompt_set, renderer_for
 from prefopt.generate.sampler import SamplingParams
 from prefopt.model.architectures import causal_model, vocabulary_size
@@ -25,17 +30,24 @@ from prefopt.train.run import steps_of
 
 
 def read_prompts(
-    config: PpoConfig | SampleConfig, start: SampledModel, rows: Any, reporter: Reporter, *, room: int = 1
+    config: PpoConfig | OnlineConfig | SampleConfig,
+    start: SampledModel,
+    rows: Any,
+    reporter: Reporter,
+    *,
+    room: int = 1,
+    names: Sequence[str] | None = None,
 ) -> tuple[PromptSet, tuple[int, ...]]:
     """The prompts of ``config``, or ``rows``, and the tokens that end a response.
 
-    ``room``: tokens that must be left for a response. Raises :class:`prefopt.errors.DataError` for a row without a
-    prompt, or whose prompt is too long, unless such rows are skipped.
+    ``room``: tokens that must be left for a response; ``names``: other sources, of held-out prompts. Raises
+    :class:`prefopt.errors.DataError` for a row without a prompt, or whose prompt is too long, unless such rows are
+    skipped.
     """
     template = read_template(config.chat_template) if config.chat_template else None
     renderer = renderer_for(start.tokenizer, template, parse_variables(config.template_variables or ()))
     prompts = read_prompt_set(
-        config.prompts,
+        names or config.prompts,
         renderer,
         rows=rows,
         context=start.context,
@@ -46,12 +58,13 @@ def read_prompts(
         columns=config.column_words,
     )
     for line in prompts.summary():
-        reporter.say(f"prompts: {line}")
+        reporter.say(f"{'held-out ' * bool(names)}prompts: {line}")
+    start.pictures = start.pictures or any(map(pictures_in, prompts.ids))
     return prompts, start.stop_ids(renderer)
 
 
 def read_rollout_prompts(
-    config: PpoConfig, start: SampledModel, rows: Any, reporter: Reporter
+    config: PpoConfig | OnlineConfig, start: SampledModel, rows: Any, reporter: Reporter
 ) -> tuple[PromptSet, SamplingParams]:
     """Prompts that leave room for a whole response, and the sampling settings.
 
@@ -60,6 +73,8 @@ def read_rollout_prompts(
     """
     # A response that the context cuts off would be penalised through no fault of the policy.
     prompts, stop = read_prompts(config, start, rows, reporter, room=config.max_new_tokens)
+    if start.pictures:
+        raise DataError("--prompts has pictures, which runs that sample do not take yet; leave those rows out")
     if repeated := len(prompts.ids) - len({ids.tobytes() for ids in prompts.ids}):
         reporter.say(f"prompts: {repeated} repeat others, whose responses count more for it")
     if config.chat_template:
@@ -69,13 +84,36 @@ def read_rollout_prompts(
     return prompts, SamplingParams(config.max_new_tokens, stop, temperature=config.temperature, seed=config.seed)
 
 
+def read_held_out(config: PpoConfig, start: SampledModel, prompts: PromptSet, reporter: Reporter) -> PromptSet | None:
+    """The prompts of ``--eval-prompts``; None without them. Raises :class:`prefopt.errors.DataError` as
+    :func:`read_prompts`, and where all of them are trained on."""
+    if config.eval_prompts is None:
+        return None
+    found, _ = read_prompts(config, start, None, reporter, room=config.max_new_tokens, names=config.eval_prompts)
+    if start.pictures:
+        raise DataError("--eval-prompts has pictures, which runs that sample do not take yet; leave those rows out")
+    trained = {ids.tobytes() for ids in prompts.ids}
+    known = sum(ids.tobytes() in trained for ids in found.ids)
+    if known == len(found.ids):
+        raise DataError("all of --eval-prompts are among --prompts; hold some out, by prefopt data split")
+    if known:
+        reporter.say(f"held-out prompts: {known} of {len(found.ids)} are trained on, too")
+    return found
+
+
 FEW = 10
 """Runs of fewer steps get a warning: useful ones take tens to hundreds."""
 
 
-def order_of(config: PpoConfig, prompts: int) -> BatchSampler:
+def order_of(config: PpoConfig | OnlineConfig, prompts: int) -> BatchSampler:
     """The prompts of each step."""
     return BatchSampler(prompts, config.batch_size, seed=config.seed, shuffle=config.shuffle)
+
+
+def updates_of(config: PpoConfig, prompts: int) -> int:
+    """Optimiser updates of a run, if none is skipped."""
+    steps = steps_of(config, order_of(config, prompts).steps_per_epoch)
+    return steps * config.ppo_epochs * config.minibatches
 
 
 def plan_of(config: PpoConfig, prompts: int, tokens: int) -> str:
@@ -90,15 +128,32 @@ def plan_of(config: PpoConfig, prompts: int, tokens: int) -> str:
     )
 
 
-def too_few(config: PpoConfig, prompts: int) -> str | None:
+def ends_of(config: PpoConfig, ends: Sequence[str]) -> str:
+    """What ends a response, and what is done with one that does not end. ``ends``: the tokens."""
+    if config.missing_eos_score is not None:
+        then = f"get {config.missing_eos_score:g} as their score (--missing-eos-score)"
+    elif config.missing_eos_penalty is not None:
+        then = f"lose {config.missing_eos_penalty:g} of their score (--missing-eos-penalty)"
+    else:
+        then = "keep their score"
+    at = f"responses end at {' or '.join(ends)}" if ends else "no token ends a response"
+    return f"{at}; those cut off after {config.max_new_tokens} tokens {then}"
+
+
+def too_few(config: PpoConfig | OnlineConfig, prompts: int) -> str | None:
     """A warning for a run of few steps, unless ``--max-steps`` limits them."""
     steps = steps_of(config, order_of(config, prompts).steps_per_epoch)
     if steps >= FEW or steps == config.max_steps:
         return None
+    if isinstance(config, PpoConfig) and config.learning_rate == AUTO:
+        rate = config.published_rate
+    else:
+        rate = float(config.learning_rate)
     made = "1 step" if steps == 1 else f"{steps} steps"
+    what = config.loss if isinstance(config, OnlineConfig) else config.algorithm.upper()
     return (
-        f"{made} of {config.algorithm.upper()}, from {prompts} prompts, will change little at --learning-rate"
-        f" {config.learning_rate:g}: give more --epochs (runs take tens of steps and more), or a smaller --batch-size"
+        f"{made} of {what}, from {prompts} prompts, will change little at --learning-rate {rate:g}: give more --epochs"
+        " (runs take tens of steps and more), or a smaller --batch-size"
     )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -24,10 +24,9 @@ import torch
 from prefopt.data.group import Group
 from prefopt.errors import RunError
 from prefopt.generate.model_io import PromptSet
-from prefopt.generate.rewards import RewardScorer
+from prefopt.generate.rewards import RewardScorer, WeightedRewards
 from prefopt.generate.sampler import (
     ProgressCallback,
-    ResponseSampler,
     Sample,
     SamplingParams,
     group_of,
@@ -39,10 +38,13 @@ from prefopt.parallel.balance import balanced
 from prefopt.parallel.world import ALONE, World
 from prefopt.reference.in_memory import InMemoryReference
 from prefopt.rewards import prompt_text
-from prefopt.rl.models import Critic, look
+from prefopt.rl.critic import Critic, look
+from prefopt.rl.samplers import PolicySampler
 from prefopt.train.batch import Batch, MicroBatch, micro_batches
 
 T = TypeVar("T")
+PART = "score/"
+"""Begins the names of components of the reward among tensors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +53,8 @@ class Rollouts:
 
     Log-probabilities are at the sampling temperature: ``logp_M`` by the scorer under the old policy, ``ref_logp_M``
     under the reference, ``sampled_logp_M`` by the sampler. ``value_M`` is the critic's value before each token.
-    ``score_N`` is the reward, ``finished_N`` whether a response ended by itself.
+    ``score_N`` is the reward, ``part_N`` what its components gave, by name, where there are several; ``finished_N``
+    whether a response ended by itself.
     """
 
     groups: tuple[Group, ...]
@@ -61,6 +64,7 @@ class Rollouts:
     value_M: torch.Tensor | None
     score_N: torch.Tensor
     finished_N: torch.Tensor
+    part_N: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
     def length_N(self) -> torch.Tensor:
@@ -87,6 +91,7 @@ class Rollouts:
             "sampled_logp": self.sampled_logp_M,
             "score": self.score_N,
             "finished": self.finished_N,
+            **{PART + name: part_N for name, part_N in self.part_N.items()},
         }
         return found if self.value_M is None else {**found, "value": self.value_M}
 
@@ -102,7 +107,8 @@ class Rollouts:
             trained = [np.arange(len(w)) >= len(start) for w in whole]
             groups.append(Group.from_sequences(list(zip(whole, trained, strict=True)), row=0, pairs=()))
         logps = (saved["logp"], saved["ref_logp"], saved["sampled_logp"])
-        return cls(tuple(groups), *logps, saved.get("value"), saved["score"], saved["finished"])
+        parts = {name.removeprefix(PART): part_N for name, part_N in saved.items() if name.startswith(PART)}
+        return cls(tuple(groups), *logps, saved.get("value"), saved["score"], saved["finished"], parts)
 
 
 def _joined(parts: Sequence[np.ndarray]) -> torch.Tensor:
@@ -119,9 +125,12 @@ def in_order(parts: Sequence[Rollouts], order: np.ndarray) -> Rollouts:
     def joined(name: str) -> torch.Tensor:
         return torch.cat([getattr(part, name) for part in parts])[at_N if name.endswith("_N") else at_M]
 
+    components = {name: torch.cat([part.part_N[name] for part in parts])[at_N] for name in parts[0].part_N}
+
     return Rollouts(
         groups=tuple(groups[g] for g in back),
         value_M=None if parts[0].value_M is None else joined("value_M"),
+        part_N=components,
         **{name: joined(name) for name in ("logp_M", "ref_logp_M", "sampled_logp_M", "score_N", "finished_N")},
     )
 
@@ -146,7 +155,7 @@ class Collector:
     """
 
     prompts: PromptSet
-    sampler: ResponseSampler
+    sampler: PolicySampler
     settings: SamplingParams
     num: int
     judge: RewardScorer
@@ -162,8 +171,10 @@ class Collector:
 
         A sample depends on the seed, the step, its prompt and its number alone. Prompts are dealt to the ranks by
         length, and every rank gets the rollouts of all; what fails on one rank fails on all, so that they can repeat
-        it. Raises :class:`prefopt.errors.RunError` where the reward fails or is too large to compute with.
+        it. Raises :class:`prefopt.errors.RunError` where the reward fails or is too large to compute with, and
+        :class:`prefopt.core.dispatch.ServersLost` where no rollout server is left.
         """
+        self.sampler.refresh(step)
         ids = [self.prompts.ids[i] for i in prompts]
         dealt, streams = [np.arange(len(ids))], occurrences(ids)
         if not self.world.alone:
@@ -204,7 +215,7 @@ class Collector:
             logp_M, value_M = self._do(lambda: self._look(micro))
             clock.stop("seconds/scoring")
         with self.judge.gathered():
-            scores = self._do(lambda: self._judged(prompts, groups, ahead))
+            scores, parts = self._do(lambda: self._judged(prompts, groups, ahead))
             clock.stop("seconds/reward")
         with self.reference.scorer.gathered():
             ref_logp_M = self._do(lambda: self._reference_logps(micro))
@@ -216,7 +227,8 @@ class Collector:
             return None, clock.seconds
         sampled_M = torch.from_numpy(np.concatenate([s.sampling_logps for s in samples]))
         score_N, finished_N = torch.tensor(scores, dtype=torch.float64), torch.tensor([s.finished for s in samples])
-        return Rollouts(groups, logp_M, ref_logp_M, sampled_M, value_M, score_N, finished_N), clock.seconds
+        part_N = {name: torch.tensor(part, dtype=torch.float64) for name, part in parts.items()}
+        return Rollouts(groups, logp_M, ref_logp_M, sampled_M, value_M, score_N, finished_N, part_N), clock.seconds
 
     def _draw(
         self, step: int, prompts: Sequence[int], streams: Sequence[int], progress: ProgressCallback
@@ -228,13 +240,20 @@ class Collector:
         groups = tuple(group_of(prompt, many) for prompt, many in zip(ids, drawn, strict=True))
         return groups, [sample for many in drawn for sample in many]
 
-    def _judged(self, prompts: Sequence[int], groups: Sequence[Group], token_budget: int) -> list[float]:
-        """The scores of responses."""
+    def _judged(
+        self, prompts: Sequence[int], groups: Sequence[Group], token_budget: int
+    ) -> tuple[list[float], dict[str, list[float]]]:
+        """The scores of responses, and those of the components of the reward where there are several."""
         if not groups:
-            return []
-        scores = self.judge([self.prompts.rows[i] for i in prompts], groups, token_budget)
+            return [], {}
+        rows, parts = [self.prompts.rows[i] for i in prompts], {}
+        if isinstance(self.judge, WeightedRewards):
+            parts = self.judge.components(rows, groups, token_budget)
+            scores = self.judge.total(parts)
+        else:
+            scores = self.judge(rows, groups, token_budget)
         self._refuse_too_large(scores, prompts)
-        return scores
+        return scores, parts
 
     def _refuse_too_large(self, scores: Sequence[float], prompts: Sequence[int]) -> None:
         largest, n = max((abs(score), n) for n, score in enumerate(scores))

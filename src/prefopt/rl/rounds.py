@@ -11,28 +11,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from prefopt.config.ppo import PpoConfig
-from prefopt.core.files import remove_folder
+from prefopt.core.dispatch import ServersLost
 from prefopt.core.terminal import Reporter
 from prefopt.data.sampler import BatchSampler
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.errors import Diverged, ModelError, RunError
+from prefopt.errors import Diverged, RunError
 from prefopt.losses.rl import KlController, k1
-from prefopt.model.architectures import causal_model
-from prefopt.model.costs import MEMORY_ERRORS, peak_memory
-from prefopt.model.load import base_and_adapter, local_folder
-from prefopt.model.save import add_end_tokens, repair_generation
+from prefopt.model.costs import peak_memory
 from prefopt.parallel.world import World
-from prefopt.rl.objective import Targets, final_scores, rollout_metrics, targets_of
+from prefopt.rl.last_good import OTHERWISE, going_on, write_last_good
+from prefopt.rl.objective import Targets, corrected, final_scores, importance_metrics, rollout_metrics, targets_of
 from prefopt.rl.prompts import PtxTerm
 from prefopt.rl.rollouts import Collector, Rollouts
+from prefopt.rl.sample_log import SampleLog
+from prefopt.rl.scores import ScoreScale
+from prefopt.rl.watch import Watch, collect, reference_scale
 from prefopt.runs.folder import RunFolder
 from prefopt.runs.metrics import Record
 from prefopt.train import checkpoint
@@ -45,12 +45,12 @@ from prefopt.train.trainer import Trainer
 
 CHECKPOINTS = 10
 """Number of checkpoints without --save-every: a run that diverges leaves good weights."""
-OTHERWISE = "a lower --learning-rate or a higher --beta"
 
 
 class Rounds(BatchSource):
     """Minibatches of rollouts. ``order``: which prompts a step takes. ``ratio_tolerance``: the root mean square of
-    log-ratios per token that rounding explains before any weight moves."""
+    log-ratios per token that rounding explains before any weight moves. ``reference`` draws from the reference, where
+    that is not the model before training. ``scale``: of the scores, where they are normalised."""
 
     draws = True
 
@@ -63,10 +63,15 @@ class Rounds(BatchSource):
         *,
         steps: int,
         ratio_tolerance: float,
+        watch: Watch,
+        samples: SampleLog,
+        reference: Collector | None = None,
         ptx: PtxTerm | None = None,
     ) -> None:
         self.config, self.collector, self.order, self.kl, self.ptx = config, collector, order, kl, ptx
+        self.watch, self.samples, self.reference = watch, samples, reference or collector
         self.steps, self.ratio_tolerance = steps, ratio_tolerance
+        self.scale = ScoreScale() if config.normalise_scores != "none" else None
         self.steps_per_epoch = order.steps_per_epoch
         self.episodes = 0
         self.rollouts: Rollouts | None = None
@@ -80,10 +85,19 @@ class Rounds(BatchSource):
         """
         step = trainer.state.step
         fresh = self.rollouts is None
-        rollouts = self.rollouts = self.rollouts or self._collect(trainer)
-        targets = targets_of(self.config, rollouts, self.kl.coefficient)
+        if fresh and step == 0:
+            self.watch.before(trainer)
+            if self.scale is not None and self.config.normalise_scores == "reference":
+                self._scale_by_reference(trainer)
+        self.rollouts = self.rollouts or self._collect(trainer)
+        rollouts = self._scaled(self.rollouts, fresh)
+        targets = corrected(self.config, targets_of(self.config, rollouts, self.kl.coefficient), rollouts)
         score_N = final_scores(self.config, rollouts)
-        self._measured = rollout_metrics(rollouts, score_N, targets, self.kl.coefficient)
+        self._measured = rollout_metrics(self.rollouts, score_N, targets, self.kl.coefficient)
+        if self.scale is not None:
+            self._measured |= {"objective/scale_mean": self.scale.mean, "objective/scale_std": self.scale.deviation}
+        if self.config.importance_cap is not None:
+            self._measured |= importance_metrics(self.config, rollouts)
         if fresh:
             kl = self._measured["objective/kl"]
             if not (math.isfinite(kl) and kl <= self.config.max_kl):
@@ -95,21 +109,41 @@ class Rounds(BatchSource):
         self._batch = targets.batch(rollouts)
         # The last batch of an epoch may have fewer prompts.
         self._parts = min(self.config.minibatches, len(rollouts.groups))
-        self.updates = self.config.ppo_epochs * self._parts
+        self.updates, self._skipped = self.config.ppo_epochs * self._parts, 0
         return fresh
 
     def _collect(self, trainer: Trainer) -> Rollouts:
         step = trainer.state.step
-        prompts = self.order.batch(step).tolist()
-        while True:
-            try:
-                trainer.train_mode(False)
-                rollouts, trainer.state.times = self.collector.collect(
-                    step, prompts, trainer.token_budget, lambda ended, drawn: trainer.pause()
-                )
-                return rollouts
-            except MEMORY_ERRORS as error:
-                trainer.halve(error, "scoring the responses")
+        try:
+            rollouts, trainer.state.times = collect(trainer, self.collector, step, self.order.batch(step).tolist())
+        except ServersLost:
+            trainer.keep()  # servers may be started again, and the run goes on from here
+            raise
+        return rollouts
+
+    def _scaled(self, rollouts: Rollouts, fresh: bool) -> Rollouts:
+        """With scores on the scale, which counts each step's scores once."""
+        if self.scale is None:
+            return rollouts
+        if fresh and self.config.normalise_scores == "running":
+            self.scale = self.scale.with_scores(rollouts.score_N)
+        return replace(rollouts, score_N=self.scale.of(rollouts.score_N))
+
+    def _scale_by_reference(self, trainer: Trainer) -> None:
+        self.scale = scale = reference_scale(trainer, self.reference)
+        trainer.reporter.say(
+            f"scores of the reference: mean {scale.mean:.4g}, deviation {scale.deviation:.4g}, over {scale.count}"
+            " responses; scores are scaled by these"
+        )
+
+    def applies(self, update: int, record: Record) -> bool:
+        """Whether the policy is still near the one that drew the responses. If not, the step ends with this update."""
+        limit = self.config.max_update_kl
+        if limit is None or record["policy/approxkl_avg"] <= limit:
+            return True
+        self._skipped = self.updates - update
+        self.updates = update + 1
+        return False
 
     def batch(self, step: int, update: int) -> Batch:
         """A minibatch. Its prompts depend on the seed, the step and the pass over the rollouts alone."""
@@ -132,11 +166,16 @@ class Rounds(BatchSource):
         times, drawn = trainer.state.times, len(self.rollouts.score_N)
         seconds = sum(times.values())
         self.episodes += drawn
-        record = record | self._measured
+        record = record | self._measured | {"policy/updates_skipped": float(self._skipped)}
         record |= {"episode": self.episodes, "eps": drawn / seconds, "step_seconds": seconds, **times}
+        record |= self.collector.sampler.metrics()
         record["peak_memory_bytes"] = float(peak_memory(trainer.device))
         self.kl = self.kl.after(self._measured["objective/kl"], drawn)
+        step = trainer.state.step
+        if trainer.world.first:
+            self.samples.write(step + 1, self.order.batch(step).tolist(), self.rollouts)
         self.rollouts = self._batch = None
+        self.watch.after(trainer, step + 1)
         return record
 
     def saves(self, step: int) -> bool:
@@ -144,7 +183,8 @@ class Rounds(BatchSource):
         return step % max(1, self.steps // CHECKPOINTS) == 0 or step.bit_count() == 1
 
     def state(self) -> dict[str, Any]:
-        return {"episodes": self.episodes, "beta": self.kl.coefficient}
+        scale = self.scale.state() if self.scale is not None else None
+        return {"episodes": self.episodes, "beta": self.kl.coefficient, "scale": scale, "said": [*self.watch.said]}
 
     def tensors(self) -> dict[str, torch.Tensor] | None:
         """The rollouts of the step at hand."""
@@ -153,6 +193,9 @@ class Rounds(BatchSource):
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None) -> None:
         self.episodes, self.kl = state["episodes"], self.kl.at(state["beta"])
         self.rollouts = Rollouts.from_tensors(tensors) if tensors is not None else None
+        self.watch.said = list(state.get("said", ()))
+        if self.scale is not None and state.get("scale"):
+            self.scale = ScoreScale.from_state(state["scale"])
 
     def inspect(self, reporter: Reporter, step: int, update: int, record: Record, batch: Batch, values: Values) -> None:
         """Raises :class:`RunError` where ratios of new to old probabilities are not 1 before any weight moves."""
@@ -201,19 +244,13 @@ def keep_last_good(
     failed = None
     try:
         policy.masters.load(checkpoint.part_of("actor", found.weights))
-        repair_generation(causal_model(policy.scorer.model))
-        world.on_first(lambda: remove_folder(path))
-        policy.save(path, tokenizer, writes=world.first)
-        if world.first:
-            add_end_tokens(path, ends, tokenizer, policy.scorer.model)
+        write_last_good(policy, path, tokenizer, ends, world)
     except RunError as error:
         failed = str(error)
     if (failed := world.from_first(failed)) is not None:
         return f"the weights after step {step} were good, but {failed}"
-    return (
-        f"the last good weights that were kept, after step {step}, are a model: go on from them, into another --output,"
-        f" with {_named(config, path, named=named)} and {OTHERWISE}"
-    )
+    how = going_on(config, path, named=named)
+    return f"the last good weights that were kept, after step {step}, are a model: {how}"
 
 
 def _is_good(kept: Checkpoint, max_kl: float) -> bool:
@@ -224,23 +261,3 @@ def _is_good(kept: Checkpoint, max_kl: float) -> bool:
     rollouts = Rollouts.from_tensors(kept.rollouts)
     divergence = float(k1(rollouts.logp_M - rollouts.ref_logp_M).sum()) / len(rollouts.score_N)
     return divergence <= max_kl
-
-
-def _named(config: PpoConfig, path: Path, *, named: bool) -> str:
-    """Options of a run from the model in ``path``, with the reference of this run."""
-    start = f"--model {path}"
-    if config.lora and named:
-        start = f"--model {config.model} --adapter {path}"
-    reference = config.reference or (_start(config) if named else None)
-    return f"{start} --reference {reference}" if reference else start
-
-
-def _start(config: PpoConfig) -> str | None:
-    """What ``--reference`` calls the model before training; None for an adapter that was put on a model of another name
-    than its own, which no name stands for."""
-    if config.adapter is None:
-        return config.model
-    with suppress(ModelError):  # its own model cannot be found
-        if base_and_adapter(config.adapter)[0] == local_folder(config.model):
-            return config.adapter
-    return None

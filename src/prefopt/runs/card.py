@@ -14,6 +14,7 @@ from prefopt.core.model_folder import task_of
 from prefopt.model.adapter import nesting_of, write_nested
 from prefopt.model.architectures import causal_model
 from prefopt.model.load import quiet_loading
+from prefopt.model.pictures import tower_names
 from prefopt.model.save import apply_umask, save_weights, write_transformers4_fields
 from prefopt.model.scorer import PackedModel
 from prefopt.parallel.tensors import whole_tensors
@@ -51,7 +52,8 @@ def save_model(
         if model is causal:
             dtype = next(weight.dtype for weight in weights.values())
             found = {n: rest[n] if n in rest else weights[tied.get(n, n)] for n in (*state, *tied)}
-            save_weights(folder, causal, found, dtype)
+            towers = tower_names(causal) if scorer.pictures else set()
+            save_weights(folder, causal, found, dtype, towers & rest.keys())
         else:
             adapted = {**dict(model.state_dict()), **weights}
             # By default PEFT asks the Hub whether the base's embedding differs, and stores it beside an adapter on the

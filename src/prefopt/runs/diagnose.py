@@ -10,57 +10,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from prefopt.core.statistics import student, wilson
-from prefopt.runs.history import Curve, History
+from prefopt.core.statistics import wilson
+from prefopt.runs.findings import LEAST, Change, Finding, change
+from prefopt.runs.hacking import hacking
+from prefopt.runs.history import History
 
-LEAST = 4  # steps in a window: fewer say nothing about their spread
 HARDLY_MOVED = 0.002  # nats per token: a token is 0.2 % more or less likely
 CHOSEN_FELL = 0.3  # nats per token: a token of chosen responses is a quarter less likely
 OFTEN = 0.05  # fraction of rows that are truncated or skipped
 ELSEWHERE = 0.05  # nats per token between policy and reference before any step
 LOST = 0.1  # of what the best evaluation had gained
-GREW = 1.25  # times the tokens of the first samples
 SPIKE = 10.0  # times the median gradient norm
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """The averages of a metric over the first and the last ``window`` steps.
-
-    ``noise`` is the half width of the 95 % interval of the difference, from the spread within the two windows.
-    """
-
-    first: float
-    last: float
-    noise: float
-    window: int
-    steps: int
-
-    @property
-    def by(self) -> float:
-        """The difference; negative where the metric fell."""
-        return self.last - self.first
-
-    @property
-    def direction(self) -> int:
-        """-1, 0 or 1; 0 where the difference is within noise."""
-        return 0 if abs(self.by) <= self.noise else int(math.copysign(1, self.by))
-
-
-def change(curve: Curve, *, since: float | None = None) -> Change | None:
-    """The change over a run, from a tenth of its steps at either end; None where there are too few steps.
-
-    ``since`` is the value before training where it is known exactly. It replaces the first window, so that what
-    changed within that counts too.
-    """
-    window = max(LEAST, math.ceil(len(curve.values) / 10))
-    if len(curve.values) < 2 * window:
-        return None
-    ends = [curve.values[-window:]] + ([curve.values[:window]] if since is None else [])
-    spread = math.sqrt(sum(statistics.variance(end) for end in ends) / window)
-    noise = student(len(ends) * (window - 1)) * spread
-    first = statistics.fmean(curve.values[:window]) if since is None else since
-    return Change(first, statistics.fmean(ends[0]), noise, window, len(curve.values))
 
 
 def change_of(run: History, metric: str) -> Change | None:
@@ -79,15 +39,6 @@ def loss_at_start(run: History) -> float | None:
     loss = first.get("loss")
     zeros.append(None if loss is None else loss - math.log(2))
     return math.log(2) if first["step"] == 1 and all(x is not None and abs(x) < 1e-3 for x in zeros) else None
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """``name`` is that of the rule; ``look``: the reader should look into it."""
-
-    name: str
-    text: str
-    look: bool = False
 
 
 def diagnose(run: History) -> list[Finding]:
@@ -277,7 +228,7 @@ def _rows(run: History) -> Iterator[Finding]:
 
 
 def _reward(run: History) -> Iterator[Finding]:
-    reward, lengths = change(run.curve("objective/scores")), change(run.curve("val/length"))
+    reward = change(run.curve("objective/scores"))
     if reward is None:
         return
     kl = change(run.curve("objective/kl"))
@@ -295,12 +246,7 @@ def _reward(run: History) -> Iterator[Finding]:
         advice = "try a larger --learning-rate, a smaller --beta or more steps"
         text = f"the reward of the policy's samples did not change beyond noise: {numbers}; {advice}"
         yield Finding("reward flat", text, look=True)
-    if lengths and min(lengths.direction, reward.direction) > 0 and lengths.last > GREW * lengths.first:
-        text = (
-            f"samples grew from {lengths.first:.3g} to {lengths.last:.3g} tokens while the reward rose: it may reward"
-        )
-        text += " length; prefopt compare shows the win rate at equal length"
-        yield Finding("samples grew", text, look=True)
+    yield from hacking(run)
 
 
 CHECKS = (_length, _loss, _moved, _held_out, _accuracy, _chosen, _gradients, _clipped, _rows, _reference, _reward)

@@ -13,17 +13,29 @@ from filelock import FileLock, Timeout
 
 from prefopt.core.files import output_errors, remove_folder, remove_leftovers, write_json
 from prefopt.core.options import flag
-from prefopt.data.group import Group, IntArray
+from prefopt.data.group import Group, IntArray, PicturedIds
 from prefopt.data.table import GroupTable
 from prefopt.errors import RunError
 from prefopt.runs.history import RECORD, in_use, read_metrics, read_record
 
-FREE = frozenset("resume overwrite shard progress save_every keep_last output dry_run track track_project".split())
+FREE = frozenset(
+    "resume overwrite shard progress save_every keep_last output dry_run track track_project samples".split()
+)
 """Options that say nothing of the training: they are not listed as set, nor compared between runs."""
-FREE_AT_RESUME = FREE | {"gradient_checkpointing"}
-"""Options that may change at a resume: they never affect the weights."""
+FREE_AT_RESUME = (
+    FREE
+    | {"gradient_checkpointing", "find_learning_rate"}
+    | set("rollout_server rollout_key rollout_folder server_concurrency server_timeout".split())
+)
+"""Options that may change at a resume: they no longer affect the weights."""
 
+AUTO, RESOLVED = "auto", "resolved"
+"""The value of an option that a run replaces by a number, and the key of ``run.json`` with what it replaced, by option,
+``from`` and ``to``: a resumed run takes it from there, whatever it would find now."""
 _LOCK, CHECKPOINTS, LAST_GOOD = ".lock", "checkpoints", "last-good"
+
+PROBED = 0.5
+"""Seconds to wait for the lock of a folder: whoever lists runs holds it for a moment to see whether it is free."""
 
 
 class RunFolder:
@@ -47,8 +59,9 @@ class RunFolder:
         before = check_output(path, resume=resume, overwrite=overwrite)
         if before is not None:
             read_metrics(path)  # a damaged file is reported before anything slow
-            old = before.get("options", {})
-            if changed := [n for n in options if n not in FREE_AT_RESUME and n in old and old[n] != options[n]]:
+            old, resolved = before.get("options", {}), before.get(RESOLVED, {})
+            given = {n: _resolved(resolved.get(n), x) for n, x in options.items()}
+            if changed := [n for n in given if n not in FREE_AT_RESUME and n in old and old[n] != given[n]]:
                 listed = ", ".join(f"{flag(n)} was {old[n]!r} and is {options[n]!r}" for n in changed)
                 raise RunError(f"--resume continues the same run, but {listed}; restore it, or start a new run")
             self.record = {**before, "status": "resumed"}
@@ -67,7 +80,7 @@ class RunFolder:
         with output_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             try:
-                self._lock.acquire(timeout=0)
+                self._lock.acquire(timeout=PROBED)
             except Timeout:
                 pass
             else:
@@ -96,6 +109,13 @@ class RunFolder:
             (self.path / _LOCK).unlink(missing_ok=True)
             self._lock.release()
 
+    def resolve(self, name: str, value: float) -> None:
+        """Record what the run takes for an option in the place of what was given."""
+        before = self.record.get(RESOLVED, {})
+        given = before[name]["from"] if name in before else self.record["options"][name]
+        self.record["options"] = {**self.record["options"], name: value}
+        self.record[RESOLVED] = {**before, name: {"from": given, "to": value}}
+
     def remember(self, **values: Any) -> None:
         """Add values to ``run.json``."""
         self.record.update(values)
@@ -121,6 +141,11 @@ class RunFolder:
                 f"--resume: {what} changed since {self.path} was started; restore it, or start a new run elsewhere"
             )
         self.record[name] = value
+
+
+def _resolved(known: Mapping[str, Any] | None, given: Any) -> Any:
+    """What a run took for the value ``given``, if it did so."""
+    return known["to"] if known is not None and given in (AUTO, known["from"]) else given
 
 
 def check_output(path: Path, *, resume: bool, overwrite: bool = False) -> dict[str, Any] | None:
@@ -173,11 +198,12 @@ def _tidy(path: Path, record: Mapping[str, Any]) -> None:
     lock.release()
 
 
-def digest_of(many: Sequence[IntArray]) -> str:
-    """A digest of sequences of token ids, in order."""
+def digest_of(many: Sequence[IntArray | PicturedIds]) -> str:
+    """A digest of sequences of token ids with their pictures, in order."""
     digest = hashlib.blake2b(digest_size=16)
     for ids in many:
-        digest.update(len(ids).to_bytes(4, "little") + ids.astype("<i4").tobytes())
+        held = ids.tobytes() if isinstance(ids, PicturedIds) else ids.astype("<i4").tobytes()
+        digest.update(len(ids).to_bytes(4, "little") + held)
     return digest.hexdigest()
 
 

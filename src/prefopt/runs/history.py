@@ -141,7 +141,7 @@ def _mapping(of: IsType) -> IsType:
 
 TYPES: Mapping[str, IsType] = {
     **dict.fromkeys(("status", "started", "finished", "method", "algorithm", "loss"), _is_text),
-    **dict.fromkeys(("data", "model", "reference", "reward", "ptx_data"), _is_text),
+    **dict.fromkeys(("data", "model", "reference", "reward", "true_reward", "ptx_data"), _is_text),
     **dict.fromkeys(("steps", "max_length", "token_budget", "scoring_budget", "sampled_at_once"), _is_count),
     **dict.fromkeys(("options", "results"), _mapping(_is_option)),
     **dict.fromkeys(("costs", "memory"), _mapping(lambda value: _is_number(value) and value >= 0)),

@@ -113,12 +113,17 @@ def cells_of(runs: Sequence[History], names: Sequence[str]) -> list[list[str]]:
     if any(f.reward is not None for f in every):
         more.append(("reward of samples", lambda f: as_number(f.reward)))
     more.append(("status", lambda f: f.status))
-    if names := [name for name in differing_set(runs) if name not in IN_COLUMNS]:
-        more.append(("options set", lambda f: _options(f, names)))
+    if names := names_to_list(runs):
+        more.append(("options set", lambda f: options_words(f, names)))
     for title, cell in more:
         for row, text in zip(rows, [title, *map(cell, every)], strict=True):
             row.append(text)
     return rows
+
+
+def names_to_list(runs: Sequence[History]) -> list[str]:
+    """The options that are listed: set by some run, different, and in no column of their own."""
+    return [name for name in differing_set(runs) if name not in IN_COLUMNS]
 
 
 def _kinds_to_show(every: Sequence[Facts]) -> list[str]:
@@ -136,7 +141,8 @@ def _loss(f: Facts, kind: str) -> float | None:
     return f.loss if _is(f, kind) else None
 
 
-def _options(f: Facts, names: Sequence[str]) -> str:
+def options_words(f: Facts, names: Sequence[str]) -> str:
+    """Those of the options ``names`` that a run sets: ``beta=0.3 epochs=2``."""
     own = {name: f.options[name] for name in names if name in f.options}
     return " ".join(f"{name}={_value(value)}" for name, value in own.items()) or "-"
 

@@ -68,6 +68,7 @@ def note(record: Mapping[str, float]) -> list[str]:
     ratios = [record.get(f"log_ratios_per_token/{side}") for side in ("chosen", "rejected")]
     pattern = {
         "objective/scores": "score {:.3f}",
+        "objective/true_scores": "true score {:.3f}",
         "objective/kl": "KL {:.3g}",
         "objective/rlhf_reward": "score less penalty {:.3f}",
         "val/length": "{:.0f} tokens each",

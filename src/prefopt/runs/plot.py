@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import statistics
 from collections.abc import Sequence
@@ -14,10 +15,10 @@ from prefopt.core.files import output_errors
 from prefopt.core.options import nearest
 from prefopt.core.plugins import how_to_install
 from prefopt.errors import ConfigError
-from prefopt.runs.diagnose import loss_at_start
+from prefopt.runs.diagnose import change_of, loss_at_start
 from prefopt.runs.history import Curve, History
 from prefopt.runs.settings import differing, shown
-from prefopt.runs.table import PER_KIND, what_differs
+from prefopt.runs.table import PER_KIND, as_number, labels, what_differs
 
 # Okabe and Ito's colours for any colour vision, without yellow, which is too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -105,15 +106,31 @@ def figure_of(
     all_axes: list[Any] = list(figure.subplots(down, across, squeeze=False).flat)
     colours = {id(run): COLOURS[i % len(COLOURS)] for i, run in enumerate(among or runs)}
     for axes, (panel, several) in zip(all_axes, panels, strict=False):
-        known_start = any(loss_at_start(run) is not None for run in several if run.training)
-        panel = panel if panel.name != "loss" or known_start else replace(panel, line=None)
-        _draw(axes, panel, several, [colours[id(run)] for run in several], x)
+        _draw(axes, with_line(panel, several), several, [colours[id(run)] for run in several], x)
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
     if names:
         drawn = zip(runs, names, strict=True)
         lines = [Line2D([], [], color=colours[id(run)], linewidth=2.5, label=name) for run, name in drawn]
         figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
+    return figure
+
+
+def with_line(panel: Panel, runs: Sequence[History]) -> Panel:
+    """The panel without its thin line where that is the loss before training and no run started there."""
+    known_start = any(loss_at_start(run) is not None for run in runs if run.training)
+    return panel if panel.name != "loss" or known_start else replace(panel, line=None)
+
+
+def shown_in_notebooks(figure: Any) -> Any:
+    """The figure, which a notebook shows also without pyplot."""
+
+    def png() -> bytes:
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=100)
+        return file.getvalue()
+
+    figure._repr_png_ = png
     return figure
 
 
@@ -172,8 +189,8 @@ def _draw(axes: Any, panel: Panel, runs: Sequence[History], colours: Sequence[st
             if curve:
                 smooth = curve.values if panel.name in EXACT else smoothed(curve.values)
                 if smooth != curve.values:
-                    axes.plot(_along(run, curve, x), curve.values, color=colour, alpha=0.18, linewidth=0.8)
-                axes.plot(_along(run, curve, x), smooth, color=colour, linestyle=style, linewidth=1.6)
+                    axes.plot(along(run, curve, x), curve.values, color=colour, alpha=0.18, linewidth=0.8)
+                axes.plot(along(run, curve, x), smooth, color=colour, linestyle=style, linewidth=1.6)
                 low, high = min(smooth), max(smooth)  # values beyond them by more than their height are outliers
                 shown_values += [*smooth, *(v for v in curve.values if 2 * low - high <= v <= 2 * high - low)]
             if marks:
@@ -181,7 +198,7 @@ def _draw(axes: Any, panel: Panel, runs: Sequence[History], colours: Sequence[st
                 edge, face = (colour, "white") if side == "rejected" else ("white", colour)
                 marker = {"marker": "o", "markersize": 5, "markeredgecolor": edge, "markerfacecolor": face}
                 every = math.ceil(len(marks.steps) / MOST_MARKERS)
-                x_values, y_values = _along(run, marks, x)[::every], marks.values[::every]
+                x_values, y_values = along(run, marks, x)[::every], marks.values[::every]
                 axes.plot(x_values, y_values, linestyle="none", markeredgewidth=0.9, zorder=3, **marker)
                 shown_values += marks.values
     _frame(axes, panel, shown_values, x)
@@ -248,12 +265,38 @@ def _title(runs: Sequence[History], width: int) -> str:
     return "\n".join(lines)
 
 
+def in_words(panel: Panel, runs: Sequence[History]) -> list[str]:
+    """A line for each curve of a panel: its start, its end, and whether it changed beyond noise."""
+    lines = []
+    for run, name in zip(runs, labels(runs), strict=True):
+        for side in SIDES if panel.sides else ("",):
+            metric = f"{panel.name}/{side}" if side else panel.name
+            of = ", ".join(part for part in (name if len(runs) > 1 else "", side) if part)
+            if words := _curve_words(run, metric):
+                lines.append(f"{of}: {words}" if of else words)
+    return lines
+
+
+def _curve_words(run: History, metric: str) -> str:
+    parts = []
+    if (found := change_of(run, metric)) is not None:
+        verb = {1: "rose", -1: "fell", 0: "did not change beyond noise:"}[found.direction]
+        parts.append(f"{verb} from {as_number(found.first)} to {as_number(found.last)} (noise {found.noise:.2g})")
+    if held := run.curve(metric, held_out=True):
+        if len(held.steps) > 1:
+            first, last = as_number(held.values[0]), as_number(held.values[-1])
+            parts.append(f"on held-out rows from {first} at step {held.steps[0]} to {last} at step {held.steps[-1]}")
+        else:
+            parts.append(f"on held-out rows {as_number(held.values[0])} at step {held.steps[0]}")
+    return "; ".join(parts)
+
+
 def shortened(text: str, width: int) -> str:
     """``text`` cut to ``width`` characters."""
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def _along(run: History, curve: Curve, x: str) -> list[float]:
+def along(run: History, curve: Curve, x: str) -> list[float]:
     """The x values of a curve."""
     if x == "step":
         return [float(step) for step in curve.steps]

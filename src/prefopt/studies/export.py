@@ -154,7 +154,7 @@ class _Exporter:
     def _majorities(self, item: Item, group: Sequence[StoredVote]) -> dict[Pair, int]:
         """For each decided pair 1 where the first is preferred, -1 where the second is, 0 for a tie."""
         options, found = self.options, {}
-        for pair, (first, second, ties) in _votes_by_pair(item, group).items():
+        for pair, (first, second, ties) in votes_by_pair(item, group).items():
             if options.disagreement == "unanimous" and max(first, second, ties) < first + second + ties:
                 self.counts["pairs without a unanimous vote left out (--disagreement unanimous)"] += 1
             elif options.ties == "keep" and ties and ties >= max(first, second):
@@ -184,7 +184,7 @@ class _Exporter:
     def _soft(self, item: Item, group: Sequence[StoredVote]) -> RowParts:
         votes: list[list[float]] = []
         signs: dict[Pair, int] = {}
-        for (i, k), (first, second, ties) in _votes_by_pair(item, group).items():
+        for (i, k), (first, second, ties) in votes_by_pair(item, group).items():
             half = ties / 2 if self.options.ties != "drop" else 0
             total = first + second + 2 * half
             if not total:
@@ -220,7 +220,7 @@ class _Exporter:
         }
 
 
-def _votes_by_pair(item: Item, group: Sequence[StoredVote]) -> dict[Pair, tuple[int, int, int]]:
+def votes_by_pair(item: Item, group: Sequence[StoredVote]) -> dict[Pair, tuple[int, int, int]]:
     """For each judged pair of responses the votes for the first, for the second, and for a tie."""
     found: dict[Pair, list[int]] = {}
     for v in group:

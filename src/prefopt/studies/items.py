@@ -151,6 +151,12 @@ def get_item(connection: sqlite3.Connection, id: int) -> Item | None:
     return _item(connection, found, {}) if found else None
 
 
+def was_shown(connection: sqlite3.Connection, annotator: Annotator, item: int) -> bool:
+    """Whether an item is, or was, before an annotator."""
+    query = "SELECT 1 FROM assignment WHERE annotator = ? AND item = ?"
+    return item < 2**63 and connection.execute(query, (annotator.id, item)).fetchone() is not None
+
+
 def all_items(connection: sqlite3.Connection) -> Iterable[Item]:
     check_complete(connection, "item")
     samplings: dict[int, Mapping[str, Any]] = {}

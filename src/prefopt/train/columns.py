@@ -161,13 +161,16 @@ def mismatched(groups: Sequence[Group], max_length: int) -> tuple[GroupTable, in
     columns, cut = TableBuilder(), 0
     for index, group in enumerate(groups):
         prompt, _, _ = _prompt_and_response(group, 0)
+        if any(c.pictures for c in group.continuations):
+            raise DataError("a loss on mismatched responses takes pictures in prompts alone", row=group.row)
         sequences = []
         for ids, trained in islice(_others(groups, index, prompt), len(group.continuations)):
             mask = np.concatenate([np.zeros(len(prompt), np.bool_), trained])
             sequences.append((np.concatenate([prompt, ids])[:max_length], mask[:max_length]))
             cut += len(mask) > max_length
         try:
-            columns.add(Group.from_sequences(sequences, group.row))
+            pictures = [group.pictures] * len(sequences) if group.pictures else ()
+            columns.add(Group.from_sequences(sequences, group.row, pictures=pictures))
         except ValueError as error:
             raise DataError(f"with another row's response to its prompt, {error}", row=group.row) from None
     return GroupTable([Part(columns.columns())]), cut

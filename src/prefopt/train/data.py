@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from prefopt.config.data import DataOptions
+from prefopt.config.evaluation import LEAST_PROMPTS, default_fraction
 from prefopt.config.training import MethodOptions
+from prefopt.core.options import flag
 from prefopt.core.terminal import Reporter, StopRequest
 from prefopt.data.chat.template import Rendering
 from prefopt.data.chat.truncate import longer_limit
@@ -149,13 +152,16 @@ def load_data(
     if config.eval_data:
         more = load_groups(config.eval_data, start.tokenizer, rendering, **how, **layout)
         more = _paired(more, which, "evaluation data", reporter)
-    groups, train, held_out = _held_out(config, source, more, config.seed, reporter)
+    groups, train, held_out = _held_out(config, source, more, reporter)
     if not train:
         raise DataError("no row is left to train on; lower --eval-fraction")
     shares = _shares(config, source.groups, train)
     data = TrainingData(source, groups, train, held_out, shares, kind)
     if held_out:
-        reporter.say(f"data: {len(train)} {data.noun} to train on, {len(held_out)} held out")
+        default = (
+            " (the default; --eval-fraction 0 trains on all)" if more is None and config.eval_fraction is None else ""
+        )
+        reporter.say(f"data: {len(train)} {data.noun} to train on, {len(held_out)} held out{default}")
     if shares:
         parts = (f"{s.size} of {len(s.groups)} from {name}" for s, name in zip(shares, config.data, strict=True))
         reporter.say(f"data: an epoch takes {sum(s.size for s in shares)} rows: {', '.join(parts)}")
@@ -189,17 +195,36 @@ def _paired(source: GroupSet, which: str, name: str, reporter: Reporter) -> Grou
 
 
 def _held_out(
-    config: DataOptions, source: GroupSet, more: GroupSet | None, seed: int, reporter: Reporter
+    config: MethodOptions, source: GroupSet, more: GroupSet | None, reporter: Reporter
 ) -> tuple[GroupTable, Sequence[int], Sequence[int]]:
     """All groups, and the indices of training and held-out groups: a fraction of ``source``, or ``more``."""
     groups = source.groups
-    if config.eval_fraction:
-        return groups, *source.split(config.eval_fraction, seed)
+    if more is None and (fraction := _fraction(config, groups, reporter)):
+        return groups, *source.split(fraction, config.seed)
     if more is None:
         return groups, range(len(groups)), ()
     if both := len(np.intersect1d(groups.prompt_key_G, more.groups.prompt_key_G)):
         reporter.say(f"evaluation data: {both} prompts are in the training data too")
     return groups + more.groups, range(len(groups)), range(len(groups), len(groups) + len(more.groups))
+
+
+def _fraction(config: MethodOptions, groups: GroupTable, reporter: Reporter) -> float:
+    """The fraction of the prompts to hold out. Raises :class:`ConfigError` where that is none by default, and an option
+    needs some."""
+    if config.eval_fraction is not None:
+        return config.eval_fraction
+    prompts = len(np.unique(groups.prompt_key_G))
+    read = min(config.epochs * len(groups), (config.max_steps or math.inf) * config.batch_size)
+    if fraction := default_fraction(prompts, read=math.ceil(read)):
+        return fraction
+    few = f"{prompts} prompts are fewer than the {LEAST_PROMPTS} from which on some are held out by default"
+    for name in ("eval_every", "early_stopping", "eval_dtype", "samples"):
+        if hasattr(config, name) and config.is_given(name) and getattr(config, name):
+            raise ConfigError(
+                f"{flag(name)} needs held-out rows, and {few}: give --eval-fraction or --eval-data, or leave it out"
+            )
+    reporter.say(f"data: nothing is held out: {few}; --eval-fraction 0.1 holds out a tenth")
+    return 0.0
 
 
 def _shares(config: DataOptions, groups: GroupTable, train: Sequence[int]) -> list[Share]:

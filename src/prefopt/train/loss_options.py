@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from prefopt.config.dpo import OF_LOSSES, DpoConfig
+from prefopt.config.dpo import OF_LOSSES, DpoConfig, LossOptions
 from prefopt.core.options import flag
 from prefopt.data.validate import DataKind
 from prefopt.errors import ConfigError
@@ -17,7 +17,10 @@ Losses = tuple[WeightedLoss, ...]
 _OF_REFERENCE = ("reference", "reference_adapter", "ref_model_sync_steps")
 
 
-def losses_of(config: DpoConfig) -> tuple[DpoConfig, Losses]:
+AnyLossOptions = TypeVar("AnyLossOptions", bound=LossOptions)
+
+
+def losses_of(config: AnyLossOptions) -> tuple[AnyLossOptions, Losses]:
     """The configuration with the losses' defaults filled in, and the losses.
 
     Raises :class:`ConfigError` for an unknown loss, and for options that no loss reads.
@@ -25,7 +28,8 @@ def losses_of(config: DpoConfig) -> tuple[DpoConfig, Losses]:
     flags = {name: getattr(config, name) for name in OF_LOSSES}
     losses = parse_losses(config.loss, config.loss_options or (), weighting=config.weighting, **flags)
     if not needs_reference(losses):
-        for name in _OF_REFERENCE:
+        # Where responses are drawn, their KL is measured from a reference whatever the loss.
+        for name in _OF_REFERENCE if isinstance(config, DpoConfig) else ("ref_model_sync_steps",):
             if getattr(config, name) is not None:
                 raise ConfigError(f"{flag(name)}: {names_of(losses)} uses no reference; leave it out")
     paired = losses[0].loss.kind == "pairs"

@@ -97,9 +97,11 @@ class TrainingMemory:
     def parts(self) -> dict[str, int]:
         """Bytes by part, without activations. Parts of which this training has none are left out."""
         found = dict.fromkeys(("weights", "float32 masters", "gradients", "optimiser state"), 0)
+        seen: set[int] = set()  # networks may share weights
         for trainee in self.trainees:
             own = {id(p): p for p in trainee.scorer.model.parameters()}
-            found["weights"] += sum(_bytes(p) for p in own.values())
+            found["weights"] += sum(_bytes(p) for p in own.values() if id(p) not in seen)
+            seen |= own.keys()
             if trainee.weights.host is None:
                 masters = trainee.weights.masters.values()
                 found["float32 masters"] += sum(_bytes(m) for m in masters if id(m) not in own)

@@ -30,8 +30,10 @@ from prefopt.train.objective import Objective
 from prefopt.train.optim import Network
 from prefopt.train.policy import Trained
 from prefopt.train.reference import check_vocabulary
+from prefopt.train.result import TrainingResult
 from prefopt.train.routing import describe_routing, routed
-from prefopt.train.run import EXAMPLE_TEXT, ModelStart, Run, TrainingResult, steps_of
+from prefopt.train.run import EXAMPLE_TEXT, ModelStart, Run, steps_of
+from prefopt.train.samples import HeldOutSamples
 from prefopt.train.step import Differentiator, InMemoryColumns
 from prefopt.train.trainer import Inspect, Trainer
 
@@ -70,6 +72,7 @@ class OfflineRun:
             len(data.train), config.batch_size, seed=config.seed, shuffle=config.shuffle, shares=data.shares
         )
         self.steps = steps_of(config, self.sampler.steps_per_epoch)
+        self.samples = HeldOutSamples(self.run, self.start, self.policy, self.data)
 
     def check(self, check: Callable[..., CheckReport]) -> CheckReport:
         """Check that scoring is exact for this model and these data."""
@@ -115,9 +118,10 @@ class OfflineRun:
         run, config, policy = self.run, self.run.config, self.policy
         objective = routed(objective, self.policy.scorer, self.run.config)
         reference = plan.in_memory(policy) if plan is not None else None
-        tokens, speed = self._token_budget(objective, source, reference)
+        tokens, speed = self.token_budget(objective, source, reference)
         run.say(self._memory(reference).line(source.groups, tokens))
         run.say(self._plan(tokens, self._seconds(objective, tokens, speed)))
+        self.samples.before()
         trainer = run.trainer(
             {"policy": Network.of(policy.masters, config, self.steps, config.learning_rate)},
             policy,
@@ -151,7 +155,7 @@ class OfflineRun:
         run.say(policy.make_trainable(run.world))
         objective = routed(objective, self.policy.scorer, self.run.config)
         reference = plan.in_memory(policy) if plan is not None else None
-        tokens, speed = self._token_budget(objective, source, reference)
+        tokens, speed = self.token_budget(objective, source, reference)
         seconds = self._seconds(objective, tokens, speed)
         before = plan.seconds_ahead(policy.scorer, speed) if plan is not None else None
         whole = "" if before is None else f", with the reference {duration(before + seconds)}"
@@ -161,9 +165,10 @@ class OfflineRun:
         run.say("dry run: nothing was trained, and no output written")
 
     def _plan(self, tokens: int, seconds: float) -> str:
+        held_out = f", {len(self.data.held_out)} held out" if self.data.held_out else ""
         return (
-            f"{self.steps} steps of {self.run.config.batch_size} {self.data.noun}, {tokens} tokens at once: about"
-            f" {duration(seconds)}"
+            f"{self.steps} steps of {self.run.config.batch_size} {self.data.noun}{held_out}, {tokens} tokens at once:"
+            f" about {duration(seconds)}"
         )
 
     def _seconds(self, objective: Objective, tokens: int, speed: float) -> float:
@@ -174,7 +179,7 @@ class OfflineRun:
         # Two passes: a second forward pass is a third of a step's work.
         return self.steps * per_step / speed * (4 / 3 if objective.whole_batch and per_step > tokens else 1)
 
-    def _token_budget(
+    def token_budget(
         self, objective: Objective, source: DataBatches, reference: InMemoryColumns | None
     ) -> tuple[int, float]:
         """The token budget (of the options, the first start, or estimated) after a trial, and tokens per second."""
@@ -215,6 +220,8 @@ class OfflineRun:
         metrics, averaged = trainer.averages.final(run.folder.path, trainer.objective.derived)
         held_out_loss = state.best_loss if state.best_step is not None else None
         run.save(self.policy, self.start.tokenizer, trained_ends(data.groups, self.start.tokenizer))
+        for line in self.samples.after():
+            run.say(line)
         results: dict[str, Any] = {
             "steps": state.step,
             "held-out loss": held_out_loss,

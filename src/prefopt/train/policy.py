@@ -9,6 +9,7 @@ from typing import Any, Generic, Literal, TypeVar, cast
 
 import torch
 
+from prefopt.config.online import OnlineConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.training import MethodOptions
 from prefopt.core.model_folder import base_of, is_adapter
@@ -22,9 +23,11 @@ from prefopt.model.load import load_config, load_model, local_folder
 from prefopt.model.lora_targets import tower_weights
 from prefopt.model.memory import Blueprint
 from prefopt.model.offload import HostActivations
+from prefopt.model.pictures import VisionInputs
 from prefopt.model.placeholders import FromFirst, skeleton
 from prefopt.model.precision import MasterWeights, disable_dropout
 from prefopt.model.quantised import chosen, is_quantised, set_compute_dtype
+from prefopt.model.save import copy_processor
 from prefopt.model.scalar import ScalarScorer, has_scalar_head, load_scalar, merge_trained_adapter, scalar_from
 from prefopt.model.scorer import PackedModel, Scorer
 from prefopt.model.supported import refuse_packed, stays_packed
@@ -34,7 +37,7 @@ from prefopt.runs.card import save_model
 from prefopt.train.memory import blueprint_of
 
 AnyScorer = TypeVar("AnyScorer", bound=PackedModel)
-Options = MethodOptions | PpoConfig
+Options = MethodOptions | PpoConfig | OnlineConfig
 Shards = Literal["none", "full", "hybrid"]
 
 
@@ -56,10 +59,15 @@ class Trained(Generic[AnyScorer]):
         named: bool,
         world: World = ALONE,
         others: Callable[[], int] = int,
+        pictures: bool = False,
     ) -> None:
         """``dtype`` is that of computation; ``load`` gives the model. ``named``: it was not given in Python. Of several
         processes in ``world`` each reads its part of a named model alone, where it is cut. ``others``: as of
-        :func:`choose`."""
+        :func:`choose`. ``pictures``: some rows have them. Raises :class:`ConfigError` where ``--vision`` would do
+        nothing, :class:`ModelError` for a model that takes no pictures."""
+        self.pictures = pictures
+        if config.vision != "frozen" and not pictures:
+            raise ConfigError(f"--vision {config.vision} does nothing here: no row has a picture; leave it out")
         self.shards: Shards = "none"
         """How several processes hold the weights: all of them (``none``), a part each, or a part of each machine's."""
         self.reading: str | None = None
@@ -91,6 +99,9 @@ class Trained(Generic[AnyScorer]):
             set_compute_dtype(model, self.dtype)
         for parameter in model.parameters() if self._new_lora else ():
             parameter.requires_grad_(False)
+        for tower in VisionInputs(causal_model(model)).towers if self.pictures else ():
+            if self.config.vision == "frozen":
+                tower.requires_grad_(False)
         self.masters = masters_of(model, self.config, self.dtype, self._moves_to)
         self.scorer = self.score_with(model)
 
@@ -137,6 +148,7 @@ class Trained(Generic[AnyScorer]):
             dropout=config.lora_dropout,
             targets=config.lora_targets,
             task=self.task,
+            towers=config.vision == "lora",
         )
         if self._named:  # the name, not the folder in the cache of the Hub
             for adapter in getattr(wrapped, "peft_config", {}).values():
@@ -200,7 +212,7 @@ class Trained(Generic[AnyScorer]):
             self.scorer.offload = HostActivations(self.scorer)
         trained = sum(p.numel() for p in self.masters.masters.values())
         total = sum(weights_in(p) for p in self.scorer.model.parameters())
-        if not config.lora:
+        if not config.lora and not self.pictures:
             trained -= tower_weights(causal_model(self.scorer.model))
         compiled = self.scorer.compile_layers() if compiles(config, self.scorer) else None
         if not (world.alone or self.sharded):
@@ -232,6 +244,8 @@ class Trained(Generic[AnyScorer]):
         """Write weights and tokenizer; not where another process ``writes``, to which all send their shards."""
         if writes or self.sharded:
             save_model(folder, self.scorer, self.masters, tokenizer, writes=writes)
+        if writes and self.pictures:
+            copy_processor(str(causal_model(self.scorer.model).name_or_path), folder)
 
     def release(self) -> None:
         """Restore the model's own attention and gradient flags, for a model given in Python."""
@@ -253,9 +267,11 @@ class Policy(Trained[Scorer]):
         given: Any,
         world: World = ALONE,
         others: Callable[[], int] = int,
+        *,
+        pictures: bool = False,
     ) -> None:
         """Load the model in folder ``source``, unless one is ``given`` in Python. ``dtype`` is that of computation;
-        ``others``: as of :func:`choose`."""
+        ``others``: as of :func:`choose`; ``pictures``: some rows have them."""
 
         def load(from_first: FromFirst | None) -> torch.nn.Module:
             if given is not None:
@@ -263,7 +279,7 @@ class Policy(Trained[Scorer]):
                 return cast(torch.nn.Module, given)
             adapter = local_folder(config.named_adapter) if config.named_adapter else None
             wide = _loaded_in(config, dtype)
-            options: dict[str, Any] = {"quantise": config.quantise, "from_first": from_first}
+            options: dict[str, Any] = {"quantise": config.quantise, "from_first": from_first, "pictures": pictures}
             model = load_model(source, dtype=wide, device=loaded_on(config, device), adapter=adapter, **options)
             if adapter is not None:
                 # An adapter may name its base relative to its own folder; what is saved names it as it was found.
@@ -273,12 +289,11 @@ class Policy(Trained[Scorer]):
             return model
 
         whole = given is None and _packed(config, source)  # never cut
-        super().__init__(
-            config, dtype, load, device, named=given is None, world=ALONE if whole else world, others=others
-        )
+        more: dict[str, Any] = {"others": others, "pictures": pictures}
+        super().__init__(config, dtype, load, device, named=given is None, world=ALONE if whole else world, **more)
 
     def score_with(self, model: torch.nn.Module) -> Scorer:
-        return Scorer(model, attention=self.config.attention)
+        return Scorer(model, attention=self.config.attention, pictures=self.pictures)
 
 
 class ScalarPolicy(Trained[ScalarScorer]):
@@ -295,6 +310,8 @@ class ScalarPolicy(Trained[ScalarScorer]):
         given: Any,
         tokenizer: Tokenizer,
         world: World = ALONE,
+        *,
+        pictures: bool = False,
     ) -> None:
         """See :class:`Policy`. ``tokenizer`` may get a pad token, see :func:`scalar_from`."""
         wide = _loaded_in(config, dtype)
@@ -306,14 +323,16 @@ class ScalarPolicy(Trained[ScalarScorer]):
                 return cast(torch.nn.Module, scalar_from(given, tokenizer, seed=config.seed))
             where = loaded_on(config, device)
             options: dict[str, Any] = {"tokenizer": tokenizer, "seed": config.seed, "quantise": config.quantise}
+            options["pictures"] = pictures
             return load_scalar(source, dtype=wide, device=where, from_first=from_first, **options)
 
         # An adapter is merged into all of the model, and packed weights are never cut.
         whole = given is None and (is_adapter(source) or _packed(config, source))
-        super().__init__(config, dtype, load, device, named=given is None, world=ALONE if whole else world)
+        more: dict[str, Any] = {"world": ALONE if whole else world, "pictures": pictures}
+        super().__init__(config, dtype, load, device, named=given is None, **more)
 
     def score_with(self, model: torch.nn.Module) -> ScalarScorer:
-        return ScalarScorer(model, attention=self.config.attention)
+        return ScalarScorer(model, attention=self.config.attention, pictures=self.pictures)
 
     def save(self, folder: Path, tokenizer: Tokenizer, *, writes: bool = True) -> None:
         """Save the whole model, with an adapter merged: its base has neither the head nor the configuration."""
@@ -334,6 +353,8 @@ class ScalarPolicy(Trained[ScalarScorer]):
         scorer = self.scorer if self.sharded else ScalarScorer(whole)
         scorer.model = whole
         save_model(folder, scorer, MasterWeights(whole, wide), tokenizer)
+        if self.pictures:
+            copy_processor(str(whole.name_or_path), folder)
 
 
 def _packed(config: Options, source: str) -> bool:

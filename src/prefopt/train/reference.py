@@ -230,9 +230,10 @@ class ReferenceRun:
             source, adapter = base_and_adapter(self.choice.model, self.choice.adapter)
             quantise = self.run.config.quantise
             options: dict[str, Any] = {"dtype": self.start.dtype, "device": self.device, "adapter": adapter}
+            options["pictures"] = self.start.pictures
             if self.shards == "none":
                 model = freeze_and_cast(load_model(source, **options, quantise=quantise), self.start.dtype)
-                self._scorer = Scorer(model, attention=self.run.config.attention)
+                self._scorer = Scorer(model, attention=self.run.config.attention, pictures=self.start.pictures)
             else:
                 self._scorer = self._other_in_shards(source, options)
         return self._scorer
@@ -242,7 +243,7 @@ class ReferenceRun:
 
         world, dtype = self.run.world, self.start.dtype
         model = freeze_and_cast(load_model(source, **options, from_first=partial(from_first, world)), dtype)
-        scorer = Scorer(model, attention=self.run.config.attention)
+        scorer = Scorer(model, attention=self.run.config.attention, pictures=self.start.pictures)
         weights = MasterWeights(model, dtype)
         _, line = shard_unread(scorer, weights, world, dtype, self.device, hybrid=self.shards == "hybrid")
         scorer.choose_flash()

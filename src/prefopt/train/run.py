@@ -24,6 +24,7 @@ import torch
 
 from prefopt import __version__ as VERSION
 from prefopt.config.methods import method_of
+from prefopt.config.online import OnlineConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.training import MethodOptions
 from prefopt.core.files import output_errors
@@ -57,24 +58,12 @@ from prefopt.train.saver import Saver
 from prefopt.train.source import BatchSource
 from prefopt.train.trainer import Trainer
 
-Options = MethodOptions | PpoConfig
+Options = MethodOptions | PpoConfig | OnlineConfig
 EXAMPLE_LINES, EXAMPLE_TEXT = 10, 400
 """Most lines of the example of a dry run, and characters of each text: the whole output should fit a screen."""
 RANK_SEED = 1_000_003
 """Ranks draw dropout from seeds that lie so far apart."""
 AnyTrained = TypeVar("AnyTrained", bound="Trained[Any]")
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingResult:
-    """``metrics`` are averages over the rows of the last epoch (see :class:`prefopt.runs.metrics.Averages`),
-    ``held_out_loss`` is that of the saved weights."""
-
-    output: Path
-    steps: int
-    metrics: dict[str, float]
-    held_out_loss: float | None
-    best_step: int | None
 
 
 @dataclass
@@ -244,7 +233,11 @@ class Run:
     def _data_names(self) -> list[str]:
         """The names of all data that the run read."""
         options = self.config.to_dict()
-        return [name for key in ("data", "eval_data", "prompts", "ptx_data") for name in options.get(key) or ()]
+        return [
+            name
+            for key in ("data", "eval_data", "prompts", "eval_prompts", "ptx_data")
+            for name in options.get(key) or ()
+        ]
 
 
 @contextmanager

@@ -41,6 +41,11 @@ class BatchSource:
         """The global batch of an update of a step, both counted from 0."""
         raise NotImplementedError
 
+    def applies(self, update: int, record: Record) -> bool:
+        """Whether the weights move by an update, whose metrics are in ``record``. A source that says no ends the step
+        with it."""
+        return True
+
     def auxiliary(self, step: int, update: int) -> AuxiliaryLoss | None:
         """A second loss of an update."""
         return None

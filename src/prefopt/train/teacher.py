@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from prefopt.data.table import GroupTable
+from prefopt.model.architectures import causal_model
 from prefopt.model.kernels.divergence import Divergence
-from prefopt.model.kernels.head import Distributions
+from prefopt.model.kernels.head import Compared, vocabulary_of
+from prefopt.model.kernels.top_tokens import TopTokens
 from prefopt.model.packing import PackedBatch
 from prefopt.model.scorer import PackedModel, Scorer, ScoreRequest, response_sums
 from prefopt.reference.in_memory import TrDpoUpdate
@@ -35,7 +37,7 @@ class DistillationObjective(LikelihoodObjective):
         self.divergence = divergence
 
     def score(
-        self, scorer: PackedModel, packed: PackedBatch, batch: Batch, reference: Distributions | None = None
+        self, scorer: PackedModel, packed: PackedBatch, batch: Batch, reference: Compared | None = None
     ) -> Values:
         """``divergence_N``, ``logp_N`` and ``ref_logp_N`` of each response."""
         scores = scorer(packed, ScoreRequest(reference=reference, divergence=self.divergence))
@@ -54,6 +56,24 @@ class DistillationObjective(LikelihoodObjective):
             "teacher_nll": (-values["ref_logp_N"].to(self.dtype).sum(), length_N.sum()),
         }
         return LossResult(loss, {"loss": loss}, metrics, weights={"loss": normaliser[0]})
+
+
+class TopTokensObjective(DistillationObjective):
+    """The same with a teacher of which the likeliest tokens are known, the rest of its distribution being one bin
+    (:mod:`prefopt.model.kernels.top_tokens`).
+
+    Columns of trained tokens: ``teacher_id_M`` and ``teacher_logp_M`` [M, K], and ``teacher_own_M`` [M].
+    """
+
+    compares = False
+
+    def score(
+        self, scorer: PackedModel, packed: PackedBatch, batch: Batch, reference: Compared | None = None
+    ) -> Values:
+        columns = batch.on_device(packed.target.device)
+        ids, logps, own = (columns[f"teacher_{name}_M"] for name in ("id", "logp", "own"))
+        vocabulary = vocabulary_of(causal_model(scorer.model).get_output_embeddings())
+        return super().score(scorer, packed, batch, TopTokens(ids.long(), logps, own, vocabulary))
 
 
 class TeacherPlan:

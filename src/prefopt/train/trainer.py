@@ -57,8 +57,8 @@ class TrainerState:
 
 
 Inspect = Callable[[int, int, Record, Batch, Values], bool]
-"""Looks at an update; whether it printed a line on it."""
-"""Called with step, update, metrics, batch and values of an update before the weights move; may raise."""
+"""Called with step, update, metrics, batch and values of an update before the weights move; may raise. Returns whether
+it printed a line."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -123,13 +123,8 @@ class Trainer:
         Raises :class:`Diverged` where numbers are not finite, or where the source finds so.
         """
         state = self.state
-        about = RunInfo(
-            output=self.metrics.path.parent,
-            options=self.callbacks.options,
-            model=self.scorer.model,
-            steps=self.steps,
-            step=state.step,
-        )
+        folder, options = self.metrics.path.parent, self.callbacks.options
+        about = RunInfo(output=folder, options=options, model=self.scorer.model, steps=self.steps, step=state.step)
         self.train_mode()
         with (
             self.callbacks.around(about, self.keep),
@@ -137,7 +132,7 @@ class Trainer:
             self.saver.around(),
         ):
             while state.step < self.steps and not state.stopped_early:
-                record = self._step()
+                record = self.make_step()
                 self.metrics.write({"step": state.step, **record})
                 bar.update(state.step, note(record), first=state.step == 1 and not self._said)
                 evaluation = self.evaluate() if self._evaluation_due() else None
@@ -153,8 +148,13 @@ class Trainer:
                 self.pause()
             self.keep()
         if self.experts is not None and self.world.first:
-            self.experts.write(self.metrics.path.parent)
+            self.experts.write(folder)
         return state
+
+    def pause_together(self) -> None:
+        """As :meth:`pause`, where several ranks have not agreed on stop requests since the last update."""
+        self._stop_signal = self.world.largest(self.stop.signal or 0) or None
+        self.pause()
 
     def train_mode(self, mode: bool = True) -> None:
         """Set all networks to training or evaluation mode."""
@@ -174,7 +174,8 @@ class Trainer:
         within = f", {done} of the updates of the next one made" if done else ""
         self.stop.check(f" after step {self.state.step} of {self.steps}{within}")
 
-    def _step(self) -> Record:
+    def make_step(self) -> Record:
+        """One step: all updates on what the source has for it. Returns its metrics."""
         state, source, started = self.state, self.source, time.monotonic()
         if source.begin(self) and self._save_due(state.step):
             self.keep(due=True)
@@ -187,24 +188,25 @@ class Trainer:
             state.times["seconds/training"] = state.times.get("seconds/training", 0.0) + time.monotonic() - begun
             if state.done < source.updates:
                 self.pause()
-        record = state.records[0]
-        if len(state.records) > 1:
-            record = {name: float(np.mean([r[name] for r in state.records])) for name in record}
+        if self.movement is not None:
+            self.movement.after(state.step + 1, self.policy.weights.saved())
+        names = dict.fromkeys(name for r in state.records for name in r)  # none where a round taught nothing
+        record = {name: float(np.mean([r[name] for r in state.records if name in r])) for name in names}
         record["learning_rate"] = self.policy.schedule(state.step)
         record["epoch"] = (state.step + 1) / source.steps_per_epoch
         ends_epoch = (state.step + 1) % source.steps_per_epoch == 0
-        self.averages.add(state.step + 1, len(batch), record, weights, ends_epoch=ends_epoch)
+        if state.records:
+            self.averages.add(state.step + 1, len(batch), record, weights, ends_epoch=ends_epoch)
         record = source.end(self, record)
         state.step, state.done, state.records, state.times = state.step + 1, 0, [], {}
         state.seconds += time.monotonic() - started
         return record
 
     def _save_due(self, step: int) -> bool:
-        every = self.save_every
-        return step % every == 0 if every else self.source.saves(step)
+        return step % self.save_every == 0 if self.save_every else self.source.saves(step)
 
     def _update(self, batch: Batch) -> tuple[Record, dict[str, float]]:
-        """One optimiser update on a global batch. Returns its metrics, and their weights in an average over steps."""
+        """One update on a global batch, if it applies. Returns metrics, and their weights in an average over steps."""
         step, update = self.state.step, self.state.done
         started = time.monotonic()
         found, record, work = self._gradients(batch)
@@ -215,11 +217,10 @@ class Trainer:
             if step == update == 0 and not self.objective.whole_batch:
                 values = self._differentiator(self.objective).values_of_all(batch, values)
             self._said = self.inspect(step, update, record, batch, values)
+        applies = self.source.applies(update, record)
         for name, network in norms.items():
-            network.update(step, record[name], self.max_grad_norm)
+            network.update(step, record[name], self.max_grad_norm) if applies else network.weights.zero_grad()
         self.objective.state = found.state
-        if self.movement is not None:
-            self.movement.after(step + 1, self.policy.weights.saved())
         record = self.objective.derived(record)
         weights = {"loss": float(len(batch)), **found.sums.weights}
         if self.experts is not None and found.sums.table is not None:
@@ -331,13 +332,13 @@ class Trainer:
     def _evaluation_due(self) -> bool:
         if not self._evaluates:
             return False
-        step, every = self.state.step, self.eval_every or self.source.steps_per_epoch
-        return step % every == 0 or step == self.steps
+        step = self.state.step
+        return step % (self.eval_every or self.source.steps_per_epoch) == 0 or step == self.steps
 
     def evaluate(self) -> Record:
         """Metrics on the held-out batch. The weights are saved if its loss is the lowest so far."""
         state = self.state
-        assert self._held_out is not None
+        assert self._evaluates and self._held_out is not None
         self.train_mode(False)
         differentiator = self._differentiator(self.objective)
         evaluate = differentiator.evaluate if self.precision is None else partial(self.precision.sums, differentiator)
@@ -354,9 +355,9 @@ class Trainer:
             self.saver.save_best(state.step, self.policy.weights.saved())
         elif self.movement is None:
             state.without_gain += 1
-            patience = self.early_stopping
-            state.stopped_early = patience is not None and state.without_gain >= patience
-            if state.stopped_early:
+            patience = self.early_stopping or math.inf
+            if state.without_gain >= patience:
+                state.stopped_early = True
                 self.reporter.say(f"stopping early: no lower loss in {patience} evaluations since {state.best_step}")
         return record
 
@@ -388,8 +389,8 @@ class Trainer:
         found = checkpoint.newest(self.saver.folder, self.world)
         if found is None:
             self.metrics.forget_after(-1)
-            none = "no checkpoint that is whole" if self.saver.folder.exists() else "no checkpoint yet"
-            self.reporter.say(f"{none}: starting at the first step")
+            none = "that is whole" if self.saver.folder.exists() else "yet"
+            self.reporter.say(f"no checkpoint {none}: starting at the first step")
             return
         path, saved = found
         if (line := snapshot.restore(self, saved)) is not None:

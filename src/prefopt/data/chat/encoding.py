@@ -35,7 +35,7 @@ class RenderedText:
 
     ``bos`` and ``eos``: whether those are still to be added. The first ``shared`` characters are the prompt's, the same
     for all responses of a row. The last ``close`` characters close the answer behind its last words. ``further``: a
-    later step of the response that the text before it begins.
+    later step of the response that the text before it begins. ``pictures`` are the characters that stand for each.
     """
 
     text: str
@@ -45,6 +45,7 @@ class RenderedText:
     shared: int = 0
     close: int = 0
     further: bool = False
+    pictures: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,7 +123,7 @@ class Encoder:
     def _cut(self, row: Sequence[RenderedText]) -> int:
         """Where the texts of a row may be cut, within what they share; 0 for nowhere."""
         shared = min(rendered.shared for rendered in row)
-        if len(row) < 2 or shared < WORTH_SHARING:
+        if len(row) < 2 or shared < WORTH_SHARING or row[0].pictures:  # whose tokens must be known in the prompt
             return 0
         text = row[0].text
         at = self._last_added(text, shared, shared - NEAR) or self._last_added(text, shared, 0)

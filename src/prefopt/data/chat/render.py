@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
@@ -18,6 +18,8 @@ from itertools import chain, islice
 import numpy as np
 
 from prefopt.data.chat.encoding import Encoded, Encoder, RenderedText
+from prefopt.data.chat.pictures import PictureProcessor, processor_digest, token_of_pictures
+from prefopt.data.chat.placing import all_but, expanded, pictures_of, placed_in, whole_pictures
 from prefopt.data.chat.responses import ResponseRenderer
 from prefopt.data.chat.template import (
     ChatTemplate,
@@ -27,12 +29,23 @@ from prefopt.data.chat.template import (
     inline_reasoning,
     strip_reasoning,
 )
-from prefopt.data.chat.truncate import Sequences, Shortener, Tokens, prompt_excess, truncate, windows, with_room
-from prefopt.data.group import Group, IntArray
+from prefopt.data.chat.truncate import (
+    Sequences,
+    Shortener,
+    Tokens,
+    by_response,
+    identical,
+    prompt_excess,
+    truncate,
+    windows,
+    with_room,
+)
+from prefopt.data.group import Group, IntArray, PicturedIds
+from prefopt.data.pictures import BAD_PICTURE, BadPicture
 from prefopt.data.tokenizer import Tokenizer, end_marks, eos_id, leading_ids, tokenizer_digest
 from prefopt.data.validate import Problem, Warnings, warning_lines
 from prefopt.errors import DataError
-from prefopt.records import Comparison, Response
+from prefopt.records import Comparison, Picture, Response
 
 BATCH = 64  # rows whose texts are tokenized in one call
 
@@ -88,6 +101,8 @@ class Renderer:
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
         earlier = "as-shown" if self.rendering.train_on == "all" else self.rendering.earlier_turns
         self._responses = ResponseRenderer(self._template, marks, tokenizer.eos_token, self._report, earlier)
+        self._processor = processor_digest(tokenizer.name_or_path)
+        self._picture_token = token_of_pictures(tokenizer.name_or_path) if self._processor else None
         self._row = 0
 
     @property
@@ -96,11 +111,18 @@ class Renderer:
         return warning_lines(self.warnings)
 
     def digest(self) -> str:
-        """A cache key, 32 hex digits: tokenizer, template, options, and the date where the template shows it."""
+        """A cache key, 32 hex digits: tokenizer, template, options, the settings of a processor of pictures, and the
+        date where the template shows it."""
         options = asdict(self.rendering)
         options["date"] *= self._template.reads_date
         parts = [tokenizer_digest(self.tokenizer), options, self._template.sources]
+        parts += [self._processor] if self._processor else []
         return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    @cached_property
+    def pictures(self) -> PictureProcessor:
+        """The processor of pictures in the tokenizer's folder. Raises :class:`ModelError` where there is none."""
+        return PictureProcessor(self.tokenizer.name_or_path, self.tokenizer)
 
     def render(self, comparison: Comparison) -> Rendered:
         """One comparison as a group. Raises :class:`DataError` where that is not possible."""
@@ -115,14 +137,20 @@ class Renderer:
             if isinstance(sequences, Problem):
                 yield sequences
                 continue
-            shorter = self._shortened(c, sequences)
+            limit = self.rendering.max_length
+            if limit and c.pictures and prompt_excess(sequences, limit):
+                longest = max(len(s.ids) for s in sequences)
+                what = f"has {longest:,} tokens with its pictures, which are not cut; --max-length is {limit:,}"
+                yield Problem("pictures too long", c.row, what, c.file)
+                continue
+            shorter = sequences if c.pictures else self._shortened(c, sequences)
             result = self._group(c, shorter)
             if isinstance(result, Rendered):
                 longest, left = (max(len(s.ids) for s in some) for some in (sequences, shorter))
                 result = replace(result, prompt_cut=result.prompt_cut + longest - left)
             yield result
 
-    def prompts(self, comparisons: Iterable[Comparison]) -> Iterator[IntArray | Problem]:
+    def prompts(self, comparisons: Iterable[Comparison]) -> Iterator[IntArray | PicturedIds | Problem]:
         """Token ids [P] of each prompt with its generation prompt, or the problem that prevents it, in order.
 
         This is the input for sampling. Trained sequences begin with it, except in rows with the warning ``ELSEWHERE``.
@@ -132,8 +160,11 @@ class Renderer:
             if isinstance(found, Problem):
                 yield found
                 continue
-            ids = found[0].ids
-            yield ids if len(ids) else Problem("empty prompt", c.row, "the prompt has no token", c.file)
+            ids, _, _, pictures = found[0]
+            if len(ids):
+                yield PicturedIds(ids, pictures) if pictures else ids
+            else:
+                yield Problem("empty prompt", c.row, "the prompt has no token", c.file)
 
     def _tokenized(
         self, comparisons: Iterable[Comparison], render: Callable[[Comparison], list[RenderedText] | Problem]
@@ -141,11 +172,40 @@ class Renderer:
         """Each row with its texts as sequences, or the problem that prevents them, in order."""
         rows = iter(comparisons)
         while batch := list(islice(rows, BATCH)):
-            texts = [render(c) for c in batch]
+            texts = [self._with_pictures(c, render(c)) for c in batch]
             encoded = self._encoder.encode_rows([row for row in texts if not isinstance(row, Problem)])
             for c, row in zip(batch, texts, strict=True):
                 self._row = c.row
-                yield c, row if isinstance(row, Problem) else list(map(self._sequence, row, next(encoded)))
+                if isinstance(row, Problem):
+                    yield c, row
+                    continue
+                tokens, pictures = next(encoded), pictures_of(c, len(row))
+                yield c, self._without_stray(c, list(map(self._sequence, row, tokens, pictures)))
+
+    def _with_pictures(self, c: Comparison, texts: list[RenderedText] | Problem) -> list[RenderedText] | Problem:
+        """The texts with what stands for their pictures in them."""
+        if isinstance(texts, Problem) or not c.pictures:
+            return texts
+        if any(text.further for text in texts):
+            what = "pictures in a response that is trained in steps; give --earlier-turns as-shown"
+            return Problem("pictures in steps", c.row, what, c.file)
+        try:
+            pairs = zip(texts, pictures_of(c, len(texts)), strict=True)
+            return [expanded(text, pictures, self.pictures) for text, pictures in pairs]
+        except (BadPicture, DataError) as error:
+            return Problem(BAD_PICTURE, c.row, str(error), c.file)
+
+    def _without_stray(self, c: Comparison, sequences: Sequences) -> Sequences | Problem:
+        """The sequences, or the problem that the words of one hold the token in whose place a picture's features go."""
+        if self._picture_token is None:
+            return sequences
+        for ids, _, _, pictures in sequences:
+            inside = sum(int((ids[p.start : p.stop] == self._picture_token).sum()) for p in pictures)
+            if int((ids == self._picture_token).sum()) != inside:
+                token = self.tokenizer.convert_ids_to_tokens(self._picture_token)
+                what = f"{token} is written out in its words, where the model expects a picture; remove it"
+                return Problem("image token in text", c.row, what, c.file)
+        return sequences
 
     def _render_prompt(self, c: Comparison) -> list[RenderedText] | Problem:
         self._row = c.row
@@ -247,7 +307,7 @@ class Renderer:
         if not once and rows[-1:] != [self._row]:
             rows.append(self._row)
 
-    def _sequence(self, text: RenderedText, tokens: Encoded) -> Tokens:
+    def _sequence(self, text: RenderedText, tokens: Encoded, pictures: Sequence[Picture]) -> Tokens:
         ids, trained = tokens.ids, tokens.covers(text.spans)
         if tokens.boundary:
             self._report(APART if tokens.boundary == "apart" else JOINED)
@@ -256,7 +316,7 @@ class Renderer:
             trained = np.concatenate([np.zeros(len(self._lead), np.bool_), trained])
         if text.eos:
             ids, trained = np.append(ids, np.int32(self._eos)), np.append(trained, True)
-        return Tokens(ids, trained, text.further)
+        return Tokens(ids, trained, text.further, placed_in(text, tokens, pictures))
 
     def _shortened(self, c: Comparison, sequences: Sequences) -> Sequences:
         """The sequences of a conversation with a prompt that fits, or with as few of its words as possible."""
@@ -277,7 +337,7 @@ class Renderer:
         return None if isinstance(sequences, Problem) else sequences
 
     def _group(self, c: Comparison, sequences: Sequences) -> Rendered | Problem:
-        if _identical(c, sequences):
+        if identical(c, sequences):
             return Problem("identical responses", c.row, "the responses are the same token for token", c.file)
         prompt_cut, responses_cut = 0, (0,) * len(c.responses)
         limit = self.rendering.max_length
@@ -290,13 +350,14 @@ class Renderer:
                 return Rendered(parts[0], more=tuple(parts[1:]))
             if limit is not None and max(len(s.ids) for s in sequences) > limit:
                 sequences, prompt_cut, responses_cut = self._truncated(sequences, limit, whole_prompt=not c.text)
-                if _identical(c, sequences):
+                if identical(c, sequences):
                     what = f"the responses differ only beyond {limit} tokens"
                     return Problem("identical after truncation", c.row, what, c.file)
             if self.rendering.train_on == "all":
-                sequences = [s._replace(trained=np.ones_like(s.trained)) for s in sequences]
+                sequences = [s._replace(trained=all_but(len(s.ids), s.pictures)) for s in sequences]
             pairs = [(s.ids, s.trained) for s in sequences]
-            group = Group.from_sequences(pairs, c.row, c.pairs, steps=list(map(len, _by_response(sequences))))
+            steps, pictures = list(map(len, by_response(sequences))), [s.pictures for s in sequences]
+            group = Group.from_sequences(pairs, c.row, c.pairs, steps, pictures)
         except ValueError as error:
             return Problem("nothing to train", c.row, str(error), c.file)
         weights = None if c.votes is None else tuple(weight for *_, weight in c.votes)
@@ -313,32 +374,14 @@ class Renderer:
         pairs = [(s.ids, s.trained) for s in kept]
         bos = self.tokenizer.bos_token_id
         cut = truncate(pairs, limit, bos=bos, ends=self._end_ids, whole_prompt=whole_prompt)
-        shorter = [Tokens(*pair, s.further) for pair, s in zip(cut.sequences, kept, strict=True)]
+        shorter = [
+            Tokens(ids, trained, s.further, whole_pictures(s.pictures, len(ids)))
+            for (ids, trained), s in zip(cut.sequences, kept, strict=True)
+        ]
         of_steps = iter(cut.responses)
-        counts = map(len, _by_response(shorter))
+        counts = map(len, by_response(shorter))
         responses = (n + sum(islice(of_steps, count)) for n, count in zip(lost, counts, strict=True))
         return shorter, cut.prompt, tuple(responses)
-
-
-def _by_response(sequences: Sequences) -> list[list[Tokens]]:
-    """The steps of each response."""
-    found: list[list[Tokens]] = []
-    for s in sequences:
-        found = [*found[:-1], [*found[-1], s]] if s.further else [*found, [s]]
-    return found
-
-
-def _identical(c: Comparison, sequences: Sequences) -> bool:
-    """Whether some pair of responses is the same, token for token and step for step."""
-    steps = _by_response(sequences)
-
-    def same(one: int, other: int) -> bool:
-        return len(steps[one]) == len(steps[other]) and all(
-            np.array_equal(a.ids, b.ids) and np.array_equal(a.trained, b.trained)
-            for a, b in zip(steps[one], steps[other], strict=True)
-        )
-
-    return any(same(*pair) for pair in c.pairs)
 
 
 def _cut_off(text: RenderedText, response: Response) -> RenderedText | None:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from prefopt.config.data import CompareOptions, RenderOptions
 from prefopt.core.options import nearest
 from prefopt.data.chat import sandbox, tracing
+from prefopt.data.chat.pictures import parts_of
 from prefopt.data.chat.sandbox import LimitExceeded
 from prefopt.data.tokenizer import Tokenizer, plain_template
 from prefopt.errors import ConfigError, ModelError, first_line
@@ -244,7 +245,8 @@ class ChatTemplate:
     def _from_trace(self, turns: Turns, generation: bool) -> str | None:
         """The turns as text if they hold nothing but words and the template has been traced for their roles."""
         if any(
-            m.reasoning is not None or m.tool_calls or m.tool_call_id is not None or m.name is not None for m in turns
+            m.reasoning is not None or m.tool_calls or m.tool_call_id is not None or m.name is not None or m.pictures
+            for m in turns
         ):
             return None
         roles = [turn.role for turn in turns]
@@ -288,7 +290,7 @@ class ChatTemplate:
             as_text, bare = self._call_form
             message["tool_calls"] = [_call(call, as_text) for call in turn.tool_calls]
         if content or not turn.tool_calls or not bare:
-            message["content"] = self._content(content)
+            message["content"] = parts_of(content) if turn.pictures else self._content(content)
         if turn.tool_call_id is not None:
             message["tool_call_id"] = turn.tool_call_id
         if turn.name is not None:

@@ -23,17 +23,19 @@ import numpy as np
 import numpy.typing as npt
 
 from prefopt.data.chat.encoding import Encoded
-from prefopt.data.group import BoolArray, IntArray, common_length
+from prefopt.data.group import BoolArray, IntArray, Pictures, common_length
 from prefopt.errors import ConfigError
 from prefopt.records import Comparison, Message
 
 
 class Tokens(NamedTuple):
-    """One sequence: ids [L], trained [L]; ``further``: a later step of the response that the one before it begins."""
+    """One sequence: ids [L], trained [L], and its pictures; ``further``: a later step of the response that the one
+    before it begins."""
 
     ids: IntArray
     trained: BoolArray
     further: bool = False
+    pictures: Pictures = ()
 
 
 Sequences = Sequence[Tokens]  # of one prompt, response after response
@@ -51,6 +53,27 @@ class Truncated:
     sequences: tuple[tuple[IntArray, BoolArray], ...]
     prompt: int
     responses: tuple[int, ...]
+
+
+def by_response(sequences: Sequences) -> list[list[Tokens]]:
+    """The steps of each response."""
+    found: list[list[Tokens]] = []
+    for s in sequences:
+        found = [*found[:-1], [*found[-1], s]] if s.further else [*found, [s]]
+    return found
+
+
+def identical(c: Comparison, sequences: Sequences) -> bool:
+    """Whether some pair of responses is the same, token for token, step for step and picture for picture."""
+    steps = by_response(sequences)
+
+    def same(one: int, other: int) -> bool:
+        return len(steps[one]) == len(steps[other]) and all(
+            np.array_equal(a.ids, b.ids) and np.array_equal(a.trained, b.trained) and a.pictures == b.pictures
+            for a, b in zip(steps[one], steps[other], strict=True)
+        )
+
+    return any(same(*pair) for pair in c.pairs)
 
 
 def sequence_limit(max_length: int | None, context: int | None) -> int:

@@ -91,14 +91,18 @@ def column_map(
     cells: bool = False,
     means: Mapping[str, str] | None = None,
     ignored: Sequence[str] = (),
+    folder: Path | None = None,
 ) -> ColumnMap:
-    """The :class:`ColumnMap` of NAME=COLUMN pairs; a tag among them is tried before the known ones."""
+    """The :class:`ColumnMap` of NAME=COLUMN pairs; a tag among them is tried before the known ones. Paths of pictures
+    are relative to ``folder``."""
     names = {name: column for name, column in pairs.items() if name not in MESSAGE_TAGS}
     roles = {role: ROLE_TAGS[tag] for tag, role in pairs.items() if tag in ROLE_TAGS}
     role, content = (pairs.get(tag) for tag in KEY_TAGS)
     # Keys go in pairs (role, content): a given one replaces its half in every pair.
     keys = [(role or r, content or c) for r, c in zip(TAGS.role, TAGS.content, strict=True)]
-    tags = Tags(tuple(r for r, _ in keys), tuple(c for _, c in keys), {**TAGS.roles, **roles}, unread=set())
+    tags = Tags(
+        tuple(r for r, _ in keys), tuple(c for _, c in keys), {**TAGS.roles, **roles}, folder=folder, unread=set()
+    )
     return ColumnMap(names, tags, tuple(refused), cells, means or {}, tuple(ignored))
 
 
@@ -170,7 +174,9 @@ def _entry(name: str, entry: Mapping[str, object], file: str) -> DatasetInfo:
     known = LAYOUTS[layout]
     pairs = {word: column for word, column in pairs.items() if word in MESSAGE_TAGS or known.field_of(word)}
     means = parse_means([f"{label}={meaning}" for label, meaning in _texts(entry.get("label_means")).items()])
-    return DatasetInfo(name, layout, pairs, tuple(columns[word] for word in MEDIA if word in columns), means)
+    return DatasetInfo(
+        name, layout, pairs, tuple(columns[word] for word in MEDIA if word in columns and word not in pairs), means
+    )
 
 
 def _texts(value: object) -> dict[str, str]:

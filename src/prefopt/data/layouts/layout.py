@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from prefopt.data.layouts.messages import TAGS, Tags
+from prefopt.data.layouts.pictures import pictures_of_column, with_pictures
 from prefopt.data.layouts.row import RowReader
 from prefopt.data.layouts.values import SCORES, BadRow, look, scored_sides, type_name
 from prefopt.data.validate import DataKind
@@ -49,6 +50,8 @@ GOOD, BAD = {"role": "assistant", "content": "4"}, {"role": "assistant", "conten
 SIDES = ("chosen", "rejected")
 # Columns that change what a model sees: a row without them would train on something else, so they are refused.
 NOT_READ = ("images", "videos", "audios", "image", "video", "audio", "functions")
+PICTURES = "images"
+"""The column with pictures: one, or a list of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,8 @@ class Layout:
     ``option_names`` are its names in ``--columns`` only, such as LLaMA-Factory's. ``own_columns`` finds columns without
     a fixed name, given the :func:`look` of every column (``cell`` for text in a table of text); by default, scores of a
     pair under other names. ``add_columns`` adds the unread columns to a written row. ``verbatim`` keeps JSON text as
-    it is. ``note`` is shown to the user. ``joins``: consecutive rows with one prompt are one comparison.
+    it is. ``note`` is shown to the user. ``joins``: consecutive rows with one prompt are one comparison. Every layout
+    but those of plain text may have :data:`PICTURES`.
     """
 
     name: str
@@ -122,6 +126,9 @@ class Layout:
     def __post_init__(self) -> None:
         fields = self.fields or tuple(name for name in self.example if name not in self.optional)
         object.__setattr__(self, "fields", fields)
+        if not self.name.endswith("-text"):
+            object.__setattr__(self, "optional", (*self.optional, PICTURES))
+            object.__setattr__(self, "aliases", {**self.aliases, "image": PICTURES})
         object.__setattr__(self, "known", frozenset((*fields, *self.optional)))
         if self.own_columns is None and set(SCORES) <= self.known:
             object.__setattr__(self, "own_columns", scored_sides)
@@ -165,7 +172,7 @@ class Layout:
             raise BadRow("missing field", f"lacks {', '.join(missing)}")
         own = self.own({str(k): look(v) for k, v in values.items()}, columns) if self.own_columns is not None else ()
         for name in (*NOT_READ, *columns.refused, "tools"):
-            if values.get(name) and name not in own and (name != "tools" or name not in self.known):
+            if values.get(name) and name not in own and (name not in ("tools", PICTURES) or name not in self.known):
                 raise BadRow("field that cannot be used", f"has {name}, which {self.name} rows cannot have")
         extra = {str(k): v for k, v in values.items() if k not in self.known and k not in own}
         if columns.ignored:
@@ -173,7 +180,10 @@ class Layout:
         tags = columns.tags.exactly(self.verbatim)
         try:
             sides = [columns.names.get(name, name) for name in ("first", "second")]
-            return self.reader(RowReader(values, number, file, tags, extra, columns.cells, columns.means, sides, own))
+            c = self.reader(RowReader(values, number, file, tags, extra, columns.cells, columns.means, sides, own))
+            column = values.get(PICTURES) if PICTURES in self.known else None
+            given = pictures_of_column(column, tags.folder) if column else []
+            return with_pictures(c, given) if given or c.pictures else c
         except RecursionError:
             raise BadRow("wrong type", "is nested too deeply") from None
 

@@ -11,9 +11,12 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+from prefopt.data.layouts.pictures import checked, picture_of_part
 from prefopt.data.layouts.values import BadRow, json_of, object_text, type_name
-from prefopt.records import Message, ToolCall
+from prefopt.data.pictures import data_url
+from prefopt.records import PICTURE, Message, Picture, ToolCall
 
 # Role of an assistant turn whose text is JSON: one function call or a list of them.
 CALL = "call"
@@ -29,6 +32,7 @@ WEIGHTS = ("loss_weight", "weight")
 JUDGED = ("label", "rejected")
 READ = frozenset((*REASONING, *WEIGHTS, *JUDGED, "trained", "tool_calls", "function_call", "tool_call_id", "name"))
 NOT_READ = ("images", "videos", "audios", "image", "video", "audio", "refusal")
+PICTURE_PARTS = ("image", "image_url", "input_image")
 # What the parts of a message hold, by their type, and the keys that hold it.
 PARTS = {
     "text": ("text", ("text", "value")),
@@ -41,14 +45,15 @@ PARTS = {
 class Tags:
     """The keys and role names of messages; of several keys the first that a message has is read.
 
-    ``verbatim`` keeps JSON text and empty text unchanged, as the canonical layout needs. Keys of messages that are not
-    read are collected in ``unread``.
+    ``verbatim`` keeps JSON text and empty text unchanged, as the canonical layout needs. Paths of pictures are relative
+    to ``folder``. Keys of messages that are not read are collected in ``unread``.
     """
 
     role: tuple[str, ...] = ("role", "from")
     content: tuple[str, ...] = ("content", "value")
     roles: Mapping[str, str] = field(default_factory=lambda: ROLES)
     verbatim: bool = False
+    folder: Path | None = None
     unread: set[str] = field(default_factory=set, compare=False)
 
     def exactly(self, verbatim: bool) -> Tags:
@@ -77,7 +82,7 @@ def read_message(item: object, name: str = "messages", tags: Tags = TAGS) -> Mes
         if item.get(key):
             raise BadRow("field that cannot be used", f"a message of {name} has {key}, which is not read")
     key = tags.content[pair]
-    content, reasoning, calls = _content(item.get(key), key, name, tags.verbatim)
+    content, reasoning, calls, pictures = _content(item.get(key), key, name, tags)
     for more in (_text(item, word, name) for word in REASONING):
         reasoning = reasoning if more is None else (reasoning or "") + more
     calls += _calls(item, name, tags.verbatim)
@@ -94,7 +99,8 @@ def read_message(item: object, name: str = "messages", tags: Tags = TAGS) -> Mes
     label, rejected = _judgement(item, role, name, tags)
     if unread := item.keys() - READ:
         tags.unread.update(str(k) for k in unread if k not in (tags.role[pair], key) and item[k] is not None)
-    return Message(role, content or "", reasoning, tuple(calls), answers, called, trained, label, rejected)
+    judged = (trained, label, rejected)
+    return checked(Message(role, content or "", reasoning, tuple(calls), answers, called, *judged, pictures))
 
 
 def _judgement(item: Mapping[str, object], role: str, name: str, tags: Tags) -> tuple[bool | None, tuple[Message, ...]]:
@@ -153,17 +159,24 @@ def _text(item: Mapping[str, object], key: str, name: str) -> str | None:
     return value
 
 
-def _content(value: object, key: str, name: str, verbatim: bool) -> tuple[str | None, str | None, list[ToolCall]]:
-    """Text, reasoning and tool calls from text, or from the parts of LLaMA-Factory v1 and OpenAI."""
+def _content(
+    value: object, key: str, name: str, tags: Tags
+) -> tuple[str | None, str | None, list[ToolCall], tuple[Picture, ...]]:
+    """Text, reasoning, tool calls and pictures from text, or from the parts of LLaMA-Factory v1 and OpenAI."""
     if value is None or isinstance(value, str):
-        return value, None, []
+        return value, None, [], ()
     if not isinstance(value, (list, tuple)):
         raise BadRow("wrong type", f"{key} of a message of {name} is {type_name(value)}, not text")
     found: dict[str, list[str]] = {"text": [], "reasoning": [], "calls": []}
+    pictures: list[Picture] = []
     for part in value:
         what = part.get("type") if isinstance(part, dict) else None
         if not isinstance(what, str):
             raise BadRow("wrong type", f"{key} of a message of {name} holds {type_name(part)}, not parts with a type")
+        if what in PICTURE_PARTS:
+            found["text"].append(PICTURE)
+            pictures.append(picture_of_part(part, f"a part of a message of {name}", tags.folder))
+            continue
         if what not in PARTS:
             raise BadRow("field that cannot be used", f"a message of {name} has a part of type {what!r}, not text")
         kind, keys = PARTS[what]
@@ -171,9 +184,9 @@ def _content(value: object, key: str, name: str, verbatim: bool) -> tuple[str | 
         if not isinstance(text, str):
             raise BadRow("wrong type", f"a part of a message of {name} holds {type_name(text)}, not text")
         found[kind].append(text)
-    calls = [call for text in found["calls"] for call in _calls_of_text(text, name, verbatim)]
+    calls = [call for text in found["calls"] for call in _calls_of_text(text, name, tags.verbatim)]
     content, reasoning = ("".join(found[kind]) if found[kind] else None for kind in ("text", "reasoning"))
-    return content, reasoning, calls
+    return content, reasoning, calls, tuple(pictures)
 
 
 def _calls(item: Mapping[str, object], name: str, verbatim: bool) -> Iterator[ToolCall]:
@@ -239,13 +252,27 @@ def _write_message(m: Message) -> dict[str, object]:
     calls = [{**id, "type": "function", "function": f} for id, f in zip(ids, functions, strict=True)] or None
     found: dict[str, object] = {
         "role": m.role,
-        "content": m.content,
+        "content": write_parts(m) if m.pictures else m.content,
         "reasoning_content": m.reasoning,
         "tool_calls": calls,
     }
     found |= {"tool_call_id": m.tool_call_id, "name": m.name, "label": m.label}
     found |= {"rejected": write_messages(m.rejected) or None}
     return {key: value for key, value in found.items() if value is not None}
+
+
+def write_parts(m: Message, *, urls: bool = False) -> list[dict[str, object]]:
+    """The content of a message with pictures as parts, in order: files by their path, others as ``data:`` URLs; all so
+    and in OpenAI's form with ``urls``."""
+    words = m.content.split(PICTURE)
+    parts: list[dict[str, object]] = [{"type": "text", "text": words[0]}] if words[0] else []
+    for picture, text in zip(m.pictures, words[1:], strict=True):
+        if urls:
+            parts.append({"type": "image_url", "image_url": {"url": data_url(picture)}})
+        else:
+            parts.append({"type": "image", "image": picture.source or data_url(picture)})
+        parts += [{"type": "text", "text": text}] if text else []
+    return parts
 
 
 def write_tools(tools: Sequence[str]) -> dict[str, object]:

@@ -24,6 +24,7 @@ from transformers import AttentionInterface
 from prefopt.data.table import ranges
 from prefopt.errors import ModelError
 from prefopt.model.kernels import flash_cpu, flex, plain, varlen
+from prefopt.model.kernels.blocks import Blocks, with_blocks
 from prefopt.model.kernels.device import kind_of
 from prefopt.model.kernels.gather import occurrences
 from prefopt.model.kernels.plain import visible_keys
@@ -81,6 +82,7 @@ def shared_attention(
     prefix_segments: tuple[Segment, ...] | Tensor | None = None,
     prefix_kernel: str = "loop",
     prefix_gather: dict[str, Any] | None = None,
+    prefix_blocks: Blocks | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -89,8 +91,8 @@ def shared_attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The hook. Returns [1, T, heads, D] and no weights. In a compiled layer ``prefix_segments`` is a tensor, see
-    :func:`prefopt.model.kernels.shared.segments_tensor`. Raises :class:`NotCausalError`, and :class:`UnshareableError`
-    for arguments that would otherwise be ignored."""
+    :func:`prefopt.model.kernels.shared.segments_tensor`. Tokens of a block of ``prefix_blocks`` see each other. Raises
+    :class:`NotCausalError`, and :class:`UnshareableError` for arguments that would otherwise be ignored."""
     if prefix_segments is None:
         raise UnshareableError(f"{type(module).__name__} does not hand its keyword arguments to its attention")
     refuse_foreign(module, attention_mask, dropout, others)
@@ -118,6 +120,10 @@ def shared_attention(
     if out is None:
         assert not isinstance(prefix_segments, Tensor)
         out = _loop(query, key, value, prefix_segments, scale, sliding_window, softcap, s_aux)
+    if prefix_blocks is not None:
+        if s_aux is not None:
+            raise UnshareableError(f"{type(module).__name__} has sinks, and image tokens that see each other")
+        out = with_blocks(out, query, key, value, prefix_blocks, how)
     return out[..., :width].contiguous(), None  # AFMoE and JetMoE take views of it
 
 

@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from prefopt.model.kernels.device import kind_of
 from prefopt.model.kernels.divergence import Divergence
 from prefopt.model.kernels.head_device import aligned, fused_head, tiles
+from prefopt.model.kernels.top_tokens import TopTokens
 
 KEEP_BYTES = 256 * 2**20
 """Largest [M, V] that is kept between forward and backward."""
@@ -48,6 +49,10 @@ class Distributions:
 
     vocabulary: int
     logits: Callable[[slice], Tensor]
+
+
+Compared = Distributions | TopTokens
+"""What a model's distributions are compared with."""
 
 
 class TokenScores(NamedTuple):
@@ -109,7 +114,7 @@ def head_scores(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
-    other: Distributions,
+    other: Compared,
     *,
     bias: Tensor | None = None,
     scale: float = 1.0,
@@ -126,17 +131,18 @@ def logit_scores(
     logits: Callable[[Tensor], Tensor],
     hidden: Tensor,
     target: Tensor,
-    other: Distributions,
+    other: Compared,
     divergence: Divergence = FORWARD,
 ) -> TokenScores:
     """The same by any other head: ``logits`` maps hidden [rows, H] to [rows, V], in checkpointed tiles."""
 
     def tile(h: Tensor, y: Tensor, first: Tensor) -> tuple[Tensor, ...]:
-        z, r = logits(h), other.logits(slice(int(first), int(first) + len(y)))
-        logp, ref = z.log_softmax(-1), r.log_softmax(-1)
-        square = (2 * logp.detach()).logsumexp(-1)
-        apart = divergence.value(logp, ref)
-        return logp.gather(-1, y[:, None])[:, 0], square, apart, ref.gather(-1, y[:, None])[:, 0]
+        rows, logp = slice(int(first), int(first) + len(y)), logits(h).log_softmax(-1)
+        square, own = (2 * logp.detach()).logsumexp(-1), logp.gather(-1, y[:, None])[:, 0]
+        if isinstance(other, TopTokens):
+            return own, square, other.value(rows, logp, divergence), other.own_M[rows].to(logp.dtype)
+        ref = other.logits(rows).log_softmax(-1)
+        return own, square, divergence.value(logp, ref), ref.gather(-1, y[:, None])[:, 0]
 
     done = [
         checkpoint(tile, hidden[rows], target[rows], torch.tensor(rows.start), use_reentrant=False)
@@ -244,7 +250,7 @@ class _HeadScores(torch.autograd.Function):
         target: Tensor,
         scale: float,
         softcap: float | None,
-        other: Distributions,
+        other: Compared,
         divergence: Divergence,
     ) -> tuple[Tensor, ...]:
         ctx.scale, ctx.softcap, ctx.other, ctx.divergence = scale, softcap, other, divergence
@@ -252,10 +258,15 @@ class _HeadScores(torch.autograd.Function):
         square, apart, ref_logp, lse, ref_lse = (torch.empty_like(logp) for _ in range(5))
         for part in tiles(len(target), weight.shape[0], hidden.device):
             z = transformed(head_logits(hidden[part], weight, bias), scale, softcap)
-            r = other.logits(part).to(z.dtype)
-            lse[part], ref_lse[part] = z.logsumexp(-1), r.logsumexp(-1)
+            lse[part] = z.logsumexp(-1)
             square[part] = (2 * z).logsumexp(-1) - 2 * lse[part]
             logp[part] = z.gather(-1, target[part, None])[:, 0] - lse[part]
+            if isinstance(other, TopTokens):
+                apart[part] = other.value(part, z.sub_(lse[part, None]), divergence)
+                ref_logp[part] = other.own_M[part]
+                continue
+            r = other.logits(part).to(z.dtype)
+            ref_lse[part] = r.logsumexp(-1)
             ref_logp[part] = r.gather(-1, target[part, None])[:, 0] - ref_lse[part]
             apart[part] = divergence.value(z.sub_(lse[part, None]), r.sub_(ref_lse[part, None]))
         ctx.save_for_backward(hidden, weight, bias, target, lse, ref_lse)
@@ -269,14 +280,16 @@ class _HeadScores(torch.autograd.Function):
         gradients = HeadGradients(ctx.needs_input_grad, hidden, weight, bias)
         for part in tiles(len(target), weight.shape[0], hidden.device):
             z = transformed(head_logits(hidden[part], weight, bias), ctx.scale, ctx.softcap)
-            r = ctx.other.logits(part).to(z.dtype)
-            logp, ref = z - lse[part, None], r.sub_(ref_lse[part, None])
+            logp, ref = z - lse[part, None], None
+            if isinstance(ctx.other, Distributions):
+                ref = ctx.other.logits(part).to(z.dtype).sub_(ref_lse[part, None])
             # d logp / dz is one-hot - p.
-            if ctx.divergence.kind == "forward":  # p - ref: one product less
+            if ref is not None and ctx.divergence.kind == "forward":  # p - ref: one product less
                 slope = logp.exp_().mul_((g_apart[part] - g_logp[part])[:, None])
                 other = ref.exp_().mul_(g_apart[part, None])
             else:
-                other = ctx.divergence.slope(logp, ref).mul_(-g_apart[part, None])
+                other = ctx.other.slope(part, logp, ctx.divergence) if ref is None else ctx.divergence.slope(logp, ref)
+                other.mul_(-g_apart[part, None])
                 slope = logp.exp_().mul_(-g_logp[part, None])
             slope[torch.arange(len(z), device=z.device), target[part]] += g_logp[part]
             slope.sub_(other)

@@ -23,9 +23,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from prefopt.errors import StudyError
+from prefopt.errors import UserError
 
-log = logging.getLogger("prefopt.collect")
+log = logging.getLogger("prefopt.web")
 LARGEST_BODY = 64 * 1024
 LARGEST_QUERY = 2048
 BODY_SECONDS = 15.0
@@ -84,7 +84,7 @@ class Buckets:
 @dataclass(slots=True)
 class Sessions:
     """Recently live sessions: each has its own rate limit, whatever its address. Only rate limits use this cache;
-    permissions are looked up in the study at every request."""
+    permissions are looked up at every request."""
 
     cookie: str
     live: Callable[[str], bool]
@@ -105,10 +105,10 @@ class Sessions:
         self._known = {s: at for s, at in list(self._known.items()) if now - at < self.seconds} | {secret: now}
 
     async def found(self, secret: str) -> bool:
-        """Whether the session is live, from the study."""
+        """Whether the session is live, by looking it up."""
         try:
             live = await run_in_threadpool(self.live, secret)
-        except StudyError:  # the requested page reports it
+        except UserError:  # the requested page reports it
             return False
         if live:
             self.remember(secret)
@@ -129,7 +129,7 @@ def address_of(scope: Scope) -> str:
 
 def csrf_token(session: str) -> str:
     """The form token of a session, derived from its cookie, which other sites cannot read."""
-    return hmac.new(session.encode("utf-8", "replace"), b"prefopt collect form", hashlib.sha256).hexdigest()
+    return hmac.new(session.encode("utf-8", "replace"), b"prefopt form", hashlib.sha256).hexdigest()
 
 
 def same_secret(one: str, other: str) -> bool:
@@ -167,7 +167,7 @@ class Guard:
         except Exception:  # Starlette has answered and logged the error before it raises it again
             log.log(logging.DEBUG if answered else logging.ERROR, "%s failed", scope["path"], exc_info=True)
             if not answered:
-                await refusal(500, "Something broke; stored votes are safe.")(scope, receive, answer)
+                await refusal(500, "Something broke; what is stored is safe.")(scope, receive, answer)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         refused = await self._refused(scope)
@@ -178,7 +178,7 @@ class Guard:
     async def _wait(self, scope: Scope) -> float:
         """Seconds that a live session, or else an address, has to wait.
 
-        Looking up a secret reads the study, so lookups per address are limited as well.
+        Looking up a secret may read the disk, so lookups per address are limited as well.
         """
         address, secret = address_of(scope), Request(scope).cookies.get(self.sessions.cookie, "")
         if secret and (
@@ -239,7 +239,7 @@ def with_policy(send: Send) -> Send:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
             for name, value in HEADERS.items():
-                headers[name] = value
+                headers.setdefault(name, value)  # a page of others' contents brings a stricter policy of its own
             headers.setdefault("Cache-Control", "no-store")
         await send(message)
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 
 from prefopt.core.terminal import Reporter
-from prefopt.data.check.statistics import SUSPICIONS, Duplicates, Found, Lengths, row_suspicions
+from prefopt.data.audit.pictures import PictureCounts
+from prefopt.data.audit.statistics import SUSPICIONS, Duplicates, Found, Lengths, row_suspicions
 from prefopt.data.comparisons import open_comparisons
 from prefopt.data.files.sources import Source, find_sources
 from prefopt.data.load import NO_FAULT, PREFERENCES
@@ -146,6 +147,7 @@ class Audit:
     def __init__(self, options: AuditOptions) -> None:
         self.lengths = Lengths("characters" if options.tokenizer is None else "tokens")
         self.duplicates = Duplicates()
+        self.pictures = PictureCounts()
         self.files: list[FileCounts] = []
         self.notes: list[str] = []
         self._issues: dict[tuple[str, str, str], Issue] = {}
@@ -262,6 +264,7 @@ def _audit_source(source: Source, number: int, found: Audit, options: AuditOptio
                     continue
                 counts.add(row)
                 found.duplicates.add(row, number)
+                found.pictures.add(row.pictures)
                 for kind, place in row_suspicions(row).items():
                     found.note("warning", kind, counts.file, row.row, SUSPICIONS[kind][0], example=place)
                 if what := _against_scores(row):
@@ -324,6 +327,7 @@ class _Checker:
         chunk = self.preparers[want](rows)
         c = chunk.columns
         self.found.lengths.add_columns(c)
+        self.found.pictures.add_columns(c)
         truncated = {*c["row_G"][c["prompt_cut_G"] > 0].tolist()}
         truncated |= {*np.repeat(c["row_G"], c["responses_G"])[c["cut_N"] > 0].tolist()}
         self.notes += [finding for finding, where in chunk.warnings.items() if not where]

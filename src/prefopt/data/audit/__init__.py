@@ -5,19 +5,20 @@ from __future__ import annotations
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby, zip_longest
 
 from rich.text import Text
 
 from prefopt.config.tools import DataCheckConfig
 from prefopt.core.terminal import Reporter, Screen, tell_json, visible
+from prefopt.data.audit.rows import CONTRADICTION, SEVERITIES, Audit, AuditOptions, Issue, audit, compare_prompts
+from prefopt.data.audit.statistics import Lengths
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.template import Rendering
 from prefopt.data.chat.truncate import sequence_limit
-from prefopt.data.check.audit import CONTRADICTION, SEVERITIES, Audit, AuditOptions, Issue, audit, compare_prompts
-from prefopt.data.check.statistics import Lengths
-from prefopt.data.group import show, show_words
+from prefopt.data.group import parts, parts_of_words, show, show_words
 from prefopt.data.tokenizer import load_tokenizer
 from prefopt.data.validate import NAMED_ROWS
 from prefopt.records import Comparison
@@ -30,10 +31,56 @@ WIDEST = 100
 EXAMPLE_CHARACTERS = 1500
 
 
-def run_check(config: DataCheckConfig, context: int | None = None) -> int:
-    """Print the report; the exit status, 1 where a run would refuse a row. ``context``: positions of the model.
+@dataclass(frozen=True, slots=True, repr=False)
+class DataReport:
+    """The audit of the training data and, where some were named, of the evaluation data; ``limit`` is the most tokens
+    of a sequence, ``examples`` are rows as text. It prints as the report of ``prefopt data check``."""
 
-    Raises the same errors as :func:`prefopt.data.check.audit.audit`.
+    audits: Sequence[Audit]
+    limit: int | None
+    examples: Sequence[Mapping[str, object]]
+
+    @property
+    def ok(self) -> bool:
+        """Whether a run would refuse no row."""
+        return not any(a.issues("error") for a in self.audits)
+
+    def to_dict(self) -> dict[str, object]:
+        """The document of ``prefopt data check --json``."""
+        return _values(self.audits, self.limit) | {"examples": list(self.examples)}
+
+    def lines(self, screen: Screen) -> list[tuple[str, str]]:
+        """Lines with the names of their styles."""
+        report = _Report(screen)
+        for a, title in zip(self.audits, TITLES if len(self.audits) == 2 else ["data"], strict=True):
+            report.data(a, title, self.limit)
+        report.lines.append(("", ""))
+        report.issues(list(self.audits))
+        for example in self.examples:
+            report.title(f"{example['file']}, row {example['row']}")
+            report.lines.append((f"{example['text']}", ""))
+        return report.lines
+
+    def __repr__(self) -> str:
+        return "\n".join(visible(text) for text, _ in self.lines(Screen()))
+
+
+def run_check(config: DataCheckConfig, context: int | None = None) -> int:
+    """Print the report; the exit status, 1 where a run would refuse a row. Otherwise as :func:`checked`."""
+    found = checked(config, context, show_progress=sys.stdout.isatty() and not config.json)
+    if config.json:
+        tell_json(found.to_dict(), indent=1)
+    else:
+        screen = Screen()
+        for text, style in found.lines(screen):
+            screen.print(Text(visible(text), STYLES[style]))
+    return 0 if found.ok else 1
+
+
+def checked(config: DataCheckConfig, context: int | None = None, *, show_progress: bool = False) -> DataReport:
+    """Audit the data of ``config``. ``context``: positions of the model.
+
+    Raises the same errors as :func:`prefopt.data.audit.rows.audit`.
     """
     tokenizer = rendering = limit = None
     if config.model is not None:
@@ -47,26 +94,16 @@ def run_check(config: DataCheckConfig, context: int | None = None) -> int:
         format=config.format,
         columns=config.column_words,
         show=config.show,
-        reporter=Reporter("rich" if sys.stdout.isatty() and not config.json else "none"),
+        reporter=Reporter("rich" if show_progress else "none"),
     )
     audits = [audit(names, options) for names in (config.data, config.eval_data) if names]
     if len(audits) == 2:
         compare_prompts(*audits)
-    examples = [{"file": c.file, "row": c.row, "text": _show(c, options)} for c in audits[0].examples]
-    if config.json:
-        tell_json(_values(audits, limit) | {"examples": examples}, indent=1)
-    else:
-        report = _Report(Screen())
-        for a, title in zip(audits, TITLES if len(audits) == 2 else ["data"], strict=True):
-            report.data(a, title, limit)
-        report.lines.append(("", ""))
-        report.issues(audits)
-        for example in examples:
-            report.title(f"{example['file']}, row {example['row']}")
-            report.lines.append((f"{example['text']}", ""))
-        for text, style in report.lines:
-            report.screen.print(Text(visible(text), STYLES[style]))
-    return 1 if any(a.issues("error") for a in audits) else 0
+    examples = [
+        {"file": c.file, "row": c.row, "text": _show(c, options), "parts": _parts(c, options)}
+        for c in audits[0].examples
+    ]
+    return DataReport(audits, limit, examples)
 
 
 def _show(c: Comparison, options: AuditOptions) -> str:
@@ -75,6 +112,16 @@ def _show(c: Comparison, options: AuditOptions) -> str:
         return show_words(c, most=EXAMPLE_CHARACTERS)
     group = Renderer(options.tokenizer, options.rendering).render(c).group
     return show(group, options.tokenizer, most=EXAMPLE_CHARACTERS)
+
+
+def _parts(c: Comparison, options: AuditOptions) -> list[dict[str, object]]:
+    """The same for programs, whole: the name of each part, and its spans, each with its text and whether it is
+    trained."""
+    if options.tokenizer is None or not c.responses:
+        found = parts_of_words(c)
+    else:
+        found = parts(Renderer(options.tokenizer, options.rendering).render(c).group, options.tokenizer)
+    return [{"name": name, "spans": [[text, trained] for text, trained in spans]} for name, spans in found]
 
 
 def _values(audits: Sequence[Audit], limit: int | None) -> dict[str, object]:
@@ -96,7 +143,8 @@ def _values_of(a: Audit) -> dict[str, object]:
     issues = [issue.to_dict() for severity in SEVERITIES for issue in a.issues(severity)]
     counts = {"rows": sum(f.rows for f in a.files), "usable": sum(f.usable for f in a.files), "prompts": a.prompts}
     files = [f.to_dict() for f in a.files]
-    return {**counts, "files": files, "lengths": lengths, "problems": issues, "notes": a.notes}
+    pictures = a.pictures.to_dict() if a.pictures else None
+    return {**counts, "files": files, "lengths": lengths, "pictures": pictures, "problems": issues, "notes": a.notes}
 
 
 class _Report:
@@ -127,6 +175,10 @@ class _Report:
             self.title("rows")
             self.rows(a)
             self.lengths(a.lengths, limit)
+        if a.pictures:
+            self.title("pictures")
+            for line in a.pictures.lines():
+                self.add(line, 2)
         for note in dict.fromkeys(a.notes):
             self.add(f"note: {note}", 0, 6, "dim")
 

@@ -1,0 +1,60 @@
+"""What methods that draw responses read of rollout servers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prefopt.core.endpoint import base_url
+from prefopt.core.options import Config, beside, option
+from prefopt.errors import ConfigError
+
+CONCURRENCY, SECONDS = 32, 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutOptions(Config):
+    """Servers that draw the responses of the policy, in the place of this process."""
+
+    rollout_server: list[str] | None = option(
+        None,
+        "URLs of vLLM servers of this model, such as http://localhost:8000, that draw the responses; they are handed"
+        " the weights of every step",
+        group="rollout servers",
+        default_text="this process draws",
+    )
+    rollout_model: str | None = option(
+        None, "name of the model on the servers", needs="rollout_server", default_text="their only one"
+    )
+    rollout_key: str | None = option(
+        None,
+        "environment variable with the servers' key",
+        needs="rollout_server",
+        default_text="no key is sent",
+    )
+    rollout_folder: str | None = option(
+        None,
+        "folder for the weights that are handed over; the servers must see it under the same path",
+        needs="rollout_server",
+        default_text="rollout-weights in the output folder",
+    )
+    server_concurrency: int | None = beside(
+        "rollout_server", CONCURRENCY, "responses in flight at each server", at_least=1
+    )
+    server_timeout: float | None = beside(
+        "rollout_server", SECONDS, "seconds after which a response or the loading of weights counts as failed", above=0
+    )
+    server_gap: float | None = option(
+        None,
+        "mean difference in nats per token of the servers' log-probabilities from the scorer's that is rounding; a"
+        " server in bfloat16 needs about 0.05",
+        needs="rollout_server",
+        default_text="0.05 with --dtype bfloat16, 0.0001 with float32",
+        above=0,
+    )
+
+    def check(self) -> None:
+        urls = [base_url(url, "--rollout-server") for url in self.rollout_server or ()]
+        if self.rollout_server is not None and not urls:
+            raise ConfigError("--rollout-server is empty: name a server, or leave it out")
+        if len(set(urls)) < len(urls):
+            raise ConfigError("--rollout-server names a server twice: raise --server-concurrency instead")

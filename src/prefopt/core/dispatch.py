@@ -1,0 +1,150 @@
+"""Requests spread over servers: so many in flight at each, tried again, and given to others where a server is lost."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Generic, Protocol, TypeVar
+
+from prefopt.errors import RunError
+
+ATTEMPTS = 4
+PAUSE = 0.5
+"""Seconds before the second attempt, doubled before every other."""
+LOOK_EVERY = 0.2
+"""Seconds between two looks at whether to stop, where no answer comes."""
+
+
+class ServersLost(RunError):
+    """No server is left. What was finished before is kept, and the run can be resumed."""
+
+
+class ServerFailed(RunError):
+    """A request that may succeed when it is sent again, or to another server."""
+
+    def __init__(self, what: str, kind: str = "retries") -> None:
+        """``kind``: what it is counted as."""
+        self.kind = kind
+        super().__init__(what)
+
+
+class Losable(Protocol):
+    """A server. ``lost``: why it is not asked any more; empty where it is."""
+
+    lost: str
+
+    @property
+    def place(self) -> str:
+        """Host and port."""
+        ...
+
+
+Server = TypeVar("Server", bound=Losable)
+Answer = TypeVar("Answer")
+
+
+def refuse_none_left(servers: Sequence[Losable], flag: str) -> None:
+    """Raise :class:`ServersLost` where no server is left; ``flag`` is the option that names them."""
+    if all(server.lost for server in servers):
+        reasons = "; ".join(dict.fromkeys(server.lost for server in servers))
+        raise ServersLost(f"no server of {flag} is left ({reasons}); start one again and continue with --resume")
+
+
+class Dispatch(Generic[Server, Answer]):
+    """Answers to ``number`` requests, numbered from 0; ``ask`` sends one to a server, in a thread.
+
+    A request that raises :class:`ServerFailed` is sent again after a pause, to the same server; after :data:`ATTEMPTS`
+    in a row that server is lost and the request goes to another. Any other error ends the whole. ``count`` is told what
+    failed, from any thread.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[Server],
+        number: int,
+        ask: Callable[[Server, int], Answer],
+        *,
+        flag: str,
+        concurrency: int,
+        pause: float = PAUSE,
+        count: Callable[[str], None] = lambda kind: None,
+    ) -> None:
+        self.servers, self.number, self.ask, self.flag = servers, number, ask, flag
+        self.concurrency, self.pause, self.count = concurrency, pause, count
+        self._waiting = deque(range(number))
+        self._left = number
+        self._changed = threading.Condition()
+        self._over = threading.Event()
+        self._answers: queue.Queue[tuple[int, Answer] | BaseException] = queue.Queue()
+
+    def run(self, progress: Callable[[Answer | None], None] = lambda answer: None) -> list[Answer]:
+        """All answers, in the order of the requests. ``progress`` is called with each as it comes, and with None now
+        and then; what it raises ends the whole. Raises :class:`ServersLost`."""
+        found: dict[int, Answer] = {}
+        try:
+            for server in self.servers:
+                for _ in range(0 if server.lost else min(self.concurrency, self.number)):
+                    threading.Thread(target=self._work, args=(server,), daemon=True).start()
+            while len(found) < self.number:
+                answer = self._next_answer()
+                if isinstance(answer, BaseException):
+                    raise answer
+                if answer is not None:
+                    found[answer[0]] = answer[1]
+                progress(None if answer is None else answer[1])
+        finally:
+            self._over.set()
+            with self._changed:
+                self._changed.notify_all()
+        return [found[n] for n in range(self.number)]
+
+    def _next_answer(self) -> tuple[int, Answer] | BaseException | None:
+        lost = all(server.lost for server in self.servers)  # before the look: who is lost gives no further answer
+        with suppress(queue.Empty):
+            return self._answers.get(timeout=LOOK_EVERY)
+        if lost:
+            refuse_none_left(self.servers, self.flag)
+        return None
+
+    def _work(self, server: Server) -> None:
+        """What a thread does: one request after the other, until there is none left, or the server is lost."""
+        while (n := self._take(server)) is not None:
+            try:
+                answer = self._tried(server, n)
+            except BaseException as error:  # told by the thread that waits
+                self._answers.put(error)
+                return
+            with self._changed:
+                if answer is None:
+                    self._waiting.appendleft(n)
+                else:
+                    self._left -= 1
+                    self._answers.put((n, answer[0]))
+                self._changed.notify_all()
+
+    def _take(self, server: Server) -> int | None:
+        """The next request. Those in flight may still come back, from servers that are lost."""
+        with self._changed:
+            while not (self._waiting or self._over.is_set() or server.lost or not self._left):
+                self._changed.wait()
+            if self._over.is_set() or server.lost or not self._waiting:
+                return None
+            return self._waiting.popleft()
+
+    def _tried(self, server: Server, n: int) -> tuple[Answer] | None:
+        """The answer, in a tuple; None where the server is lost, or all is over."""
+        for attempt in range(ATTEMPTS):
+            if server.lost or self._over.is_set():
+                return None
+            try:
+                return (self.ask(server, n),)
+            except ServerFailed as error:
+                self.count(error.kind)
+                if attempt == ATTEMPTS - 1:
+                    server.lost = server.lost or f"{server.place}: {error}"
+                    return None
+            self._over.wait(self.pause * 2**attempt)
+        return None

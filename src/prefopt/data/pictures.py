@@ -1,0 +1,195 @@
+"""Pictures: read from files and bytes within limits, and decoded by Pillow.
+
+A file is opened by name alone, never an address; its kind is one of :data:`FORMATS`. Reading a row looks at the header;
+pixels are decoded when the row is tokenised and when it is scored.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prefopt.core.cache_folder import file_hashes
+from prefopt.core.plugins import how_to_install
+from prefopt.errors import ConfigError, DataError, first_line
+from prefopt.records import Picture
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""Kinds of files that are decoded, by Pillow's names; others may start programs (EPS) or are no pictures."""
+MAX_BYTES, MAX_PIXELS = 64 << 20, 100_000_000
+"""Limits of a picture: its file, and its pixels once decoded."""
+_DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
+_ADDRESS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+://")
+_TURNED = (5, 6, 7, 8)
+"""EXIF orientations that swap width and height."""
+
+
+BAD_PICTURE = "bad picture"
+"""The kind of problem of a row whose picture cannot be used."""
+
+
+class BadPicture(ValueError):
+    """What is wrong with a picture, in a line without its row."""
+
+
+def read_picture(value: object, folder: Path | None = None) -> Picture:
+    """The picture that ``value`` names or holds.
+
+    A path (relative ones in ``folder``), a ``data:`` URL, bytes, the struct of a column of pictures in Arrow (``bytes``
+    and ``path``), or a picture of Pillow. Raises :class:`BadPicture` for all else, and for a file that is missing, no
+    picture or beyond the limits; :class:`ConfigError` without Pillow.
+    """
+    if isinstance(value, dict):
+        return _of_struct(value, folder)
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return of_bytes(bytes(value))
+    if isinstance(value, str):
+        return _of_text(value, folder)
+    if callable(save := getattr(value, "save", None)) and hasattr(value, "getbbox"):
+        written = io.BytesIO()
+        save(written, format="PNG")
+        return of_bytes(written.getvalue())
+    raise BadPicture(f"a picture is {type(value).__name__}, not a path, bytes or a data: URL")
+
+
+def of_bytes(data: bytes, source: str = "") -> Picture:
+    """The picture in the bytes of a file, kept unless ``source`` names one. Raises :class:`BadPicture`."""
+    if len(data) > MAX_BYTES:
+        raise BadPicture(f"a picture has {len(data):,} bytes; at most {MAX_BYTES:,} are read")
+    with _opened(data) as image:
+        width, height = image.size
+        turned = image.getexif().get(0x0112) in _TURNED
+    if turned:
+        width, height = height, width
+    return Picture(digest_of(data), width, height, source, b"" if source else data)
+
+
+def digest_of(data: bytes) -> bytes:
+    """:attr:`Picture.digest` of the bytes of a file: the first half of their SHA-256."""
+    return hashlib.sha256(data).digest()[:16]
+
+
+def changed_pictures(files: Mapping[str, bytes]) -> list[str]:
+    """Which files no longer have these digests. Hashes of unchanged files are remembered. Raises :class:`DataError`
+    where one cannot be read."""
+    hashes = file_hashes(list(map(Path, files)), error=DataError)
+    return [path for (path, digest), found in zip(files.items(), hashes, strict=True) if found[:32] != digest.hex()]
+
+
+def bytes_of(picture: Picture) -> bytes:
+    """The bytes of a picture's file. Raises :class:`DataError` where the file is gone or has changed since."""
+    if not picture.source:
+        return picture.data
+    try:
+        data = Path(picture.source).read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror}); put the picture back", file=picture.source) from None
+    if digest_of(data) != picture.digest:
+        raise DataError("this picture has changed since the data were read; run the command again", file=picture.source)
+    return data
+
+
+def decoded(picture: Picture) -> Any:
+    """The picture as Pillow's RGB image, turned as its camera says. Raises :class:`BadPicture` where it is damaged,
+    :class:`DataError` as :func:`bytes_of`."""
+    from PIL import ImageOps
+
+    with _opened(bytes_of(picture)) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def reencoded(picture: Picture) -> Picture:
+    """The picture as PNG, of the same pixels, without metadata. Raises as :func:`decoded`."""
+    written = io.BytesIO()
+    decoded(picture).save(written, "PNG")
+    return of_bytes(written.getvalue())
+
+
+def data_url(picture: Picture) -> str:
+    """The picture as a ``data:`` URL."""
+    data = bytes_of(picture)
+    with _opened(data) as image:
+        kind = image.format.lower()
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Any]:
+    """Pillow's image of the bytes of a file, within the limits. Its errors become :class:`BadPicture`."""
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError:
+        raise ConfigError(f"pictures need Pillow: {how_to_install('pictures')}") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes, which are checked here, and of odd metadata
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise BadPicture(f"a picture has {width} x {height} pixels; at most {MAX_PIXELS:,} are decoded")
+                if (frames := getattr(image, "n_frames", 1)) > 1:
+                    raise BadPicture(f"a picture has {frames} frames; give one of them")
+                yield image
+    except (BadPicture, DataError):
+        raise
+    except UnidentifiedImageError:
+        raise BadPicture(f"is no picture of a kind that is read ({', '.join(FORMATS)})") from None
+    except Exception as error:  # of any class: the file caused it
+        raise BadPicture(f"the picture is damaged ({first_line(error)})") from None
+
+
+def _of_text(text: str, folder: Path | None) -> Picture:
+    if match := _DATA_URL.match(text):
+        return of_bytes(_decoded_base64(text[match.end() :]))
+    if text[:5].lower() == "data:":
+        raise BadPicture("a data: URL that is not of the form data:image/...;base64,...")
+    if _ADDRESS.match(text):
+        raise BadPicture(f"{text[:60]} is an address, which is never fetched; save the picture and give its path")
+    path = Path(text.removeprefix("file://")).expanduser()
+    path = path if path.is_absolute() or folder is None else folder / path
+    path = path.absolute()
+    try:
+        if not path.is_file():
+            what = "is no file" if path.exists() else "there is no such file"
+            raise BadPicture(f"picture {text[:200]}: {what}; paths are relative to the data file")
+        if path.stat().st_size > MAX_BYTES:
+            raise BadPicture(f"picture {text[:200]} has {path.stat().st_size:,} bytes; at most {MAX_BYTES:,} are read")
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        if isinstance(error, BadPicture):
+            raise
+        raise BadPicture(f"picture {text[:200]} cannot be read ({first_line(error)})") from None
+    try:
+        return of_bytes(data, str(path))
+    except BadPicture as bad:
+        raise BadPicture(f"picture {text[:200]}: {bad}") from None
+
+
+def _of_struct(value: dict[Any, Any], folder: Path | None) -> Picture:
+    """Of ``{"bytes": ..., "path": ...}`` as in Arrow, where bytes may be base64, or ``{"url": ...}``."""
+    data = value.get("bytes")
+    if isinstance(data, str) and data:
+        data = _decoded_base64(data)
+    if isinstance(data, (bytes, bytearray)) and data:
+        return of_bytes(bytes(data))
+    for key in ("path", "url", "image"):
+        if isinstance(found := value.get(key), str) and found:
+            return _of_text(found, folder)
+    raise BadPicture(f"a picture is an object with {', '.join(map(str, value)) or 'nothing'}, not bytes, path or url")
+
+
+def _decoded_base64(text: str) -> bytes:
+    if len(text) > MAX_BYTES * 3 // 2:
+        raise BadPicture(f"a picture has {len(text):,} characters of base64; at most {MAX_BYTES:,} bytes are read")
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise BadPicture("the bytes of a picture are not base64") from None

@@ -1,0 +1,159 @@
+"""A language model behind an OpenAI-compatible URL as judge: its answers, cached on disk, and scores read from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from prefopt.config.rewards import JUDGE_PATTERN, LLM, RewardOptions
+from prefopt.core.cache_folder import cache_root
+from prefopt.core.files import expanded, write_json
+from prefopt.errors import ConfigError, RunError
+from prefopt.generate.chat_model import ContextLengthError, RemoteChatModel
+from prefopt.records import Message
+
+ATTEMPTS = 3
+PAUSE = 2.0
+"""Seconds before the second attempt, doubled before the third."""
+AT_ONCE = 8
+"""Questions that wait for the server at the same time."""
+UNSCORED = 0.5
+"""More than this fraction of a batch without a score stops the run: the judge does not do what it was asked."""
+SCORE_PROMPT = (
+    "You grade an answer to a prompt. Judge how well it does what the prompt asks: whether it is right, useful, clear"
+    " and safe. Length by itself is no merit. Explain in a few sentences what decides it. Then write a last line that"
+    " is exactly a whole number from 1 (useless) to 10 (could not be better) in double brackets, such as [[7]]."
+)
+
+
+class CachedJudge:
+    """Asks a model one question at a time under fixed instructions. Answers that are ``valid`` are kept on disk, so
+    that a question is paid for once. Several threads may ask. ``asked`` counts questions sent, ``cached`` those found
+    on disk."""
+
+    def __init__(
+        self,
+        url: str,
+        model: str | None,
+        *,
+        key_variable: str | None,
+        instructions: str,
+        valid: Callable[[str], bool],
+        pause: float | None = None,
+    ) -> None:
+        """Raises :class:`prefopt.errors.UserError` where the server cannot be asked."""
+        self._model = RemoteChatModel(url, model, key_variable=key_variable, options={"temperature": 0})
+        self.name = self._model.name
+        self._instructions, self._valid = instructions, valid
+        self._pause = PAUSE if pause is None else pause
+        self._folder = cache_root() / "judgements"
+        self.asked = self.cached = 0
+        self._turn = threading.Lock()
+
+    def __call__(self, question: str) -> str:
+        """The answer, which after the last attempt may be not valid. Raises :class:`RunError` where no attempt is
+        answered."""
+        key = json.dumps([self.name, self._instructions, question]).encode("utf-8", "surrogatepass")
+        name = hashlib.blake2b(key, digest_size=16).hexdigest()
+        path = self._folder / name[:2] / f"{name}.json"
+        try:
+            answer = str(json.loads(path.read_text("utf-8"))["answer"])
+            with self._turn:
+                self.cached += 1
+            return answer
+        except Exception:  # absent or damaged: ask again
+            with self._turn:
+                self.asked += 1
+        answer = self._ask(question)
+        if self._valid(answer):
+            write_json(path, {"judge": self.name, "answer": answer})
+        return answer
+
+    def _ask(self, question: str) -> str:
+        messages = (Message("system", self._instructions), Message("user", question))
+        for attempt in range(ATTEMPTS):
+            try:
+                answer = "".join(self._model.answer(messages, attempt))
+                if self._valid(answer) or attempt == ATTEMPTS - 1:
+                    return answer
+            except ContextLengthError as error:
+                return f"no verdict: {error}"
+            except RunError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+            time.sleep(self._pause * 2**attempt)
+        raise AssertionError("the last attempt returns or raises")
+
+
+class LlmScores:
+    """A reward: the number that a language model gives each response. Several questions are asked at once.
+
+    A response whose answers hold no score gets the mean of the others in its batch, which moves nothing, and is counted
+    in ``unscored``.
+    """
+
+    def __init__(self, options: RewardOptions, *, pause: float = PAUSE) -> None:
+        """Raises :class:`prefopt.errors.UserError` where the server cannot be asked, or the instructions not read."""
+        assert options.judge_url is not None
+        self.instructions = _read(options.judge_prompt) if options.judge_prompt is not None else SCORE_PROMPT
+        self.pattern = options.judge_pattern or JUDGE_PATTERN
+        self._score = re.compile(self.pattern)
+        self._judge = CachedJudge(
+            options.judge_url,
+            options.judge_model,
+            key_variable=options.judge_key,
+            instructions=self.instructions,
+            valid=lambda answer: self.score_in(answer) is not None,
+            pause=pause,
+        )
+        self.name = f"{LLM}, {self._judge.name}"
+        self.unscored = 0
+
+    def digest(self) -> str:
+        """A digest of what decides the scores: the model's name, the instructions and the pattern."""
+        text = json.dumps([self._judge.name, self.instructions, self.pattern])
+        return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+    def score_in(self, answer: str) -> float | None:
+        """The score of an answer: the last match of the pattern that is a number."""
+        for found in reversed([*self._score.finditer(answer)]):
+            try:
+                return float(found[1])
+            except (TypeError, ValueError):  # the group took no part in the match, or matched another text
+                continue
+        return None
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        """A score for each response. Raises :class:`RunError` where most answers hold none."""
+        questions = [f"# Prompt\n\n{p}\n\n# Answer\n\n{r}" for p, r in zip(prompts, responses, strict=True)]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            answers = dict(zip(unique := list(dict.fromkeys(questions)), pool.map(self._judge, unique), strict=True))
+        scores = [self.score_in(answers[question]) for question in questions]
+        given = [score for score in scores if score is not None]
+        lacking = len(scores) - len(given)
+        if lacking > UNSCORED * len(scores):
+            said = " ".join(next(answers[q] for q, s in zip(questions, scores, strict=True) if s is None).split())
+            raise RunError(
+                f"{lacking} of {len(scores)} answers hold no score that --judge-pattern {self.pattern} finds, such as"
+                f" {said[-80:]!r}; change it or --judge-prompt"
+            )
+        self.unscored += lacking
+        mean = sum(given) / len(given) if given else 0.0
+        return [mean if score is None else score for score in scores]
+
+
+def _read(name: str) -> str:
+    path: Path = expanded(name)
+    try:
+        text = path.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--judge-prompt {name} cannot be read ({error}); name a text file") from None
+    if not text:
+        raise ConfigError(f"--judge-prompt {name} is empty; write what the judge is to do")
+    return text

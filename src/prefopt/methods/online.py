@@ -1,0 +1,383 @@
+"""Losses on fresh responses of the policy, from a configuration to a finished model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefopt.config.online import OnlineConfig
+from prefopt.config.scoring import is_model_reward
+from prefopt.core.terminal import size
+from prefopt.data.group import shortened
+from prefopt.data.tokenizer import Tokenizer
+from prefopt.errors import ConfigError, DataError, Diverged
+from prefopt.generate.language_judge import LanguageJudge
+from prefopt.generate.model_io import PromptSet, SampledModel
+from prefopt.generate.rewards import RewardModelScorer, RewardScorer, TextRewardScorer, load_reward_scorer
+from prefopt.generate.sampler import SamplingParams
+from prefopt.generate.transformers_sampler import TransformersSampler
+from prefopt.model.card import portable
+from prefopt.model.check import CheckReport
+from prefopt.model.costs import peak_memory
+from prefopt.reference.identity import identity_of_name
+from prefopt.reference.in_memory import TrDpoUpdate
+from prefopt.rewards import Reward, load_reward
+from prefopt.rl.comparers import Comparer, LanguageComparer, PeopleComparer, Unscored
+from prefopt.rl.lessons import TemperedLikelihood, TemperedPreferences, lesson_maker
+from prefopt.rl.models import PpoModels, cut_frozen, reference_of, weights_in_files
+from prefopt.rl.online import FirstLook, OnlineRounds
+from prefopt.rl.policy_gradient import PolicyGradient
+from prefopt.rl.prompts import order_of, read_rollout_prompts, too_few
+from prefopt.rl.rollouts import Collector
+from prefopt.rl.round_file import ROUNDS, RoundFiles
+from prefopt.rl.rounds import keep_last_good
+from prefopt.rl.sampled import SampledCollector
+from prefopt.rl.stages import check_samples, largest_update, memory_of, sampler_of, token_budget_of
+from prefopt.runs.folder import digest_of
+from prefopt.runs.history import averages_of, read_history
+from prefopt.studies.study import Study
+from prefopt.train.loss_options import Losses, describe, losses_of
+from prefopt.train.memory import Trainee
+from prefopt.train.objective import Objective
+from prefopt.train.optim import Network
+from prefopt.train.policy import Policy
+from prefopt.train.result import RunResult
+from prefopt.train.routing import describe_routing, routed
+from prefopt.train.run import EXAMPLE_TEXT, Run, open_run, steps_of
+from prefopt.train.step import InMemoryColumns
+from prefopt.train.trainer import TrainerState
+
+Scores = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class OnlineResult(RunResult):
+    """``metrics`` are averages over the responses of the last tenth of the rounds."""
+
+    @property
+    def rounds(self) -> Path:
+        """The folder of the rounds' files."""
+        return self.output / ROUNDS
+
+
+def run(
+    config: OnlineConfig,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    rows: Iterable[Mapping[str, object]] | None = None,
+    reward: Scores | None = None,
+    callbacks: Sequence[Any] = (),
+) -> OnlineResult | None:
+    """Sample, judge and learn, round after round. ``callbacks``: see :class:`prefopt.runs.callbacks.Callback`.
+
+    ``model``, ``tokenizer``, ``rows`` and ``reward`` replace those of ``config`` (a model is trained in place). Returns
+    None for a dry run. Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop,
+    also of one that waits for people: the run can be resumed.
+    """
+    config, terms = _losses(config)
+    function = _function(config, reward)
+    with open_run(config, model=model, callbacks=callbacks) as run:
+        config, say = run.config, run.say
+        start = SampledModel(
+            config.model,
+            adapter=config.adapter,
+            quantise=config.quantise,
+            device=config.device,
+            dtype=config.dtype,
+            given=model,
+            tokenizer=tokenizer,
+        )
+        prompts, settings = read_rollout_prompts(config, start, rows, run.reporter)
+        _check_prompts(terms, prompts)
+        comparer = _comparer(run)
+        policy = run.loading(Policy(config, start.source, run.dtype, run.device, model))
+        check = check_samples(policy, prompts, settings)
+        run.say_scoring(policy, check)
+        say(policy.leftover())
+        for line in describe_routing(policy.scorer, config):
+            say(line)
+        say(policy.make_trainable(run.world, draws=True, others=partial(_bytes_of_others, config, policy)))
+        models = _models(run, policy, start.tokenizer, settings, prompts, function, comparer)
+        for line in models.words()[:-1]:  # there is no critic
+            say(line)
+        say(f"loss: {_words(config, terms)}")
+        memory = memory_of(run, [Trainee(policy.scorer, policy.masters, policy.blueprint)], models.memory())
+        largest = largest_update(run, prompts)
+        tokens = token_budget_of(run, memory, largest)
+        if config.dry_run:
+            _preview(run, start, prompts, tokens)
+            say(memory.whole_line(largest, tokens))
+            say("dry run: nothing was trained, and no output written")
+            return None
+        run.take_folder(_same(config, start, prompts, function), loss=_words(config, terms), memory=models.memory())
+        say(memory.line(largest, tokens))
+        _say_plan(run, prompts, tokens)
+        run.folder.remember(token_budget=tokens, checkpointed=memory.trainees[0].checkpointed)
+        rounds = _rounds(run, models, prompts, settings, start.tokenizer, terms, comparer)
+        state = _train(run, models, rounds, terms, tokens, check, start.tokenizer, settings.stop)
+        run.save(policy, start.tokenizer, settings.stop)
+        return _finish(run, policy, models, prompts, state)
+
+
+def _losses(config: OnlineConfig) -> tuple[OnlineConfig, Losses | None]:
+    """The options with the defaults of a loss on preferences, and this loss; None for other losses."""
+    if not config.prefers:
+        return config, None
+    config, terms = losses_of(config)
+    names = [term.loss.name for term in terms]
+    kind = terms[0].loss.kind
+    for option, kinds in (("labels", "pairs"), ("desirable_above", "labels")):
+        if getattr(config, option) is not None and kind != kinds:
+            raise ConfigError(
+                f"--{option.replace('_', '-')} is of losses on {kinds}, and {names[0]} is on {kind}: leave it out"
+            )
+    if config.temperature != 1 and _is_live(terms):
+        raise ConfigError(
+            f"--temperature {config.temperature:g}: {' and '.join(names)} compares more than sampled responses, which"
+            " is done at temperature 1; leave it out"
+        )
+    sorting = [term.loss.name for term in terms if not term.loss.per_row]
+    if sorting and (config.labels == "soft" or (config.num > 2 and config.pairs == "all")):
+        raise ConfigError(
+            f"--loss {sorting[0]} sorts the pairs of a round, so that all must weigh the same: give --pairs best-worst"
+            " or --num 2, and leave --labels soft out"
+        )
+    if config.judge is not None and any(term.loss.needs_scores for term in terms):
+        raise ConfigError(
+            f"--loss {config.loss} is on how far scores lie apart, and --reward {config.judge} only compares"
+        )
+    return config, terms
+
+
+def _is_live(terms: Losses) -> bool:
+    """Whether the reference is scored with every micro-batch: for whole distributions, and mismatched responses."""
+    return any(term.loss.needs_distributions or term.loss.needs_mismatched for term in terms)
+
+
+def _function(config: OnlineConfig, reward: Scores | None) -> Reward | None:
+    """The reward as a function of texts; None for a reward model and for a judge that compares."""
+    if reward is not None:
+        return Reward(config.reward, reward)
+    return None if config.judge is not None or is_model_reward(config.reward) else load_reward(config.reward)
+
+
+def _check_prompts(terms: Losses | None, prompts: PromptSet) -> None:
+    if terms is None or not any(term.loss.needs_mismatched for term in terms):
+        return
+    if len({ids.tobytes() for ids in prompts.ids}) < 2:
+        raise DataError(f"every row has the same prompt, and {terms[0].loss.name} compares with responses to others")
+
+
+def _comparer(run: Run) -> Comparer | None:
+    config, world = run.config, run.world
+    if config.judge == "llm":
+        judge = LanguageJudge(config.judge_url, config.judge_model, key_variable=config.judge_key)
+        return LanguageComparer(judge, world, config.judge_parallel)
+    if config.judge == "people":
+        path, title = Path(config.study), f"Responses of {Path(config.output).name}"
+        if path.exists():  # another file of that name is refused here
+            Study(path, read_only=True).close()
+        return PeopleComparer(path, world, run.say, overlap=config.overlap, title=title, model=config.model)
+    return None
+
+
+def _models(
+    run: Run,
+    policy: Policy,
+    tokenizer: Tokenizer,
+    settings: SamplingParams,
+    prompts: PromptSet,
+    function: Reward | None,
+    comparer: Comparer | None,
+) -> PpoModels:
+    """The policy with its reference and the reward; a judge that compares is no model of this run."""
+    config, longest = run.config, max(map(len, prompts.ids)) + run.config.max_new_tokens
+    judge: RewardScorer
+    if comparer is not None:
+        judge = Unscored(comparer, tokenizer, settings.stop)
+    elif function is not None:
+        judge = TextRewardScorer(function, tokenizer, settings.stop)
+    else:
+        how = {"dtype": run.dtype, "device": run.device, "attention": config.attention, "longest": longest}
+        judge = load_reward_scorer(config.reward, tokenizer, settings.stop, **how)
+    if isinstance(judge, RewardModelScorer):
+        cut_frozen(judge.scorer, policy, run.world)
+    moves = config.ref_model_sync_steps is not None
+    reference = reference_of(config, policy, longest, run.world, moves=moves)
+    return PpoModels(policy, reference, judge, None, config.reference is None)
+
+
+def _rounds(
+    run: Run,
+    models: PpoModels,
+    prompts: PromptSet,
+    settings: SamplingParams,
+    tokenizer: Tokenizer,
+    terms: Losses | None,
+    comparer: Comparer | None,
+) -> OnlineRounds:
+    config, scorer = run.config, models.actor.apart
+    sampler, order = sampler_of(run, scorer, prompts), order_of(config, len(prompts.ids))
+    kind = Collector if config.gradient or not isinstance(sampler, TransformersSampler) else SampledCollector
+    return OnlineRounds(
+        config,
+        kind(prompts, sampler, settings, config.num, models.judge, scorer, None, models.reference, run.world),
+        order,
+        lesson_maker(config, terms),
+        RoundFiles(run.folder.path),
+        tokenizer,
+        steps=steps_of(config, order.steps_per_epoch),
+        comparer=comparer,
+    )
+
+
+def _objective(config: OnlineConfig, terms: Losses | None, device: torch.device) -> Objective:
+    if terms is not None:
+        return TemperedPreferences(terms, config.temperature, device=device)
+    return PolicyGradient(config, device=device) if config.gradient else TemperedLikelihood(config, device=device)
+
+
+def _train(
+    run: Run,
+    models: PpoModels,
+    rounds: OnlineRounds,
+    terms: Losses | None,
+    token_budget: int,
+    check: CheckReport,
+    tokenizer: Tokenizer,
+    ends: Sequence[int],
+) -> TrainerState:
+    """Train to the end. If the run diverges, its last good weights are kept as a model."""
+    config, policy = run.config, models.actor
+    live = movement = None
+    if terms is not None and _is_live(terms):
+        tokens = any(term.loss.needs_head_values for term in terms)
+        compares = any(term.loss.needs_distributions for term in terms)
+        live = InMemoryColumns(models.reference, compares=compares, tokens=tokens)
+    if config.ref_model_sync_steps is not None:
+        assert models.reference.weights is not None
+        movement = TrDpoUpdate(models.reference.weights, config.ref_model_sync_steps, config.ref_model_mixup_alpha)
+    trainer = run.trainer(
+        {"actor": Network.of(policy.masters, config, rounds.steps, config.learning_rate)},
+        policy,
+        routed(_objective(config, terms, run.device), policy.scorer, config),
+        rounds,
+        steps=rounds.steps,
+        token_budget=token_budget,
+        reference=live,
+        movement=movement,
+        inspect=FirstLook(config, check, run.dtype, run.reporter),
+    )
+    try:
+        return trainer.fit()
+    except Diverged as error:
+        kept = keep_last_good(config, run.folder, policy, tokenizer, ends, run.world, named=run.given is None)
+        raise Diverged(error.reason, f"{error.remedy}; {kept}" if error.remedy else kept) from error
+
+
+def _words(config: OnlineConfig, terms: Losses | None) -> str:
+    """The loss in a line."""
+    if terms is not None:
+        soft = ", soft labels" if config.labels == "soft" else ""
+        return describe(terms) + soft
+    if config.gradient is None:
+        return f"SFT on the best of {config.num}, mean over {config.average}"
+    std = "divided by their deviation" if config.advantage_std else "not divided by their deviation"
+    mean = "ratios of whole responses" if config.average is None else f"mean over {config.average}"
+    return (
+        f"{config.loss} (clip {config.clip:g} and {config.clip_high:g}, {mean}, advantages {std}, beta {config.beta:g}"
+        f" in the {config.kl})"
+    )
+
+
+def _same(
+    config: OnlineConfig, start: SampledModel, prompts: PromptSet, reward: Reward | None
+) -> dict[str, tuple[Any, str]]:
+    """What a resumed run must not change: names in ``run.json`` to (value, words)."""
+    found: dict[str, tuple[Any, str]] = {
+        "data": (digest_of(prompts.ids), "the prompts"),
+        "model": (start.identity().digest, "the model"),
+    }
+    if config.reference is not None:
+        reference = identity_of_name(config.reference, quantise=config.quantise)
+        found["reference"] = (reference.digest, "the reference model")
+    if reward is None and config.judge is None:
+        found["reward"] = (identity_of_name(config.reward).digest, "the reward model")
+    elif reward is not None and (code := reward.digest()) is not None:
+        found["reward"] = (code, f"the code of --reward {reward.name}")
+    return found
+
+
+def _bytes_of_others(config: OnlineConfig, policy: Policy) -> int:
+    """About the bytes that reference and reward model take if none is in shards. ``policy`` trains already."""
+    trained = sum(p.numel() for p in policy.masters.masters.values())
+    found = trained if config.reference is None else weights_in_files(config.reference)
+    if config.judge is None and is_model_reward(config.reward):
+        found += weights_in_files(config.reward)
+    return found * policy.dtype.itemsize
+
+
+def _preview(run: Run, start: SampledModel, prompts: PromptSet, tokens: int) -> None:
+    """The output of a dry run: a prompt, options, plan and memory."""
+    first = start.tokenizer.decode(list(prompts.ids[0]))
+    run.say_example(f"row {prompts.rows[0].row}:", shortened(first, EXAMPLE_TEXT, flat=True))
+    run.say_options()
+    _say_plan(run, prompts, tokens)
+    run.say(f"memory: {size(peak_memory(run.device))} at most so far")
+
+
+def _say_plan(run: Run, prompts: PromptSet, tokens: int) -> None:
+    config = run.config
+    size_of, steps = (
+        min(config.batch_size, len(prompts.ids)),
+        steps_of(config, order_of(config, len(prompts.ids)).steps_per_epoch),
+    )
+    run.say(
+        f"{steps} round{'s' * (steps > 1)} of {size_of} prompts with {config.num} responses each, {config.passes} x"
+        f" {config.minibatches} updates a round, {tokens} tokens at once; rounds are kept in {run.folder.path / ROUNDS}"
+    )
+    run.say(too_few(config, len(prompts.ids)))
+
+
+def _finish(run: Run, policy: Policy, models: PpoModels, prompts: PromptSet, state: TrainerState) -> OnlineResult:
+    """Write the card and the last lines of the log."""
+    config, folder, steps = run.config, run.folder.path, state.step
+    history = run.world.on_first(lambda: read_history(folder))
+    first, ending = history.training[0], history.ending()
+    last = averages_of(ending)
+    episodes, since = sum(rows for _, rows in ending), ending[0][0]["step"]
+    results: dict[str, Any] = {
+        "steps": steps,
+        "training metrics": f"averages over the {episodes:.0f} responses of rounds {since} to {steps}",
+    }
+    for name in _CARD:
+        results |= {f"first round: {name}": first.get(name), f"training: {name}": last.get(name)}
+    results |= {f"memory of the {name}": size(of) for name, of in models.memory().items() if of}
+    closing = f"{last['objective/kl']:.3g} nats from the reference; compare with prefopt compare, and look at samples"
+    if config.judge is None:
+        ends = [f"{line['objective/scores']:.3f}" for line in (first, last)]
+        closing = (
+            f"score {ends[0]} in the first round, {ends[1]} in the last ones, by what it learned from, at {closing}"
+        )
+    judge = f"The judge: {models.judge.words}." if config.judge else f"The reward is `{portable(config.reward)}`."
+    files = ", ".join(f"`{Path(d).name}`" for d in config.prompts)
+    run.finish(
+        policy,
+        results,
+        seconds=state.seconds,
+        title=f"Online learning ({config.loss})",
+        tag="online",
+        data=f"{len(prompts.ids)} prompts, from {files}. {judge}",
+        licence="The licences of the base model, of the reward model and of the data apply.",
+        closing=lambda: [closing],
+    )
+    return OnlineResult(folder, steps, last)
+
+
+_CARD = ("objective/scores", "objective/best_scores", "objective/kl", "objective/entropy", "val/length", "val/eos_rate")

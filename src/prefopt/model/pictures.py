@@ -1,0 +1,176 @@
+"""Pictures in packed rows: what a vision-language model is given beside token ids.
+
+The features of a row's pictures are computed once, by the class's own ``get_image_features``, and handed to its forward
+pass, which puts them in the place of the image tokens, in later layers too where the class does so (deepstack). All
+responses to a prompt read them from the shared prefix. Positions are those of the class's own ``get_rope_index`` for
+each response as a sequence of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from prefopt.data.chat.pictures import PictureProcessor
+from prefopt.data.tokenizer import load_tokenizer
+from prefopt.errors import ModelError
+from prefopt.model.architectures import body_of
+from prefopt.model.kernels.blocks import Block, Blocks
+from prefopt.model.packing import ForwardPass
+from prefopt.records import Picture
+
+FAMILIES = frozenset(
+    "gemma3 gemma4 idefics3 internvl llava qwen2_5_vl qwen2_vl qwen3_5 qwen3_vl qwen3_vl_moe smolvlm".split()
+)
+"""Types of models that are given pictures: those that tests show to equal their class's own forward."""
+BIDIRECTIONAL = {"gemma3": "all", "gemma4": "sliding"}
+"""Types in which the image tokens of a picture see each other, and in which layers."""
+
+
+def takes_pictures(model: PreTrainedModel) -> bool:
+    """Whether a model has a vision tower: transformers gives the class of its body ``get_image_features``."""
+    return hasattr(body_of(model), "get_image_features")
+
+
+def towers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The parts of a vision-language model that are neither its language model nor its head."""
+    if not takes_pictures(model):
+        return []
+    text, outputs = model.get_decoder(), model.get_output_embeddings()
+    body = body_of(model)
+    kept = {id(text), id(outputs), id(model.get_input_embeddings())}
+    return [module for module in body.children() if id(module) not in kept and text not in module.modules()]
+
+
+def tower_names(model: PreTrainedModel) -> set[str]:
+    """Names of the weights in :func:`towers_of`."""
+    inside = {id(p) for tower in towers_of(model) for p in tower.parameters()}
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in inside}
+
+
+class VisionInputs:
+    """Inputs of one vision-language model for rows with pictures. Raises :class:`ModelError` for a model without a
+    tower or a processor, such as a language model that was loaded without its tower."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        name = type(model).__name__
+        if not takes_pictures(model):
+            raise ModelError(f"{name} takes no pictures, which some rows have: give a vision-language model")
+        if model.config.model_type not in FAMILIES:
+            raise ModelError(f"{name} is not given pictures yet; the families that are: {', '.join(sorted(FAMILIES))}")
+        self.model = model
+        self.body: Any = body_of(model)
+        self.token_id, self.towers = _image_token(model), towers_of(model)
+
+    @cached_property
+    def processor(self) -> PictureProcessor:
+        """The processor in the model's folder."""
+        source = str(self.model.name_or_path)
+        return PictureProcessor(source, load_tokenizer(source))
+
+    def arguments(self, row: ForwardPass, *, shared: bool) -> dict[str, Any]:
+        """Arguments of the body's forward pass for a row with pictures; ``shared``: the row has shared prefixes."""
+        assert row.host_ids is not None
+        device, named = row.ids.device, inspect.signature(self.body.forward).parameters
+        pixels = self.processor.pixels([placed.picture for placed in row.pictures])
+        grid, images = pixels.get("image_grid_thw"), row.host_ids == self.token_id
+        if int(images.sum()) != sum(int(images[p.start : p.stop].sum()) for p in row.pictures):
+            raise ModelError("a response holds the token in whose place a picture's features go; remove that row")
+        found: dict[str, Any] = {"mm_encoder_outputs": {"image": self.features(pixels, device)}}
+        if not shared:
+            types = torch.from_numpy(images.astype(np.int64))[None].to(device)
+            found |= {name: types for name in ("mm_token_type_ids", "token_type_ids") if name in named}
+            return found | (
+                {"image_grid_thw": grid.to(device)} if "image_grid_thw" in named and grid is not None else {}
+            )
+        if hasattr(self.body, "get_rope_index"):
+            found["position_ids"] = self._positions(row, images, grid).to(device)
+        if (blocks := self._blocks(row, images)) is not None:
+            found["prefix_blocks"] = blocks
+        return found
+
+    def own_arguments(self, ids: torch.Tensor, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
+        """What the class's own forward pass is given beside ``ids`` [1, L], a whole sequence with these pictures."""
+        if not pictures:
+            return {}
+        named = inspect.signature(self.model.forward).parameters
+        types = (ids == self.token_id).long()
+        found = {**self.processor.pixels(pictures), "mm_token_type_ids": types, "token_type_ids": types}
+        return {name: value.to(ids.device) for name, value in found.items() if name in named}
+
+    def features(self, pixels: dict[str, Any], device: torch.device) -> Any:
+        """The features of pictures as the class's own forward pass takes them, without gradients where no weight of a
+        tower trains."""
+        named = inspect.signature(inspect.unwrap(type(self.body).get_image_features)).parameters
+        given = {name: value.to(device) for name, value in pixels.items() if name in named}
+        trains = any(p.requires_grad for tower in self.towers for p in tower.parameters())
+        with nullcontext() if trains else torch.no_grad():
+            return self.body.get_image_features(**given, return_dict=True)
+
+    def _positions(self, row: ForwardPass, images: np.ndarray, grid: torch.Tensor | None) -> torch.Tensor:
+        """[3, 1, T] positions of a row, each response as a sequence of its own."""
+        assert row.host_ids is not None
+        found = torch.empty(3, 1, len(row.host_ids), dtype=torch.long)
+        for start, stop, origin, prefix in row.segments:
+            where = np.concatenate([np.arange(origin, origin + prefix), np.arange(start, stop)])
+            inside = [n for n, p in enumerate(row.pictures) if p.start in {*where.tolist()}]
+            ids, types = (torch.from_numpy(x[where].astype(np.int64))[None] for x in (row.host_ids, images))
+            some = grid[inside] if grid is not None and inside else None
+            positions, _ = self.body.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=some)
+            found[:, :, start:stop] = positions[:, :, prefix:]
+        return found
+
+    def _blocks(self, row: ForwardPass, images: np.ndarray) -> Blocks | None:
+        """The runs of image tokens that see each other."""
+        layers = BIDIRECTIONAL.get(self.model.config.model_type)
+        text = self.model.config.get_text_config()
+        if layers is None or (layers == "sliding" and getattr(text, "use_bidirectional_attention", None) != "vision"):
+            return None
+        found = []
+        for start, stop, origin, prefix in row.segments:
+            for first, last in _runs(images[start:stop]):
+                found.append(Block(start + first, start + last, start, origin, prefix))
+        return Blocks(tuple(found), layers == "sliding") if found else None
+
+
+def _runs(mask: np.ndarray) -> Iterator[tuple[int, int]]:
+    """[first, last) of each run of true values."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
+    yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+
+
+def _image_token(model: PreTrainedModel) -> int:
+    for name in ("image_token_id", "image_token_index"):
+        if isinstance(found := getattr(model.config, name, None), int):
+            return found
+    raise ModelError(f"{type(model).__name__}: its config.json names no image token; copy it again")
+
+
+def attention_configs(model: PreTrainedModel) -> tuple[list[Any], list[Any]]:
+    """All configurations that a layer of the language model may read (the model's, its text part's, and those of inner
+    models), and those of towers, which have an attention of their own."""
+    towers = {id(c): c for t in towers_of(model) for c in _configs(t)}
+    found = {id(c): c for c in (model.config, model.config.get_text_config(), *_configs(model)) if id(c) not in towers}
+    return list(found.values()), list(towers.values())
+
+
+def _configs(module: torch.nn.Module) -> Iterator[Any]:
+    return (m.config for m in module.modules() if isinstance(m, PreTrainedModel))
+
+
+@contextmanager
+def own_attention(configs: Sequence[Any]) -> Iterator[None]:
+    """Keep the attention of these configurations, which setting that of a larger one would change."""
+    before = [getattr(config, "_attn_implementation", None) for config in configs]
+    try:
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name

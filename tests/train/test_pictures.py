@@ -1,0 +1,152 @@
+"""Training on rows with pictures, from data to a folder that loads elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+import prefopt
+from model.vision import FAMILY_PARAMS, picture, write_folder
+from prefopt.data.chat.pictures import token_of_pictures
+from prefopt.data.load import load_groups
+from prefopt.data.tokenizer import load_tokenizer
+from prefopt.errors import ConfigError, ModelError, UserError
+from prefopt.model.load import load_model
+from prefopt.model.packing import pack
+from prefopt.model.scorer import Scorer
+
+QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 4, "learning_rate": 3e-3, "progress": "none"}
+
+
+def row(n: int, answers: tuple[str, str]) -> dict[str, Any]:
+    url = "data:image/png;base64," + base64.b64encode(picture(20 + n % 3 * 7, 16, n).data).decode()
+    words = {"type": "text", "text": f"what is in picture {n}?"}
+    prompt = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, words]}]
+    sides = [[{"role": "assistant", "content": f"{answer} {n}"}] for answer in answers]
+    return {"prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven pairs with a picture each, and one without."""
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    found = [row(n, ("a red square", "two cats")) for n in range(7)]
+    found.append({**row(7, ("a dog", "two cats")), "prompt": [{"role": "user", "content": "what is 12?"}]})
+    path.write_text("\n".join(map(json.dumps, found)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder("qwen3_vl", tmp_path_factory.mktemp("qwen3_vl"))
+
+
+def towers(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in load_file(folder / "model.safetensors").items() if "visual" in name}
+
+
+def margin(folder: Path, data: Path, base: Path | None = None) -> float:
+    """Mean log-ratio of chosen to rejected of the data by a model folder, or an adapter on ``base``."""
+    tokenizer = load_tokenizer(folder)
+    table = load_groups([str(data)], tokenizer).groups
+    adapter = str(folder) if base is not None else None
+    made = load_model(
+        str(base or folder), dtype=torch.float32, device=torch.device("cpu"), adapter=adapter, pictures=True
+    )
+    scorer = Scorer(made, pictures=True)
+    with torch.no_grad():
+        batch = pack(list(table), scorer.layout)
+        sums = torch.zeros(len(batch.length)).index_add(0, batch.owner, scorer(batch))
+    return float((sums[::2] - sums[1::2]).mean())
+
+
+def test_dpo_with_a_frozen_tower(model: Path, data: Path, tmp_path: Path) -> None:
+    """The folder loads in transformers; the tower is the checkpoint's to the bit, also in bfloat16; margins grow."""
+    before = margin(model, data)
+    result = prefopt.dpo(model=str(model), data=[str(data)], output=str(tmp_path / "out"), dtype="bfloat16", **QUICK)
+    assert result is not None
+    out = tmp_path / "out"
+    assert margin(out, data) > before + 0.5
+    for name, value in towers(model).items():
+        assert torch.equal(value, towers(out)[name]), name
+    trained = load_file(out / "model.safetensors")
+    assert any(not torch.equal(v, trained[n]) for n, v in load_file(model / "model.safetensors").items())
+    assert (out / "preprocessor_config.json").is_file() and (out / "processor_config.json").is_file()
+    whole = AutoModelForImageTextToText.from_pretrained(out)
+    assert type(whole).__name__ == json.loads((out / "config.json").read_text())["architectures"][0]
+    # A second run reads all reference values from the cache, and its folder is the same to the bit.
+    again = prefopt.dpo(model=str(model), data=[str(data)], output=str(tmp_path / "again"), dtype="bfloat16", **QUICK)
+    assert again is not None
+    other = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(value, other[name]) for name, value in trained.items())
+
+
+@pytest.mark.parametrize("vision", ["lora", "full"])
+def test_towers_train_by_option(model: Path, data: Path, tmp_path: Path, vision: str) -> None:
+    out = tmp_path / "out"
+    more: dict[str, Any] = {"vision": vision, "lora": vision == "lora", "dtype": "float32"}
+    prefopt.sft(model=str(model), data=[str(data)], output=str(out), **QUICK, **more)
+    if vision == "full":
+        before, after = towers(model), towers(out)
+        assert any(not torch.equal(value, after[name]) for name, value in before.items())
+        return
+    adapter = load_file(out / "adapter_model.safetensors")
+    assert any("visual" in name and value.abs().max() > 0 for name, value in adapter.items() if "lora_B" in name)
+    assert any("language_model" in name for name in adapter)
+    assert (out / "preprocessor_config.json").is_file()
+    assert margin(out, data, base=model) != margin(model, data)
+
+
+def test_a_reward_model_of_pictures(data: Path, tmp_path: Path) -> None:
+    model = write_folder("gemma3", tmp_path / "gemma3")
+    found = prefopt.reward(model=str(model), data=[str(data)], output=str(tmp_path / "out"), dtype="float32", **QUICK)
+    assert found is not None and found.metrics["loss"] < 0.6
+    assert (tmp_path / "out" / "preprocessor_config.json").is_file()
+    qwen = write_folder("qwen2_5_vl", tmp_path / "qwen")
+    with pytest.raises(ModelError, match="no sequence classifier"):
+        prefopt.reward(model=str(qwen), data=[str(data)], output=str(tmp_path / "other"), **QUICK)
+
+
+def test_options_that_would_do_nothing_are_refused(model: Path, data: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"prompt": [{"role": "user", "content": "?"}], "chosen": "a", "rejected": "b"}))
+    given: dict[str, Any] = {"model": str(model), "output": str(tmp_path / "out"), **QUICK}
+    for more, what in (
+        ({"data": [str(data)], "vision": "lora"}, "add --lora"),
+        ({"data": [str(data)], "vision": "full", "lora": True}, "leave one out"),
+        ({"data": [str(text)], "vision": "full"}, "no row has a picture"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            prefopt.dpo(**given, **more)
+
+
+def test_vllm_refuses_pictures(model: Path, data: Path) -> None:
+    with pytest.raises(ConfigError, match="--engine vllm is not given pictures"):
+        prefopt.sample(model=str(model), prompts=[str(data)], engine="vllm", progress="none")
+
+
+def test_ppo_refuses_pictures(model: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="pictures"):
+        prefopt.ppo(model=str(model), prompts=[str(data)], reward="length", output=str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILY_PARAMS if f.values != ("qwen3_5",)])
+def test_samples_are_scored_as_they_were_drawn(family: str, data: Path, tmp_path: Path) -> None:
+    """The sampler's cache of a prompt with pictures gives the scorer's log-probabilities."""
+    folder = write_folder(family, tmp_path / family)
+    out = tmp_path / "samples.jsonl"
+    options: dict[str, Any] = {"num": 2, "max_new_tokens": 9, "dtype": "float32", "progress": "none"}
+    found = prefopt.sample(model=str(folder), prompts=[str(data)], output=str(out), **options)
+    assert found.mismatch is not None and found.mismatch.tokens == found.tokens > 100
+    assert found.mismatch.largest < 1e-5
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    assert written[0]["prompt"][0]["content"][0]["type"] == "image"
+    token = token_of_pictures(str(folder))
+    assert token is not None and not any(token in ids for line in written for ids in line["token_ids"])
