@@ -110,8 +110,8 @@ class RenderOptions(TemplateOptions):
     earlier_turns: Literal["auto", "as-generated", "as-shown"] = option(
         "auto",
         "turns of a response that the chat template changes once another follows: trained as they were generated, in a"
-        " sequence of their own, or as the finished conversation shows them; auto: as generated in rows where that loses"
-        " reasoning, tool calls, words or the end token of such a turn",
+        " sequence of their own, or as the finished conversation shows them; auto: as generated in rows where that"
+        " loses reasoning, tool calls, words or the end token of such a turn",
     )
 
 
