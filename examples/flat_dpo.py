@@ -3,8 +3,8 @@
     python examples/flat_dpo.py --model MODEL --data PAIRS.jsonl --output OUTPUT --dtype float64
 
 It does what `prefopt dpo --eval-fraction 0` does with the same words and the same defaults, and its losses are the same
-to 1e-6 (a test runs both). What prefopt adds is speed, memory and care: here every response is encoded with its prompt, whole logits
-are held, nothing is cached or resumed, and a row that is too long or unclear is refused.
+to 1e-6 (a test runs both). What prefopt adds is speed, memory and care: here every response is encoded with its prompt,
+whole logits are held, nothing is cached or resumed, and a row that is too long or unclear is refused.
 
 PAIRS.jsonl holds rows of {"prompt": ..., "chosen": ..., "rejected": ...}, all text or all lists of messages.
 """

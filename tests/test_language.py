@@ -20,7 +20,7 @@ BANNED = {
     r"earns? nothing": "is clipped",
     r"anew": "again",
     r"likewise": "in the same way",
-    r"what (stands|lies) \w+": "the text, the rows, the files",
+    r"what (stands|lies) (?!for)\w+": "the text, the rows, the files",
     r"of another make": "that something else wrote",
     r"(cannot|can not) begin": "failed to start",
     r"part of the (prompts|rows)": "fraction of the prompts, of the rows",

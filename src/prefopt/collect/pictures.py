@@ -1,4 +1,4 @@
-"""Pictures of a study: encoded anew without metadata when they are imported, and served from the study alone."""
+"""Pictures of a study: encoded again without metadata when they are imported, and served from the study alone."""
 
 from __future__ import annotations
 

@@ -230,7 +230,7 @@ def run_split(config: DataSplitConfig) -> int:
             and all(raw_lines(path) is not None for path in paths)
         )
         if copied and {p.resolve().parent for p in paths} != {file.path.resolve().parent for file in files}:
-            # Relative paths of pictures would lead nowhere: such rows are written anew, with whole ones.
+            # Relative paths of pictures would lead nowhere: such rows are written again, with whole ones.
             copied = not any(c.pictures for c in chain.from_iterable(readings) if isinstance(c, Comparison))
         known, problems = bytearray(), []
         for c in chain.from_iterable(readings):

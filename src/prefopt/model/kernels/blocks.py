@@ -35,7 +35,7 @@ class Blocks(NamedTuple):
 
 
 def with_blocks(out: Tensor, query: Tensor, key: Tensor, value: Tensor, found: Blocks, how: How) -> Tensor:
-    """Causal attention ``out`` [1, T, heads, D] with the rows of blocks computed anew; query [1, Hq, T, D], key and
+    """Causal attention ``out`` [1, T, heads, D] with the rows of blocks computed again; query [1, Hq, T, D], key and
     value [1, Hk, T, D]. A layer with sinks has none of these."""
     if found.sliding and how.window is None:
         return out
