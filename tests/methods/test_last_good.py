@@ -14,6 +14,10 @@ from methods import small_world as world
 from methods.test_ppo import ROWS, metrics, ppo
 from prefopt.cli import main
 from prefopt.errors import Diverged, Interrupted
+from prefopt.model.scorer import Scorer
+from prefopt.parallel.world import ALONE
+from prefopt.rl import last_good
+from prefopt.rl.last_good import write_last_good
 from prefopt.rl.rollouts import Collector
 from prefopt.train import checkpoint
 from prefopt.train.trainer import Trainer
@@ -105,3 +109,49 @@ def test_a_run_that_runs_away_at_once_says_that_there_is_nothing_to_go_on_from(s
     said = ran_away(start, tmp_path / "out", learning_rate=1.0)
     assert re.search(r"no good weights .* kept: start a new run elsewhere with a lower .* --beta$", said)
     assert not (tmp_path / "out/last-good").exists()
+
+
+def test_while_they_are_replaced_the_weights_before_are_there(
+    start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at any moment: one of the folders is whole."""
+
+    class Killed(BaseException):
+        pass
+
+    class Saved:
+        scorer = Scorer(world.model())
+
+        def save(self, path: Path, tokenizer: Any, *, writes: bool) -> None:
+            world.write_world(path)
+
+    def write() -> None:
+        write_last_good(Saved(), path, world.tokenizer(), [world.STOP], ALONE)  # type: ignore[arg-type]
+
+    path = tmp_path / "last-good"
+    calls: list[str] = []
+    remove, rename = last_good.remove_folder, Path.rename
+    killed_at = 0
+
+    def counted(name: str, work: Any) -> Any:
+        calls.append(name)
+        if len(calls) == killed_at:
+            raise Killed
+        return work()
+
+    write()
+    monkeypatch.setattr(last_good, "remove_folder", lambda p: counted("remove", lambda: remove(p)))
+    monkeypatch.setattr(Path, "rename", lambda self, to: counted("rename", lambda: rename(self, to)))
+    write()
+    moments = len(calls)
+    assert moments >= 4
+    for killed_at in range(1, moments + 1):
+        calls.clear()
+        with pytest.raises(Killed):
+            write()
+        whole = [f for f in tmp_path.iterdir() if f.name != ".last-good" and (f / "model.safetensors").exists()]
+        assert whole, killed_at
+    calls.clear()
+    killed_at = 0
+    write()
+    assert [f.name for f in tmp_path.iterdir()] == ["last-good"]

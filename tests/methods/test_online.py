@@ -17,11 +17,13 @@ import torch
 import prefopt
 from methods import small_world as world
 from methods.test_ppo import ROWS, metrics, same_bits
+from prefopt.config.online import OnlineConfig
 from prefopt.errors import ConfigError, Diverged, Interrupted, RunError, StudyError
 from prefopt.generate.chat_model import RemoteChatModel
 from prefopt.methods.online import OnlineResult
 from prefopt.rl import comparers
 from prefopt.rl.drawn import DrawnRounds
+from prefopt.rl.last_good import going_on
 from prefopt.rl.rollouts import Collector
 from prefopt.rl.sampled import SampledCollector
 from prefopt.studies.annotators import invite
@@ -126,6 +128,41 @@ def test_rounds_that_teach_nothing_change_nothing(small: str, tmp_path: Path) ->
     assert not all(torch.equal(after[name], before[name].to(after[name].dtype)) for name in after)
 
 
+def test_an_epoch_whose_last_round_taught_nothing_ends(small: str, tmp_path: Path) -> None:
+    calls: list[int] = []
+    kept: list[tuple[tuple[int, int], int]] = []
+    step = Trainer.make_step
+
+    def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        calls.append(1)
+        return world.reward(prompts, responses) if len(calls) % 2 else [1.0] * len(responses)
+
+    def noting(self: Trainer) -> Any:
+        record = step(self)
+        kept.append(((self.averages.whole.first, self.averages.whole.last), self.averages.begun.rows))
+        return record
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "make_step", noting)
+        online(small, tmp_path / "out", reward=reward, epochs=2)
+    assert [line["round/skipped"] == 4 for line in metrics(tmp_path / "out")] == [False, True] * 2
+    assert [whole for whole, _ in kept] == [(0, 0), (1, 1), (1, 1), (3, 3)]
+    assert [rows > 0 for _, rows in kept] == [True, False] * 2
+
+
+def test_only_prompts_that_are_left_out_are_skipped(
+    small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Best of K imitates the first of equals, or it would not be the best of K draws; and rounds of which nothing was
+    learned are counted at the end."""
+    for loss, skipped in (("best_of_k", 0), ("grpo", 0), ("dpo", 4)):
+        online(small, tmp_path / loss, reward=lambda p, r: [1.0] * len(r), loss=loss, progress="plain")
+        lines = metrics(tmp_path / loss)
+        assert [(line["round/skipped"], line["round/equal"]) for line in lines] == [(skipped, 4)] * 2
+        assert ("loss" in lines[0]) == (not skipped)
+        assert ("2 of 2 rounds taught nothing" in capsys.readouterr().out) == bool(skipped)
+
+
 def test_dynamic_sampling_leaves_out_what_is_equal(small: str, tmp_path: Path) -> None:
     """Prompts that begin with a: all their responses are worth the same."""
 
@@ -203,6 +240,31 @@ def test_a_policy_that_runs_away_leaves_good_weights(small: str, tmp_path: Path)
     with pytest.raises(Diverged, match="last good weights"):
         online(small, tmp_path / "out", loss="rloo", beta=0.0, max_kl=0.3, learning_rate=2e-3, epochs=20, save_every=1)
     assert (tmp_path / "out" / "last-good" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("options", [{"ref_model_sync_steps": 1}, {"loss": "best_of_k"}], ids=str)
+def test_what_a_run_that_diverged_advises_is_allowed(
+    options: dict[str, Any], small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.make_step
+
+    def diverging(self: Trainer) -> Any:
+        if self.state.step == 1:
+            raise Diverged("step 2: loss is nan")
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "make_step", diverging)
+    with pytest.raises(Diverged, match=r"no good weights later than the first|last good weights") as caught:
+        online(small, tmp_path / "out", epochs=2, save_every=1, **options)
+    said = str(caught.value)
+    assert ("--beta" in said) == ("loss" not in options)
+    path = tmp_path / "last-good"
+    config = OnlineConfig(model=small, prompts=["p"], reward="length", output="o", **options)
+    for named in (True, False):
+        how = going_on(config, path, named=named)
+        given = dict(zip(*[iter(how.split(" with ")[1].split(" and ")[0].split())] * 2, strict=True))
+        assert given["--model"] == str(path) and ("--reference" in given) == (named and "loss" in options)
+        OnlineConfig(**{**config.to_dict(), **{k[2:]: v for k, v in given.items()}})
 
 
 # -- stopping and going on ----------------------------------------------------------------------------------------
@@ -293,6 +355,14 @@ def test_a_language_model_judges_in_both_orders(small: str, tmp_path: Path, monk
     assert "objective/scores" not in line  # what one wins another loses
     online(small, tmp_path / "gradient", loss="rloo", **options)
     assert metrics(tmp_path / "gradient")[-1]["grad_norm"] > 0
+
+
+def test_a_judge_without_verdicts_ends_the_run(small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RemoteChatModel, "answer", lambda self, asked, attempt: iter(["I cannot say."]))
+    monkeypatch.setattr("prefopt.generate.judged.time.sleep", lambda seconds: None)
+    options: dict[str, Any] = {"reward": "llm", "judge_url": "http://localhost:1/v1", "judge_model": "mute", "num": 3}
+    with pytest.raises(RunError, match=r"round 1: the judge .*mute.* gave no verdict on (\d+) of \1 pairs"):
+        online(small, tmp_path / "out", **options)
 
 
 def vote_on_all(path: Path, done: threading.Event, prefer: Callable[[list[str]], int]) -> None:
@@ -419,6 +489,7 @@ def test_several_votes_of_people_are_fractions(tmp_path: Path) -> None:
         ({"loss": "aot", "num": 3}, "sorts the pairs"),
         ({"loss": "tdpo", "temperature": 0.5}, "--temperature 0.5"),
         ({"ref_model_sync_steps": 1, "reference": "x"}, "leave one out"),
+        ({"ref_model_sync_steps": 1, "max_kl": 5.0}, "--max-kl: with --ref-model-sync-steps the reference follows"),
         ({"reward": "people", "num": 10}, "people compare at most 9"),
         ({"lora": True, "lora_dropout": 0.1}, "--lora-dropout"),
         ({"num": 1}, "--num is 1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +21,16 @@ from methods.test_ppo import ROWS, kept_rollouts, metrics, ppo, same_bits, stopp
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.rewards import RewardTerm, reward_terms
 from prefopt.data.comparisons import parse_comparisons
-from prefopt.errors import ConfigError, DataError, RunError
+from prefopt.errors import ConfigError, DataError, Interrupted, RunError
 from prefopt.generate.judged import LlmScores
+from prefopt.methods.early_checks import check_before_torch
 from prefopt.model.scalar import scalar_from
 from prefopt.records import Comparison
 from prefopt.rl.objective import PpoObjective, distinct
+from prefopt.rl.rollouts import Collector
 from prefopt.rl.rounds import Rounds
 from prefopt.rl.scores import ScoreScale
+from prefopt.rl.watch import NO_STEP
 from prefopt.runs.diagnose import diagnose
 from prefopt.runs.history import read_history
 from prefopt.train.trainer import Trainer
@@ -333,6 +337,56 @@ def test_a_reward_that_is_exploited_is_told_while_it_happens_and_by_diagnose(
     stopped(25, small, tmp_path / "parts", **options)
     ppo(small, tmp_path / "parts", resume=True, **options)
     assert same_bits(tmp_path / "parts", tmp_path / "out")
+
+
+def test_a_stop_wherever_something_is_drawn_is_resumed_to_the_same_bits(small: str, tmp_path: Path) -> None:
+    """Also while held-out prompts are answered, when the step is over and not counted yet."""
+    (tmp_path / "held_out.txt").write_text("ab\ndc\n")
+    options: dict[str, Any] = {"eval_prompts": [str(tmp_path / "held_out.txt")], "eval_every": 1, "kl_target": 1.0}
+    options |= {"normalise_scores": "running", "num": 1, "batch_size": 4, "ppo_epochs": 2}
+    collect = Collector.collect
+
+    def drawn(output: Path, stop_at: int | None) -> list[bool]:
+        """Whether held-out prompts were answered, of each time that something was drawn."""
+        places: list[bool] = []
+        sent: list[int] = []
+
+        def wrapped(self: Collector, step: int, prompts: Any, budget: int, progress: Any) -> Any:
+            places.append(step == NO_STEP)
+
+            def counted(ended: int, drawn: int) -> None:
+                if len(places) == stop_at and not sent:
+                    sent.append(stop_at)
+                    signal.raise_signal(signal.SIGTERM)
+                progress(ended, drawn)
+
+            return collect(self, step, prompts, budget, counted)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Collector, "collect", wrapped)
+            ppo(small, output, **options)
+        return places
+
+    assert drawn(tmp_path / "whole", None) == [True, False, True, False, True]
+    for n in range(1, 6):
+        with pytest.raises(Interrupted):
+            drawn(tmp_path / str(n), n)
+        ppo(small, tmp_path / str(n), resume=True, **options)
+        assert same_bits(tmp_path / str(n), tmp_path / "whole"), n
+
+
+def test_the_true_reward_may_have_a_name_and_a_weight(own: None, small: str, tmp_path: Path) -> None:
+    (tmp_path / "held_out.txt").write_text("ab\ndc\n")
+    options: dict[str, Any] = {"reward": "own_rewards_of_a_test:letters", "eval_prompts": ["held_out.txt"]}
+    options["true_reward"] = "meant=own_rewards_of_a_test:letters*-0.5"
+    check_before_torch(PpoConfig(model=small, prompts=["held_out.txt"], output="other", device="cpu", **options))
+    ppo(small, tmp_path / "out", max_steps=1, eval_every=1, **options)
+    (line,) = read_history(tmp_path / "out").held_out
+    assert line["objective/true_scores"] == pytest.approx(-0.5 * line["objective/scores"]) != 0
+    with pytest.raises(ConfigError, match="--reward llm needs --judge-url"):
+        PpoConfig(model=small, prompts=["p"], output="o", **{**options, "true_reward": "llm*0.5"})
+    with pytest.raises(ConfigError, match=r"--true-reward length\*0: a weight of 0"):
+        PpoConfig(model=small, prompts=["p"], output="o", **{**options, "true_reward": "length*0"})
 
 
 def test_prompts_that_are_trained_on_are_not_held_out(small: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from prefopt.core.dispatch import ServersLost
 from prefopt.errors import ConfigError, Interrupted, ModelError, RunError
 from prefopt.reference.blocks import list_spaces, verify
 from prefopt.reference.teacher_cache import TeacherCache
+from prefopt.rl.student import StudentBatches
+from prefopt.train.remote_teacher import RemoteTeacher
 from train.small import steps, weights
 from train.test_resume import stop_after
 
@@ -156,6 +159,41 @@ def test_the_teacher_is_asked_about_responses_that_are_drawn(folders: list[str],
         assert all(torch.equal(one[name], two[name]) for name in one)
         distil(folders, teacher.url, tmp_path / "served", rollout_server=[rollouts.url], **options)
         assert [line["on_policy"] for line in steps(tmp_path / "served")] == [line["on_policy"] for line in lines]
+
+
+@pytest.mark.parametrize("served", [False, True], ids=["", "served"])
+def test_a_stop_while_the_teacher_is_asked_loses_nothing(served: bool, folders: list[str], tmp_path: Path) -> None:
+    """Of a run that saves nothing else; what a rollout server drew is not drawn again. The resumed run is stopped there
+    once more."""
+    options: dict[str, Any] = {"on_policy": 1.0, "max_new_tokens": 3, "epochs": 4, "teacher_top_k": 5}
+    with serving(folders[1]) as teacher, serving(folders[0]) as rollouts:
+        options |= {"rollout_server": [rollouts.url]} if served else {}
+        distil(folders, teacher.url, tmp_path / "whole", **options)
+        ask = RemoteTeacher.ask_again
+        for resume in (False, True):
+            asked: list[int] = []
+
+            def stopping(self: RemoteTeacher, groups: Any, n: int = 1 if resume else 3, asked: Any = asked) -> None:
+                asked.append(1)
+                if len(asked) == n:
+                    signal.raise_signal(signal.SIGTERM)
+                    self.run.stop.check(" while the teacher is asked")
+                ask(self, groups)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(RemoteTeacher, "ask_again", stopping)
+                with pytest.raises(Interrupted, match="while the teacher"):
+                    distil(folders, teacher.url, tmp_path / "parts", resume=resume, **options)
+            assert [p.name for p in (tmp_path / "parts" / "checkpoints").glob("step-*")] == ["step-00000002"]
+        with pytest.MonkeyPatch.context() as patch:
+            drawn: list[int] = []
+            draw = StudentBatches._draw
+            patch.setattr(StudentBatches, "_draw", lambda self, step, *a: drawn.append(step) or draw(self, step, *a))
+            distil(folders, teacher.url, tmp_path / "parts", resume=True, **options)
+            assert drawn == ([3] if served else [2, 3])
+        if not served:  # a server draws with random numbers of its own
+            one, two = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+            assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_a_dry_run_asks_about_no_data(folders: list[str], tmp_path: Path) -> None:

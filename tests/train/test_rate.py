@@ -18,6 +18,7 @@ from prefopt.config.ppo import PpoConfig
 from prefopt.config.rates import LARGE, suggested_rate
 from prefopt.errors import ConfigError, Interrupted, RunError
 from prefopt.model.scorer import PackedModel
+from prefopt.train.find_rate import Branches
 from prefopt.train.trainer import Trainer
 from train.small import QUICK, pairs, weights, write_model
 
@@ -121,6 +122,17 @@ def test_branches_start_from_the_same_weights_and_the_run_from_these(
     dpo(small, tmp_path / "branch", learning_rate=rates[1], max_steps=20, eval_every=20, **plain)
     lines = [json.loads(line) for line in (tmp_path / "branch/metrics.jsonl").read_text().splitlines()]
     assert [line["eval_loss"] for line in lines if "eval_loss" in line] == [pytest.approx(tried[rates[1]], abs=1e-12)]
+
+
+def test_a_search_in_which_every_rate_diverges_trains_nothing(
+    small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Branches, "run_at", lambda self, rate: math.inf)
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match=r"diverged at every rate from \S+ to \S+; start a new run"):
+            dpo(small, tmp_path / "out", resume=resume, **FIND)
+        kept = record(tmp_path / "out")
+        assert "learning_rate_found" not in kept and not any(kept["learning_rates_tried"].values())
 
 
 def test_a_search_that_stops_is_gone_on_with(small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -187,8 +187,12 @@ class OnlineConfig(
         above=0,
         at_most=1,
     )
-    max_kl: float = option(
-        MAX_KL, "KL from the reference in nats per response at which the run stops; its checkpoints are kept", above=0
+    max_kl: float | None = option(
+        help="KL from the reference in nats per response at which the run stops; the last good weights are saved as a"
+        " model; not with --ref-model-sync-steps, which takes the reference along",
+        computed=lambda c: MAX_KL if c.ref_model_sync_steps is None else None,
+        default_text=f"{MAX_KL:g}",
+        above=0,
     )
     labels: Literal["hard", "soft"] | None = option(
         None,
@@ -276,6 +280,11 @@ class OnlineConfig(
         if self.ref_model_sync_steps is not None and self.reference is not None:
             raise ConfigError(
                 "--reference: with --ref-model-sync-steps the reference starts as a copy of the policy; leave one out"
+            )
+        if self.ref_model_sync_steps is not None and self.max_kl is not None:
+            raise ConfigError(
+                "--max-kl: with --ref-model-sync-steps the reference follows the policy, and the KL from it does not"
+                " say how far that went; leave one out"
             )
         if self.batch_size < self.minibatches:
             raise ConfigError(

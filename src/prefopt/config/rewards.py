@@ -42,8 +42,8 @@ class RewardTerm:
         return is_model_reward(self.source)
 
 
-def reward_term(text: str) -> RewardTerm:
-    """``[NAME=]REWARD[*WEIGHT]``. A folder of that whole name is one. Raises ``ConfigError``."""
+def reward_term(text: str, option: str = "--reward") -> RewardTerm:
+    """``[NAME=]REWARD[*WEIGHT]`` of ``option``. A folder of that whole name is one. Raises ``ConfigError``."""
     if expanded(text).is_dir():
         return RewardTerm(_name_of(text), text)
     named, weight = _NAMED.fullmatch(text), 1.0
@@ -51,7 +51,7 @@ def reward_term(text: str) -> RewardTerm:
     if weighted := _WEIGHTED.fullmatch(source):
         source, weight = weighted[1], float(weighted[2])
         if not weight:
-            raise ConfigError(f"--reward {text}: a weight of 0 leaves nothing of it; leave it out")
+            raise ConfigError(f"{option} {text}: a weight of 0 leaves nothing of it; leave it out")
     return RewardTerm(name or _name_of(source), source, weight)
 
 
@@ -144,7 +144,7 @@ class RewardOptions(Config):
         if self.true_reward is not None:
             if self.eval_prompts is None:
                 raise ConfigError("--true-reward is measured on held-out prompts: add --eval-prompts")
-            sources.append(self.true_reward)
+            sources.append(reward_term(self.true_reward, "--true-reward").source)
         if LLM in sources and self.judge_url is None:
             raise ConfigError("--reward llm needs --judge-url, the address of its server")
         for name in OF_JUDGE:

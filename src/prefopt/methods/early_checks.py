@@ -14,7 +14,7 @@ from prefopt.config.methods import method_of
 from prefopt.config.online import COMPARERS, OnlineConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.reward_bench import RewardBenchConfig
-from prefopt.config.rewards import LLM
+from prefopt.config.rewards import LLM, reward_term
 from prefopt.config.sample import SampleConfig
 from prefopt.config.scoring import IMPLICIT, RULES, ScorerOptions, is_model_reward
 from prefopt.config.tools import ScoreConfig
@@ -77,7 +77,7 @@ def check_before_torch(config: Any) -> None:
 def _rewards_of(config: Any) -> list[str]:
     if isinstance(config, PpoConfig):
         sources = [term.source for term in config.reward_terms]
-        sources += [] if config.true_reward is None else [config.true_reward]
+        sources += [] if config.true_reward is None else [reward_term(config.true_reward, "--true-reward").source]
         return [source for source in sources if source != LLM]
     reward = getattr(config, "reward", None)
     return [reward] if isinstance(reward, str) else []

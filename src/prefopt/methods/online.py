@@ -20,7 +20,6 @@ from prefopt.generate.language_judge import LanguageJudge
 from prefopt.generate.model_io import PromptSet, SampledModel
 from prefopt.generate.rewards import RewardModelScorer, RewardScorer, TextRewardScorer, load_reward_scorer
 from prefopt.generate.sampler import SamplingParams
-from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.model.card import portable
 from prefopt.model.check import CheckReport
 from prefopt.model.costs import peak_memory
@@ -224,7 +223,7 @@ def _rounds(
 ) -> OnlineRounds:
     config, scorer = run.config, models.actor.apart
     sampler, order = sampler_of(run, scorer, prompts), order_of(config, len(prompts.ids))
-    kind = Collector if config.gradient or not isinstance(sampler, TransformersSampler) else SampledCollector
+    kind = Collector if config.gradient else SampledCollector
     return OnlineRounds(
         config,
         kind(prompts, sampler, settings, config.num, models.judge, scorer, None, models.reference, run.world),
@@ -359,12 +358,15 @@ def _finish(run: Run, policy: Policy, models: PpoModels, prompts: PromptSet, sta
     for name in _CARD:
         results |= {f"first round: {name}": first.get(name), f"training: {name}": last.get(name)}
     results |= {f"memory of the {name}": size(of) for name, of in models.memory().items() if of}
-    closing = f"{last['objective/kl']:.3g} nats from the reference; compare with prefopt compare, and look at samples"
+    found = []
     if config.judge is None:
         ends = [f"{line['objective/scores']:.3f}" for line in (first, last)]
-        closing = (
-            f"score {ends[0]} in the first round, {ends[1]} in the last ones, by what it learned from, at {closing}"
-        )
+        found.append(f"score {ends[0]} in the first round, {ends[1]} in the last ones, by what it learned from")
+    if config.ref_model_sync_steps is None:  # of a reference that moves it says nothing
+        found.append(f"{last['objective/kl']:.3g} nats from the reference")
+    closing = f"{', at '.join(found) or 'trained'}; compare with prefopt compare, and look at samples"
+    if idle := sum(line["round/skipped"] == line["round/prompts"] for line in history.training):
+        closing = f"{idle} of {steps} rounds taught nothing: the judge preferred no response in them; {closing}"
     judge = f"The judge: {models.judge.words}." if config.judge else f"The reward is `{portable(config.reward)}`."
     files = ", ".join(f"`{Path(d).name}`" for d in config.prompts)
     run.finish(

@@ -16,6 +16,8 @@ from typing import Protocol
 from prefopt.data.group import Group
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.tokenizer import Tokenizer
+from prefopt.errors import RunError
+from prefopt.generate.judged import UNSCORED
 from prefopt.generate.language_judge import LanguageJudge
 from prefopt.generate.rewards import TextRewardScorer
 from prefopt.parallel.world import World
@@ -98,7 +100,14 @@ class LanguageComparer:
             found |= world.together(lambda part=part: self._asked(answered, part))  # type: ignore[misc]
             pause()
         every: list[dict[tuple[str, str], float]] = [{} for _ in answered]
-        for judged in world.gather(found):
+        parts = world.gather(found)
+        lacking = sum(math.isnan(x) for judged in parts for x in judged.values())
+        if lacking > UNSCORED * len(questions):
+            raise RunError(
+                f"{name}: the judge {self._judge.name} gave no verdict on {lacking} of {len(questions)} pairs, and"
+                " nothing is learned from those; take a --judge-model that follows its instructions"
+            )
+        for judged in parts:
             for (n, one, other), x in judged.items():
                 every[n] |= {(one, other): x, (other, one): 1 - x}
         return [a.outcomes(judged) for a, judged in zip(answered, every, strict=True)]

@@ -24,7 +24,7 @@ from prefopt.losses.rl import k1, per_response
 from prefopt.records import Comparison, Message
 from prefopt.reference.in_memory import InMemoryReference, SwappedWeights
 from prefopt.rewards import Reward
-from prefopt.rl.last_good import OTHERWISE, going_on, write_last_good
+from prefopt.rl.last_good import going_on, otherwise, write_last_good
 from prefopt.rl.rollouts import Collector
 from prefopt.rl.samplers import LocalSampler
 from prefopt.rl.watch import NO_STEP, collect
@@ -82,7 +82,7 @@ class KlGuard:
     def _remedy(self) -> str:
         run = self.offline.run
         if self.good_step is None:
-            return f"no good weights were measured before: start a new run elsewhere with {OTHERWISE}"
+            return f"no good weights were measured before: start a new run elsewhere with {otherwise(run.config)}"
         how = going_on(run.config, run.folder.last_good, named=run.given is None)
         return f"the last good weights, after step {self.good_step}, are a model: {how}"
 

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from prefopt.config.dpo import DpoConfig
+from prefopt.config.online import OnlineConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.core.files import remove_folder
 from prefopt.data.tokenizer import Tokenizer
@@ -17,7 +18,8 @@ from prefopt.model.save import add_end_tokens, repair_generation
 from prefopt.parallel.world import World
 from prefopt.train.policy import Policy
 
-OTHERWISE = "a lower --learning-rate or a higher --beta"
+Going = PpoConfig | DpoConfig | OnlineConfig
+"""Options of runs whose last good weights are kept."""
 
 
 def write_last_good(policy: Policy, path: Path, tokenizer: Tokenizer, ends: Sequence[int], world: World) -> None:
@@ -29,24 +31,35 @@ def write_last_good(policy: Policy, path: Path, tokenizer: Tokenizer, ends: Sequ
     policy.save(aside, tokenizer, writes=world.first)
     if world.first:
         add_end_tokens(aside, ends, tokenizer, policy.scorer.model)
-        remove_folder(path)
+        before = path.with_name(f".{path.name}-before")  # at every moment one of the two is whole
+        if path.exists():
+            remove_folder(before)
+            path.rename(before)
         aside.rename(path)
+        remove_folder(before)
 
 
-def going_on(config: PpoConfig | DpoConfig, path: Path, *, named: bool) -> str:
-    """How a run goes on from the model in ``path``, held by the reference of this one. ``named``: the model was not
-    given in Python."""
+def otherwise(config: Going) -> str:
+    """Options that keep the next run from the same end."""
+    imitates = isinstance(config, OnlineConfig) and config.imitates  # there is no beta then
+    return "a lower --learning-rate" if imitates else "a lower --learning-rate or a higher --beta"
+
+
+def going_on(config: Going, path: Path, *, named: bool) -> str:
+    """How a run goes on from the model in ``path``, held by the reference of this one, unless that moves. ``named``:
+    the model was not given in Python."""
     start = f"--model {path}"
     if config.lora and named:
         start = f"--model {config.model} --adapter {path}"
-    reference = config.reference or (_start(config) if named else None)
+    moves = getattr(config, "ref_model_sync_steps", None) is not None
+    reference = config.reference or (_start(config) if named and not moves else None)
     start = f"{start} --reference {reference}" if reference else start
     other = getattr(config, "reference_adapter", None)
     start = f"{start} --reference-adapter {other}" if other else start
-    return f"go on from them, into another --output, with {start} and {OTHERWISE}"
+    return f"go on from them, into another --output, with {start} and {otherwise(config)}"
 
 
-def _start(config: PpoConfig | DpoConfig) -> str | None:
+def _start(config: Going) -> str | None:
     """What ``--reference`` calls the model before training; None for an adapter that was put on a model of another name
     than its own, which no name stands for."""
     if config.adapter is None:

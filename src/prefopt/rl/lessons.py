@@ -26,8 +26,8 @@ from prefopt.train.objectives import LikelihoodObjective
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """``batch`` has the prompts of which something can be learned; ``skipped`` counts the others, whose responses are
-    equally good. ``preferences``: those of the judge by group, where they are not by scores alone."""
+    """``batch`` has the prompts that are trained on; ``skipped`` counts those left out, whose responses are equally
+    good. ``preferences``: those of the judge by group, where they are not by scores alone."""
 
     batch: Batch
     skipped: int = 0
@@ -73,7 +73,7 @@ def gradient_lesson(config: OnlineConfig, found: Round) -> Lesson:
     }
     batch = Batch(rollouts.groups, columns)
     if not config.dynamic_sampling:
-        return Lesson(batch, int(equal_G.sum()))
+        return Lesson(batch)
     return Lesson(batch.select(np.flatnonzero(~equal_G).tolist()), int(equal_G.sum()))
 
 
@@ -86,7 +86,8 @@ def _equal(score_N: torch.Tensor, group_N: torch.Tensor, groups: int) -> np.ndar
 
 
 def best_lesson(found: Round) -> Lesson:
-    """The best response of each prompt alone, of equals the first."""
+    """The best response of each prompt alone, of equals the first: without prompts whose responses are all equal, what
+    is imitated would not be the distribution of the best of K."""
     rollouts, scores = found.rollouts, found.scores()
     best = [int(np.argmax(many)) for many in scores]
     groups = [
@@ -94,7 +95,7 @@ def best_lesson(found: Round) -> Lesson:
     ]
     logp_N = per_response(rollouts.logp_M, rollouts.length_N).numpy()
     starts = np.cumsum([0, *(len(many) for many in scores[:-1])])
-    return Lesson(Batch(groups, {"old_logp_N": logp_N[starts + np.array(best)]}), sum(len(set(m)) == 1 for m in scores))
+    return Lesson(Batch(groups, {"old_logp_N": logp_N[starts + np.array(best)]}))
 
 
 def preference_lesson(config: OnlineConfig, terms: Losses, found: Round) -> Lesson:

@@ -88,10 +88,12 @@ class OnlineRounds(DrawnRounds):
     def _refuse_far(self, step: int, found: Round) -> None:
         rollouts = found.rollouts
         kl = float((rollouts.logp_M - rollouts.ref_logp_M).sum()) / len(rollouts.score_N)
-        if not (math.isfinite(kl) and kl <= self.config.max_kl):
+        most = self.config.max_kl
+        if not (math.isfinite(kl) and kl <= (math.inf if most is None else most)):
+            limit = "" if most is None else f", more than --max-kl {most:g}"
             raise Diverged(
-                f"step {step + 1}: the divergence from the reference is {kl:.4g} nats per response, more than --max-kl"
-                f" {self.config.max_kl:g}: the policy has run away from its reference"
+                f"step {step + 1}: the divergence from the reference is {kl:.4g} nats per response{limit}: the policy"
+                " has run away from its reference"
             )
 
     def _judged(self, trainer: Trainer, drawn: Round) -> Round:
@@ -130,6 +132,7 @@ class OnlineRounds(DrawnRounds):
         found |= {"round/prompts": float(len(rollouts.groups)), "round/skipped": float(lesson.skipped)}
         if final.outcomes is None:
             best = [max(scores) for scores in final.scores()]
+            found["round/equal"] = float(sum(len(set(scores)) == 1 for scores in final.scores()))
             found["objective/best_scores"] = sum(best) / len(best)
         else:  # what one response wins another loses: their mean says nothing
             found = {name: value for name, value in found.items() if name not in OF_SCORES}

@@ -38,7 +38,7 @@ class Rewards:
     def of(cls, config: PpoConfig, given: Function | None = None) -> Rewards:
         """Find the functions and ask the server of a judge. ``given`` replaces ``config.reward``. Raises
         :class:`prefopt.errors.UserError`."""
-        true = reward_term(config.true_reward) if config.true_reward is not None else None
+        true = reward_term(config.true_reward, "--true-reward") if config.true_reward is not None else None
         terms = config.reward_terms if given is None else [RewardTerm("reward", config.reward_words)]
         texts = {config.reward_words: Reward(config.reward_words, given)} if given is not None else {}
         for term in [*terms, *([true] if true else [])]:
@@ -90,7 +90,10 @@ class Rewards:
         parts = {term.name: (term.weight, scorer(term, "--reward")) for term in self.terms}
         single = len(self.terms) == 1 and self.terms[0].weight == 1
         training: RewardScorer = parts[self.terms[0].name][1] if single else WeightedRewards(parts)
-        return training, None if self.true is None else scorer(self.true, "--true-reward")
+        if self.true is None:
+            return training, None
+        true: RewardScorer = scorer(self.true, "--true-reward")
+        return training, true if self.true.weight == 1 else WeightedRewards({self.true.name: (self.true.weight, true)})
 
     def same(self) -> dict[str, tuple[str, str]]:
         """What a resumed run must not change of the rewards: names in ``run.json`` to (digest, words)."""

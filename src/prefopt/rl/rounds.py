@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from prefopt.config.online import OnlineConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.core.dispatch import ServersLost
 from prefopt.core.terminal import Reporter
@@ -26,7 +27,7 @@ from prefopt.errors import Diverged, RunError
 from prefopt.losses.rl import KlController, k1
 from prefopt.model.costs import peak_memory
 from prefopt.parallel.world import World
-from prefopt.rl.last_good import OTHERWISE, going_on, write_last_good
+from prefopt.rl.last_good import going_on, otherwise, write_last_good
 from prefopt.rl.objective import Targets, corrected, final_scores, importance_metrics, rollout_metrics, targets_of
 from prefopt.rl.prompts import PtxTerm
 from prefopt.rl.rollouts import Collector, Rollouts
@@ -221,7 +222,7 @@ def _refuse_not_finite(step: int, rollouts: Rollouts, targets: Targets) -> None:
 
 
 def keep_last_good(
-    config: PpoConfig,
+    config: PpoConfig | OnlineConfig,
     folder: RunFolder,
     policy: Policy,
     tokenizer: Tokenizer,
@@ -239,7 +240,9 @@ def keep_last_good(
     found = newest[1] if newest is not None else None
     step = found.state["step"] if found is not None else 0
     if found is None or not step:
-        return f"no good weights later than the first ones were kept: start a new run elsewhere with {OTHERWISE}"
+        return (
+            f"no good weights later than the first ones were kept: start a new run elsewhere with {otherwise(config)}"
+        )
     path = folder.last_good
     failed = None
     try:
@@ -253,11 +256,11 @@ def keep_last_good(
     return f"the last good weights that were kept, after step {step}, are a model: {how}"
 
 
-def _is_good(kept: Checkpoint, max_kl: float) -> bool:
+def _is_good(kept: Checkpoint, max_kl: float | None) -> bool:
     """Whether the weights of a checkpoint themselves drew responses of small enough divergence: within a step they have
     moved since."""
     if kept.rollouts is None or kept.state["progress"]["done"]:
         return False
     rollouts = Rollouts.from_tensors(kept.rollouts)
     divergence = float(k1(rollouts.logp_M - rollouts.ref_logp_M).sum()) / len(rollouts.score_N)
-    return divergence <= max_kl
+    return divergence <= max_kl if max_kl is not None else math.isfinite(divergence)

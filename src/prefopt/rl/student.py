@@ -13,7 +13,7 @@ from prefopt.core.dispatch import ServersLost
 from prefopt.data.group import Group
 from prefopt.data.sampler import BatchSampler
 from prefopt.data.table import GroupTable
-from prefopt.errors import DataError
+from prefopt.errors import DataError, Interrupted
 from prefopt.generate.sampler import SamplingParams, group_of, occurrences
 from prefopt.model.scorer import Scorer
 from prefopt.parallel.balance import balanced
@@ -97,24 +97,25 @@ class StudentBatches(DataBatches):
         assert self._sampler is not None
         step = trainer.state.step
         self._drawn, restored, self._restored = None, self._restored, None
-        if restored is not None:
-            self._drawn = self._taught(restored)
-            return False
-        if self.is_drawn(step):
-            trainer.train_mode(False)
-            groups = super().batch(step).groups
-            try:
+        try:
+            if restored is not None:
+                self._drawn = self._taught(restored)
+                return False
+            if self.is_drawn(step):
+                trainer.train_mode(False)
+                groups = super().batch(step).groups
                 self._sampler.refresh(step)
                 self._drawn = self._taught(self._draw(step, groups, trainer))
-            except ServersLost:
-                trainer.keep()  # servers may be started again, and the run goes on from here
-                raise
+        except (ServersLost, Interrupted):  # the run goes on from here; servers may be started again
+            trainer.keep()
+            raise
         return self._sampler.remote  # of one in this process a checkpoint needs no samples: they are drawn again
 
     def _taught(self, groups: Sequence[Group]) -> Batch:
         """Samples with what a teacher behind a URL says of them."""
         if self.teacher is None:
             return Batch(groups)
+        self._drawn = Batch(groups)  # a stop while the teacher is asked keeps the samples
         self.teacher.ask_again(groups)
         return Batch(groups, self.columns(groups))
 

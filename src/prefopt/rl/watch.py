@@ -34,13 +34,19 @@ SCALED_BY = 256
 
 
 def collect(
-    trainer: Trainer, collector: Collector, step: int, prompts: Sequence[int]
+    trainer: Trainer, collector: Collector, step: int, prompts: Sequence[int], *, pauses: bool = True
 ) -> tuple[Rollouts, dict[str, float]]:
-    """Rollouts, and the seconds of each phase. Where memory runs out, with half the token budget."""
+    """Rollouts, and the seconds of each phase. Where memory runs out, with half the token budget. ``pauses``: a stop
+    request is followed while they are drawn, with a checkpoint: not where a step is half over."""
+
+    def progress(ended: int, drawn: int) -> None:
+        if pauses:
+            trainer.pause()
+
     while True:
         try:
             trainer.train_mode(False)
-            return collector.collect(step, prompts, trainer.token_budget, lambda ended, drawn: trainer.pause())
+            return collector.collect(step, prompts, trainer.token_budget, progress)
         except MEMORY_ERRORS as error:
             trainer.halve(error, "scoring the responses")
 
@@ -84,9 +90,9 @@ class Watch:
 
     def after(self, trainer: Trainer, step: int) -> None:
         """Measure the weights after ``step`` where that is due, and say what in the metrics is a sign that the reward
-        is exploited."""
+        is exploited. The trainer follows a stop request right after this, when the step is counted."""
         if self.held_out is not None and (step % self.every == 0 or step == self.steps):
-            record = self._measure(trainer)
+            record = self._measure(trainer, pauses=False)
             trainer.metrics.write({"step": step, **{f"eval_{name}": value for name, value in record.items()}})
             trainer.reporter.say(f"step {step}: held out: {', '.join(note(record))}")
         if step % self.look_every == 0 or step == self.steps:
@@ -95,9 +101,10 @@ class Watch:
                     self.said.append(finding.name)
                     trainer.reporter.say(f"step {step}: {finding.text}")
 
-    def _measure(self, trainer: Trainer) -> Record:
+    def _measure(self, trainer: Trainer, *, pauses: bool = True) -> Record:
         assert self.held_out is not None
-        rollouts, _ = collect(trainer, self.held_out, NO_STEP, range(len(self.held_out.prompts.ids)))
+        prompts = range(len(self.held_out.prompts.ids))
+        rollouts, _ = collect(trainer, self.held_out, NO_STEP, prompts, pauses=pauses)
         return held_out_metrics(rollouts)
 
 

@@ -125,6 +125,11 @@ class Averages:
         self.begun.add(step, rows, record, {**measured, **weights})
         self.record = dict(record)
         if ends_epoch:
+            self.end_epoch()
+
+    def end_epoch(self) -> None:
+        """What was begun is a whole epoch, unless none of its steps had metrics."""
+        if self.begun.rows:
             self.whole, self.begun = self.begun, Pass()
 
     @property

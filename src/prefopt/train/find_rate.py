@@ -111,6 +111,11 @@ def find_rate(offline: OfflineRun, objective: Objective, source: DataBatches, pl
     if FOUND not in run.folder.record:
         _try(offline, objective, source, plan, tried)
     found = min(sorted(tried), key=tried.__getitem__)
+    if math.isinf(tried[found]):
+        raise ConfigError(
+            f"--find-learning-rate: training diverged at every rate from {found:g} to {max(tried):g}; start a new run"
+            " elsewhere with a --learning-rate far below, or try --dtype float32"
+        )
     set_rate(run, found)
     run.folder.remember(**{FOUND: found})
     if run.config.find_learning_rate == "stop":

@@ -170,8 +170,7 @@ class Trainer:
             return
         self.stop.signal = asked
         self.keep()
-        done = self.state.done
-        within = f", {done} of the updates of the next one made" if done else ""
+        within = f", {self.state.done} of the updates of the next one made" if self.state.done else ""
         self.stop.check(f" after step {self.state.step} of {self.steps}{within}")
 
     def make_step(self) -> Record:
@@ -197,6 +196,8 @@ class Trainer:
         ends_epoch = (state.step + 1) % source.steps_per_epoch == 0
         if state.records:
             self.averages.add(state.step + 1, len(batch), record, weights, ends_epoch=ends_epoch)
+        elif ends_epoch:
+            self.averages.end_epoch()
         record = source.end(self, record)
         state.step, state.done, state.records, state.times = state.step + 1, 0, [], {}
         state.seconds += time.monotonic() - started
@@ -330,10 +331,8 @@ class Trainer:
         return self._held_out is not None
 
     def _evaluation_due(self) -> bool:
-        if not self._evaluates:
-            return False
-        step = self.state.step
-        return step % (self.eval_every or self.source.steps_per_epoch) == 0 or step == self.steps
+        step, every = self.state.step, self.eval_every or self.source.steps_per_epoch
+        return self._evaluates and (step % every == 0 or step == self.steps)
 
     def evaluate(self) -> Record:
         """Metrics on the held-out batch. The weights are saved if its loss is the lowest so far."""
@@ -367,6 +366,7 @@ class Trainer:
         state, now = self.state, (self.state.step, self.state.done)
         wait = not due or state.step == self.steps or state.stopped_early
         if self._saved != now:
+            assert not state.done or state.done < self.source.updates, "a step that is over cannot be resumed"
             state.token_budget = self.token_budget
             step, note_costs = state.step, self.measure_costs()
 
