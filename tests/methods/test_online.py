@@ -128,6 +128,14 @@ def test_rounds_that_teach_nothing_change_nothing(small: str, tmp_path: Path) ->
     assert not all(torch.equal(after[name], before[name].to(after[name].dtype)) for name in after)
 
 
+def test_the_rate_is_settled_for_the_model(small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    online(small, tmp_path / "out", learning_rate="auto", max_steps=1, passes=2, minibatches=2, progress="plain")
+    assert "million weights in 4 updates" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "out/run.json").read_text())
+    rate = kept["resolved"]["learning_rate"]["to"]
+    assert metrics(tmp_path / "out")[0]["learning_rate"] == kept["options"]["learning_rate"] == rate > 1e-5
+
+
 def test_an_epoch_whose_last_round_taught_nothing_ends(small: str, tmp_path: Path) -> None:
     calls: list[int] = []
     kept: list[tuple[tuple[int, int], int]] = []

@@ -14,6 +14,7 @@ import torch
 
 import prefopt
 from prefopt.config.dpo import DpoConfig
+from prefopt.config.online import OnlineConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.rates import LARGE, suggested_rate
 from prefopt.errors import ConfigError, Interrupted, RunError
@@ -90,6 +91,10 @@ def test_the_rate_is_settled_said_and_kept_for_a_resume(
 def test_published_rates_are_those_of_papers() -> None:
     found = [DpoConfig(model="m", data=["d"], output="o", lora=lora) for lora in (False, True)]
     assert [c.learning_rate for c in found] == ["auto", "auto"] and [c.published_rate for c in found] == [1e-6, 2e-5]
+    given: dict[str, Any] = {"model": "m", "prompts": ["p"], "reward": "length", "output": "o"}
+    for loss, rates in (("dpo", (1e-6, 2e-5)), ("grpo", (1e-6, 1e-5)), ("best_of_k", (1e-5, 2e-4))):
+        online = [OnlineConfig(**given, loss=loss, lora=lora) for lora in (False, True)]
+        assert all(c.learning_rate == "auto" for c in online) and tuple(c.published_rate for c in online) == rates
     ppo = PpoConfig(model="m", prompts=["p"], reward="length", output="o")
     assert ppo.learning_rate == "auto" and ppo.critic_learning_rate is None and ppo.published_rate == 3e-6
     assert replace(ppo, learning_rate=1e-4).critic_learning_rate == 1e-4, "the critic learns at the same rate"

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from prefopt.config import dpo, sft
 from prefopt.config.data import PromptOptions, RowOptions, TemplateOptions
 from prefopt.config.dpo import LossOptions
+from prefopt.config.rates import AUTO, SMALL_RATE
 from prefopt.config.training import ModelOptions, RouterOptions, RunOptions, TrainingOptions
 from prefopt.core.options import Config, beside, flag, option
 from prefopt.errors import ConfigError
@@ -62,12 +63,6 @@ def of_gradient(name: str, help: str, **limits: Any) -> Any:
     return option(
         help=help, computed=lambda c: getattr(c.gradient, name) if c.gradient else None, default_text=text, **limits
     )
-
-
-def rate_of(c: Any) -> float:
-    """The peak learning rate of a loss."""
-    rates = sft.LEARNING_RATE if c.imitates else LEARNING_RATE if c.gradient else dpo.LEARNING_RATE
-    return rates[c.lora or c.named_adapter is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,14 +234,26 @@ class OnlineConfig(
     batch_size: int = option(64, "prompts per round", at_least=1)
     passes: int = option(1, "passes over the responses of a round", at_least=1)
     minibatches: int = option(1, "optimiser steps per pass; each gets its share of prompts", at_least=1)
-    learning_rate: float = option(
-        help="peak learning rate",
-        computed=rate_of,
-        default_text=f"{dpo.LEARNING_RATE[False]:g}, with LoRA {dpo.LEARNING_RATE[True]:g} ({LEARNING_RATE[True]:g} for"
-        f" policy gradients); {BEST_OF} {sft.LEARNING_RATE[False]:g}, with LoRA {sft.LEARNING_RATE[True]:g}",
+    learning_rate: float | Literal["auto"] = option(
+        AUTO,
+        f"peak learning rate; auto: that of large models, {dpo.LEARNING_RATE[False]:g} and with LoRA"
+        f" {dpo.LEARNING_RATE[True]:g} ({LEARNING_RATE[True]:g} for policy gradients), of {BEST_OF}"
+        f" {sft.LEARNING_RATE[False]:g} and {sft.LEARNING_RATE[True]:g}, and more for models below half a billion"
+        " weights",
         above=0,
     )
     warmup: float = option(0.0, "fraction of the steps with a rising learning rate", at_least=0, below=1)
+
+    @property
+    def published_rate(self) -> float:
+        """The learning rate of the loss that is usual for models of billions of weights."""
+        rates = sft.LEARNING_RATE if self.imitates else LEARNING_RATE if self.gradient else dpo.LEARNING_RATE
+        return rates[self.lora or self.named_adapter is not None]
+
+    @property
+    def small_rate(self) -> float:
+        """The most that is suggested for a small model."""
+        return SMALL_RATE[self.lora or self.named_adapter is not None]
 
     @property
     def own_losses(self) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ from prefopt.rl.lessons import TemperedLikelihood, TemperedPreferences, lesson_m
 from prefopt.rl.models import PpoModels, cut_frozen, reference_of, weights_in_files
 from prefopt.rl.online import FirstLook, OnlineRounds
 from prefopt.rl.policy_gradient import PolicyGradient
-from prefopt.rl.prompts import order_of, read_rollout_prompts, too_few
+from prefopt.rl.prompts import order_of, read_rollout_prompts, too_few, updates_of
 from prefopt.rl.rollouts import Collector
 from prefopt.rl.round_file import ROUNDS, RoundFiles
 from prefopt.rl.rounds import keep_last_good
@@ -45,6 +45,7 @@ from prefopt.train.memory import Trainee
 from prefopt.train.objective import Objective
 from prefopt.train.optim import Network
 from prefopt.train.policy import Policy
+from prefopt.train.rate import settle_rate
 from prefopt.train.result import RunResult
 from prefopt.train.routing import describe_routing, routed
 from prefopt.train.run import EXAMPLE_TEXT, Run, open_run, steps_of
@@ -96,6 +97,8 @@ def run(
         _check_prompts(terms, prompts)
         comparer = _comparer(run)
         policy = run.loading(Policy(config, start.source, run.dtype, run.device, model))
+        settle_rate(run, policy.scorer, updates=updates_of(config, len(prompts.ids)))
+        config = run.config
         check = check_samples(policy, prompts, settings)
         run.say_scoring(policy, check)
         say(policy.leftover())

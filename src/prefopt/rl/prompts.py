@@ -110,10 +110,11 @@ def order_of(config: PpoConfig | OnlineConfig, prompts: int) -> BatchSampler:
     return BatchSampler(prompts, config.batch_size, seed=config.seed, shuffle=config.shuffle)
 
 
-def updates_of(config: PpoConfig, prompts: int) -> int:
+def updates_of(config: PpoConfig | OnlineConfig, prompts: int) -> int:
     """Optimiser updates of a run, if none is skipped."""
     steps = steps_of(config, order_of(config, prompts).steps_per_epoch)
-    return steps * config.ppo_epochs * config.minibatches
+    passes = config.ppo_epochs if isinstance(config, PpoConfig) else config.passes
+    return steps * passes * config.minibatches
 
 
 def plan_of(config: PpoConfig, prompts: int, tokens: int) -> str:
@@ -145,10 +146,7 @@ def too_few(config: PpoConfig | OnlineConfig, prompts: int) -> str | None:
     steps = steps_of(config, order_of(config, prompts).steps_per_epoch)
     if steps >= FEW or steps == config.max_steps:
         return None
-    if isinstance(config, PpoConfig) and config.learning_rate == AUTO:
-        rate = config.published_rate
-    else:
-        rate = float(config.learning_rate)
+    rate = config.published_rate if config.learning_rate == AUTO else float(config.learning_rate)
     made = "1 step" if steps == 1 else f"{steps} steps"
     what = config.loss if isinstance(config, OnlineConfig) else config.algorithm.upper()
     return (
