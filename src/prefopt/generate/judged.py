@@ -13,11 +13,13 @@ from pathlib import Path
 
 from prefopt.config.rewards import JUDGE_PATTERN, LLM, RewardOptions
 from prefopt.core.cache_folder import cache_root
+from prefopt.core.endpoint import Flags
 from prefopt.core.files import expanded, write_json
 from prefopt.errors import ConfigError, RunError
 from prefopt.generate.chat_model import ContextLengthError, RemoteChatModel
 from prefopt.records import Message
 
+FLAGS = Flags("--judge-url", "--judge-key", "--judge-model")
 ATTEMPTS = 3
 PAUSE = 2.0
 """Seconds before the second attempt, doubled before the third."""
@@ -48,7 +50,7 @@ class CachedJudge:
         pause: float | None = None,
     ) -> None:
         """Raises :class:`prefopt.errors.UserError` where the server cannot be asked."""
-        self._model = RemoteChatModel(url, model, key_variable=key_variable, options={"temperature": 0})
+        self._model = RemoteChatModel(url, model, key_variable=key_variable, options={"temperature": 0}, flags=FLAGS)
         self.name = self._model.name
         self._instructions, self._valid = instructions, valid
         self._pause = PAUSE if pause is None else pause
@@ -63,13 +65,15 @@ class CachedJudge:
         name = hashlib.blake2b(key, digest_size=16).hexdigest()
         path = self._folder / name[:2] / f"{name}.json"
         try:
-            answer = str(json.loads(path.read_text("utf-8"))["answer"])
-            with self._turn:
-                self.cached += 1
-            return answer
+            answer: str | None = str(json.loads(path.read_text("utf-8"))["answer"])
         except Exception:  # absent or damaged: ask again
-            with self._turn:
-                self.asked += 1
+            answer = None
+        known = answer is not None and self._valid(answer)  # what is valid may have changed since
+        with self._turn:
+            self.cached += known
+            self.asked += not known
+        if answer is not None and known:
+            return answer
         answer = self._ask(question)
         if self._valid(answer):
             write_json(path, {"judge": self.name, "answer": answer})
