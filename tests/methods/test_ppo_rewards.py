@@ -134,7 +134,9 @@ def test_a_judge_scores_once_retries_and_counts_what_it_did_not_score() -> None:
         with pytest.raises(RunError, match=r"1 of 1 answers hold no score that --judge-pattern .* 'I cannot say\.'"):
             scores(["new"], ["new"])
         server.pieces = ["grade: 40%"]
-        assert judge(server.url, judge_pattern=r"grade: (\d+)%")(["p"], ["z"]) == [40.0]
+        other = judge(server.url, judge_pattern=r"grade: (\d+)%")
+        assert other(["p"], ["z"]) == [40.0]
+        assert other(["p"], ["a"]) == [40.0], "a kept answer without what is looked for is asked for again"
 
 
 def test_a_run_learns_from_a_judge_and_resumes_with_it(small: str, tmp_path: Path) -> None:
@@ -148,6 +150,11 @@ def test_a_run_learns_from_a_judge_and_resumes_with_it(small: str, tmp_path: Pat
             ppo(small, tmp_path / "out", save_every=1, resume=True, **options)
         assert metrics(tmp_path / "out")[0]["objective/scores"] == 4.0
         assert server.requests[0][2]["messages"][0]["content"] == "Score it, as [[1]]."
+        with pytest.raises(RunError, match="--judge-model was"):
+            ppo(small, tmp_path / "out", save_every=1, resume=True, **options | {"judge_model": "small"})
+    (tmp_path / "rubric.txt").write_text("Score it, as [[1]].")
+    with serving(pieces=["[[4]]"]) as moved:
+        ppo(small, tmp_path / "out", save_every=1, resume=True, **options | {"judge_url": moved.url})
 
 
 @pytest.mark.parametrize(

@@ -172,8 +172,8 @@ class RemoteChatModel:
         self._endpoint = Endpoint(url, key_variable=key_variable, flag=flags.url, key_flag=flags.key)
         self._url = self._endpoint.url
         self._options = dict(options)
-        self._model = model or self._endpoint.only_model(flags.model)
-        self.name = f"{self._model} at {self._endpoint.place}"
+        self.model = model or self._endpoint.only_model(flags.model)
+        self.name = f"{self.model} at {self._endpoint.place}"
 
     def answer(self, messages: Messages, attempt: int) -> Iterator[str]:
         """Raises :class:`ContextLengthError` where the server refuses the length."""
@@ -188,7 +188,7 @@ class RemoteChatModel:
         options = dict(self._options)
         if "seed" in options:
             options["seed"] += attempt
-        request = {"model": self._model, "stream": True, **body, **options}
+        request = {"model": self.model, "stream": True, **body, **options}
         with self._open(path, json.dumps(request).encode()) as response:
             try:
                 streams = response.headers.get_content_type() == "text/event-stream"

@@ -51,7 +51,7 @@ class CachedJudge:
     ) -> None:
         """Raises :class:`prefopt.errors.UserError` where the server cannot be asked."""
         self._model = RemoteChatModel(url, model, key_variable=key_variable, options={"temperature": 0}, flags=FLAGS)
-        self.name = self._model.name
+        self.name, self.model = self._model.name, self._model.model
         self._instructions, self._valid = instructions, valid
         self._pause = PAUSE if pause is None else pause
         self._folder = cache_root() / "judgements"
@@ -121,7 +121,7 @@ class LlmScores:
 
     def digest(self) -> str:
         """A digest of what decides the scores: the model's name, the instructions and the pattern."""
-        text = json.dumps([self._judge.name, self.instructions, self.pattern])
+        text = json.dumps([self._judge.model, self.instructions, self.pattern])
         return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
     def score_in(self, answer: str) -> float | None:

@@ -85,6 +85,7 @@ class LanguageComparer:
 
     def __init__(self, judge: LanguageJudge, world: World, parallel: int) -> None:
         self._judge, self._world, self._parallel = judge, world, parallel
+        self.model = judge.model
         self.words = f"{judge.name}, which compares in both orders"
 
     def __call__(self, name: str, answered: Sequence[Answered], pause: Callable[[], None]) -> list[list[Outcome]]:
