@@ -17,7 +17,7 @@ from prefopt.data.group import Group
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.generate.language_judge import LanguageJudge
-from prefopt.generate.rewards import TextRewardScorer
+from prefopt.generate.rewards import Pause, TextRewardScorer, never
 from prefopt.parallel.world import World
 from prefopt.records import Comparison, Message, Response
 from prefopt.rewards import Reward, prompt_text
@@ -76,7 +76,9 @@ class Unscored(TextRewardScorer):
         super().__init__(Reward("length", lambda prompts, texts: [0.0] * len(texts)), tokenizer, stop)
         self.words = comparer.words
 
-    def __call__(self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int) -> list[float]:
+    def __call__(
+        self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int, pause: Pause = never
+    ) -> list[float]:
         return [0.0 for group in groups for _ in group.continuations]
 
 
