@@ -20,7 +20,8 @@ from prefopt.config.distil import DistilConfig
 from prefopt.core.cache_folder import cache_root
 from prefopt.core.dispatch import ServersLost
 from prefopt.errors import ConfigError, Interrupted, ModelError, RunError
-from prefopt.reference.blocks import list_spaces, verify
+from prefopt.reference import teacher_cache
+from prefopt.reference.blocks import list_spaces, read_sealed, verify
 from prefopt.reference.teacher_cache import TeacherCache
 from train.small import steps, weights
 from train.test_resume import stop_after
@@ -110,6 +111,20 @@ def test_answers_are_cached_and_never_stale(folders: list[str], tmp_path: Path) 
             block.write_bytes(block.read_bytes()[:-3] + b"bad")
         assert len(verify()) == 2
         assert asked(fake, "damaged") == probes + len(ROWS)
+
+
+def test_a_block_is_read_once_and_not_by_who_wrote_it(
+    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(
+        teacher_cache, "read_sealed", lambda path, name: read.append(path.name) or read_sealed(path, name)
+    )
+    with serving(folders[1]) as fake:
+        for name in ("first", "second"):
+            distil(folders, fake.url, tmp_path / name, max_steps=1)
+            blocks = [file for file in read if file.startswith("block-")]
+            assert len(blocks) == (name == "second")
 
 
 def test_what_was_answered_before_a_server_is_lost_is_kept(folders: list[str], tmp_path: Path) -> None:
