@@ -20,6 +20,7 @@ A traceback that reaches a user for anything under ``UserError`` is a bug.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class PrefoptError(Exception):
@@ -28,9 +29,17 @@ class PrefoptError(Exception):
 
     in_python: str | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As it is, whatever its class is made from, so that one process can send it to another."""
+        return _again, (type(self), self.args), self.__dict__
+
     def _render_traceback_(self) -> list[str]:
         """What a notebook shows: the line alone, since the error is in the call and not in the frames."""
         return [f"{type(self).__name__}: {self.in_python or self}"]
+
+
+def _again(kind: type[PrefoptError], args: tuple[Any, ...]) -> PrefoptError:
+    return kind.__new__(kind, *args)
 
 
 class UserError(PrefoptError):

@@ -16,6 +16,7 @@ from typing import Any
 class FakeServer:
     """``pieces`` of an answer are sent as events, each after ``pause`` seconds; ``status`` other than 200 is an error.
 
+    ``redirects``: a status and the address of another server, to which every path leads.
     ``events`` are sent as they stand instead. ``requests`` keeps what was asked: path, headers, body.
     """
 
@@ -27,6 +28,7 @@ class FakeServer:
     streams: bool = True
     pause: float = 0.0
     limit: int | None = None
+    redirects: tuple[int, str] | None = None
     breaks: bool = False
     requests: list[tuple[str, dict[str, str], dict[str, Any]]] = field(default_factory=list)
     url: str = ""
@@ -45,12 +47,17 @@ def serving(**options: Any) -> Iterator[FakeServer]:
 
         def do_GET(self) -> None:
             state.requests.append((self.path, dict(self.headers), {}))
+            if state.redirects is not None:
+                self._redirect(*state.redirects)
+                return
             self._json(200, {"data": [{"id": name} for name in state.models]})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             state.requests.append((self.path, dict(self.headers), body))
-            if state.limit is not None and len(body.get("messages", ())) > state.limit:
+            if state.redirects is not None:
+                self._redirect(*state.redirects)
+            elif state.limit is not None and len(body.get("messages", ())) > state.limit:
                 self._json(400, {"error": {"message": "This model's maximum context length is short"}})
             elif state.status != 200:
                 self._json(state.status, {"error": {"message": state.message}})
@@ -58,6 +65,12 @@ def serving(**options: Any) -> Iterator[FakeServer]:
                 self._json(200, {"choices": [{"message": {"content": "".join(state.pieces)}}]})
             else:
                 self._stream("text" if self.path.endswith("/completions") and "prompt" in body else "delta")
+
+        def _redirect(self, status: int, url: str) -> None:
+            self.send_response(status)
+            self.send_header("Location", url + self.path.removeprefix("/v1"))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
 
         def _json(self, status: int, value: Any) -> None:
             data = json.dumps(value).encode()

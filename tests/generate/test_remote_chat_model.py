@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
 import socket
 from typing import Any
 
 import pytest
 
 from generate.fake_server import serving
+from prefopt import errors
+from prefopt.core.endpoint import Endpoint, ServerRefusal, base_url
 from prefopt.errors import ConfigError, RunError
 from prefopt.generate.chat_model import ContextLengthError, Messages, RemoteChatModel
+from prefopt.generate.judged import CachedJudge
 from prefopt.records import Message
 
 TURNS: Messages = (Message("system", "s"), Message("user", "hi"))
@@ -103,3 +107,71 @@ def test_an_answer_that_is_not_wanted_any_more_closes_the_connection() -> None:
         pieces = talker(server.url).answer(TURNS, 0)
         assert next(pieces) == "x"
         pieces.close()  # the server would hang on shutdown otherwise
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_key_is_not_sent_to_where_a_server_redirects(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "abc")
+    with serving() as other, serving(redirects=(status, f"{other.url}/v1")) as server:
+        remote = talker(server.url, key="SECRET")
+        with pytest.raises(RunError, match=rf"it redirects to {other.url}/v1; name that URL"):
+            list(remote.answer(TURNS, 0))
+        with pytest.raises(RunError, match="name that URL"):
+            talker(server.url, None, key="SECRET")
+        assert not other.requests
+
+
+@pytest.mark.parametrize("key", ["sk-1\r\nX: y", "sk 1", "sk-\xfc", "sk-\u20ac"])
+def test_a_key_that_cannot_be_sent_is_not_shown(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", key)
+    with pytest.raises(ConfigError, match="--url-key SECRET: the key in this environment variable has") as error:
+        talker("http://localhost", key="SECRET")
+    assert "sk" not in str(error.value)
+    monkeypatch.setenv("SECRET", " sk-1\r\n")
+    assert Endpoint("http://localhost", key_variable="SECRET").headers["Authorization"] == "Bearer sk-1"
+
+
+@pytest.mark.parametrize("url", ["http://[::1/v1", "http://h:x/v1", "http://h:99999", "http://:8000", "http://a..ü:1"])
+def test_an_address_that_is_none_is_one_line(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"--teacher .* is no address of a server"):
+        base_url(url, "--teacher")
+
+
+def test_addresses_beyond_ascii_and_with_names() -> None:
+    assert base_url("http://müller.de:80/ü/é%20x") == "http://xn--mller-kva.de:80/%C3%BC/%C3%A9%20x"
+    assert base_url("http://[::1]:8000") == "http://[::1]:8000/v1"
+    for url in ("http://me:pass@host/v1", "https://pass@host", "ftp://me:pass@host", "http://me:pa/pass@host"):
+        with pytest.raises(ConfigError) as error:
+            base_url(url)
+        assert "pa" not in str(error.value).replace("password", "")
+
+
+def test_a_judge_names_its_own_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOPE", raising=False)
+    given: dict[str, Any] = {"instructions": "", "valid": bool}
+    with pytest.raises(ConfigError, match=r"^--judge-key NOPE"):
+        CachedJudge("http://localhost", "m", key_variable="NOPE", **given)
+    with pytest.raises(ConfigError, match=r"^--judge-url localhost:8000"):
+        CachedJudge("localhost:8000", "m", key_variable=None, **given)
+    with serving(models=["a", "b"]) as server, pytest.raises(ConfigError, match=r"^--judge-model is missing"):
+        CachedJudge(server.url, None, key_variable=None, **given)
+
+
+def test_errors_reach_other_processes_as_they_are() -> None:
+    every, left = set(), [errors.PrefoptError]
+    while left:
+        every.add(kind := left.pop())
+        left += kind.__subclasses__()
+    given: dict[type, tuple[Any, ...]] = {
+        ServerRefusal: ("http://u", 404, "none"),
+        errors.ConfigErrors: ("two", ["one", "two"]),
+        errors.DataError: ("bad",),
+        errors.Diverged: ("far", "a lower rate"),
+        errors.Interrupted: ("stopped", 15),
+    }
+    assert {*given} <= every
+    for kind in every:
+        error = kind(*given[kind]) if kind in given else kind.__new__(kind, "what")
+        vars(error)["more"] = kind.__name__
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is kind and str(again) == str(error) and vars(again) == vars(error)

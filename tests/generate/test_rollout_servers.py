@@ -209,6 +209,27 @@ def test_a_server_that_lost_its_weights_gets_them_again(
         assert 1 <= sampler.metrics()["rollouts/stale"] <= 4 and len(fake.loads) == 2
 
 
+def test_a_response_during_which_weights_were_loaded_is_drawn_again(
+    folders: list[str], policies: list[Scorer], expected: Plain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first tokens may be of the weights before, whatever the server says at its end."""
+    with serving(folders[0]) as fake:
+        sampler = connected([fake], policies[1], concurrency=1)
+        sampler.hand_over("v1", Path(folders[1]))
+        complete, left = RolloutServer.complete, [1, 1]
+
+        def loads_meanwhile(server: RolloutServer, *given: Any) -> Completion:
+            found = complete(server, *given)
+            if left:
+                left.pop()
+                server.load("v1", Path(folders[1]))
+            return found
+
+        monkeypatch.setattr(RolloutServer, "complete", loads_meanwhile)
+        assert plain(sampler.sample(PROMPTS, 3, PARAMS)) == expected
+        assert sampler.metrics()["rollouts/stale"] == 2
+
+
 def test_stale_responses_are_kept_to_be_corrected(folders: list[str], policies: list[Scorer]) -> None:
     """With the log-probabilities of the weights that drew them beside those of the policy."""
     with serving(folders[0]) as fake:

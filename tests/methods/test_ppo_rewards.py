@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import sys
@@ -22,12 +23,15 @@ from prefopt.config.ppo import PpoConfig
 from prefopt.config.rewards import RewardTerm, reward_terms
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.errors import ConfigError, DataError, Interrupted, RunError
-from prefopt.generate.judged import LlmScores
+from prefopt.generate import judged
+from prefopt.generate.judged import CachedJudge, LlmScores
+from prefopt.generate.rewards import TextRewardScorer
 from prefopt.methods.early_checks import check_before_torch
 from prefopt.model.scalar import scalar_from
 from prefopt.records import Comparison
+from prefopt.rewards import Reward
 from prefopt.rl.objective import PpoObjective, distinct
-from prefopt.rl.rollouts import Collector
+from prefopt.rl.rollouts import Collector, Rollouts, completed, in_order
 from prefopt.rl.rounds import Rounds
 from prefopt.rl.scores import ScoreScale
 from prefopt.rl.watch import NO_STEP
@@ -76,7 +80,10 @@ def test_a_component_has_a_name_a_source_and_a_weight(tmp_path: Path, monkeypatc
         "a=b*2": RewardTerm("a_b_2", "a=b*2"),
     }
     assert reward_terms(list(found)) == list(found.values()) and reward_terms("vader") == [RewardTerm("vader", "vader")]
-    for wrong, told in ((["vader", "vader*2"], "two components are called vader"), (["length*0"], "a weight of 0")):
+    for wrong, told in (
+        (["vader", "vader*2"], "two components are called vader"),
+        (["length*0"], "a weight of 0"),
+    ):
         with pytest.raises(ConfigError, match=told):
             reward_terms(wrong)
 
@@ -123,7 +130,7 @@ def judge(url: str, **options: Any) -> LlmScores:
     return LlmScores(config, pause=0.0)
 
 
-def test_a_judge_scores_once_retries_and_counts_what_it_did_not_score() -> None:
+def test_a_judge_scores_once_retries_and_says_what_it_did_not_score() -> None:
     with serving() as server:
         server.pieces = ["Clear and [[3]] right.", " [[8.5]]"]
         scores = judge(server.url)
@@ -133,12 +140,75 @@ def test_a_judge_scores_once_retries_and_counts_what_it_did_not_score() -> None:
         assert asked == {"# Prompt\n\np\n\n# Answer\n\na", "# Prompt\n\nq\n\n# Answer\n\nb"}
         assert judge(server.url)(["p"], ["a"]) == [8.5] and len(server.requests) == 2, "kept on disk"
         server.pieces = ["I cannot say."]
-        assert scores(["p", "q", "r"], ["a", "b", "c"]) == [8.5] * 3 and scores.unscored == 1
+        assert repr(scores(["p", "q", "r"], ["a", "b", "c"])) == "[8.5, 8.5, nan]"
         assert len(server.requests) == 5, "three attempts"
         with pytest.raises(RunError, match=r"1 of 1 answers hold no score that --judge-pattern .* 'I cannot say\.'"):
-            scores(["new"], ["new"])
+            scores.refuse_unscored(1, 1)
+        scores.refuse_unscored(1, 2)
+        assert scores.score_in("[[inf]]") is None
         server.pieces = ["grade: 40%"]
-        assert judge(server.url, judge_pattern=r"grade: (\d+)%")(["p"], ["z"]) == [40.0]
+        other = judge(server.url, judge_pattern=r"grade: (\d+)%")
+        assert other(["p"], ["z"]) == [40.0]
+        assert other(["p"], ["a"]) == [40.0], "a kept answer without what is looked for is asked for again"
+
+
+def by_length(self: CachedJudge, question: str) -> str:
+    """As good as it is long, and no score where it has two letters."""
+    many = len(question.rsplit("\n", 1)[1])
+    return f"[[{many}]]" if many != 2 else "Cannot say."
+
+
+def test_what_a_judge_did_not_score_gets_the_mean_of_its_step(
+    small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of components, and where another process asked about the others."""
+    monkeypatch.setattr(CachedJudge, "__call__", by_length)
+    options = {"judge_url": "http://localhost", "judge_model": "big", "epochs": 1}
+    ppo(small, tmp_path / "out", reward=["llm", "length*0.00001"], **options)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    for line in metrics(tmp_path / "out"):
+        many = [len(text) for row in rows if row["step"] == line["step"] for text in row["responses"]]
+        found = [x for row in rows if row["step"] == line["step"] for x in row["scores"]]
+        mean = np.mean([n for n in many if n != 2])
+        assert found == pytest.approx([mean if n == 2 else n for n in many], abs=1e-4)
+        assert line["objective/unscored"] == many.count(2)
+        assert line["objective/scores/llm"] == pytest.approx(mean)
+        assert line["objective/scores"] == pytest.approx(mean, abs=1e-4)
+    assert sum(line["objective/unscored"] for line in metrics(tmp_path / "out"))
+
+    nothing_M, finished = (
+        torch.zeros(sum(len(c.ids) for c in world.group().continuations)),
+        torch.ones(len(world.REWARD), dtype=torch.bool),
+    )
+    none, some = (torch.full((len(world.REWARD),), x, dtype=torch.float64) for x in (np.nan, 2.0))
+    parts = [
+        Rollouts((world.group(),), nothing_M, nothing_M, nothing_M, None, score, finished) for score in (none, some)
+    ]
+    asked = judge("http://localhost")
+    scorer = TextRewardScorer(Reward("llm", asked), world.tokenizer(), ())
+    whole = completed(in_order(parts, np.arange(2)), scorer)
+    assert whole.score_N.tolist() == [2.0] * 2 * len(world.REWARD) and whole.unscored == len(world.REWARD)
+    assert Rollouts.from_tensors(whole.tensors()).unscored == whole.unscored
+    with pytest.raises(RunError, match="hold no score"):
+        completed(parts[0], scorer)
+
+
+def test_a_stop_is_seen_while_a_judge_is_asked(small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"judge_url": "http://localhost", "judge_model": "big", "reward": "llm", "save_every": 1}
+    asked = []
+
+    def stops(self: CachedJudge, question: str) -> str:
+        asked.append(question)
+        if len(asked) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return "[[2]]"
+
+    monkeypatch.setattr(CachedJudge, "__call__", stops)
+    monkeypatch.setattr(judged, "WAVE", 1)
+    with pytest.raises(Interrupted, match=r"after step 0 of \d+;"):
+        ppo(small, tmp_path / "out", **options)
+    assert len(asked) in (3, 4)
+    ppo(small, tmp_path / "out", resume=True, **options)
 
 
 def test_a_run_learns_from_a_judge_and_resumes_with_it(small: str, tmp_path: Path) -> None:
@@ -152,6 +222,11 @@ def test_a_run_learns_from_a_judge_and_resumes_with_it(small: str, tmp_path: Pat
             ppo(small, tmp_path / "out", save_every=1, resume=True, **options)
         assert metrics(tmp_path / "out")[0]["objective/scores"] == 4.0
         assert server.requests[0][2]["messages"][0]["content"] == "Score it, as [[1]]."
+        with pytest.raises(RunError, match="--judge-model was"):
+            ppo(small, tmp_path / "out", save_every=1, resume=True, **options | {"judge_model": "small"})
+    (tmp_path / "rubric.txt").write_text("Score it, as [[1]].")
+    with serving(pieces=["[[4]]"]) as moved:
+        ppo(small, tmp_path / "out", save_every=1, resume=True, **options | {"judge_url": moved.url})
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from prefopt.config.distil import DistilConfig
 from prefopt.core.cache_folder import cache_root
 from prefopt.core.dispatch import ServersLost
 from prefopt.errors import ConfigError, Interrupted, ModelError, RunError
-from prefopt.reference.blocks import list_spaces, verify
+from prefopt.reference import teacher_cache
+from prefopt.reference.blocks import list_spaces, read_sealed, verify
 from prefopt.reference.teacher_cache import TeacherCache
 from prefopt.rl.student import StudentBatches
 from prefopt.train.remote_teacher import RemoteTeacher
@@ -114,6 +116,20 @@ def test_answers_are_cached_and_never_stale(folders: list[str], tmp_path: Path) 
         assert asked(fake, "damaged") == probes + len(ROWS)
 
 
+def test_a_block_is_read_once_and_not_by_who_wrote_it(
+    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(
+        teacher_cache, "read_sealed", lambda path, name: read.append(path.name) or read_sealed(path, name)
+    )
+    with serving(folders[1]) as fake:
+        for name in ("first", "second"):
+            distil(folders, fake.url, tmp_path / name, max_steps=1)
+            blocks = [file for file in read if file.startswith("block-")]
+            assert len(blocks) == (name == "second")
+
+
 def test_what_was_answered_before_a_server_is_lost_is_kept(folders: list[str], tmp_path: Path) -> None:
     with serving(folders[1]) as fake:
         score, options = fake.score, {"teacher_concurrency": 1, "max_steps": 1}
@@ -137,8 +153,12 @@ def test_another_teacher_does_not_continue_a_run(folders: list[str], tmp_path: P
         with pytest.raises(Interrupted):
             distil(folders, fake.url, tmp_path / "out", epochs=3)
         fake.scorers["base"] = loaded(folders[2])
-        with pytest.raises(RunError, match="teacher"):
+        shutil.rmtree(cache_root())  # what counts is in the run
+        with pytest.raises(RunError, match=r"the teacher at \S+ has other weights than"):
             distil(folders, fake.url, tmp_path / "out", epochs=3, resume=True)
+    with serving(folders[1]) as moved:
+        shutil.rmtree(cache_root())
+        distil(folders, moved.url, tmp_path / "out", epochs=3, resume=True)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import urllib.error
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 from prefopt.errors import ConfigError, RunError
 
+EXAMPLE = "http://localhost:8000/v1"
 TIMEOUT = 300.0
 """Seconds of silence after which a server counts as gone."""
 
@@ -32,6 +34,30 @@ class ServerRefusal(RunError):
 
 class Unreachable(RunError):
     """The server did not answer, or its answer broke off."""
+
+
+class Flags(NamedTuple):
+    """The options that give a server's URL, its key and the name of a model there, for messages."""
+
+    url: str = "--url"
+    key: str = "--url-key"
+    model: str = "--url-model"
+
+
+URL_FLAGS = Flags()
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error of the server: followed, it would take the key to another host, and turn a POST into a
+    GET."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+@functools.cache
+def _opener() -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(_NoRedirects)
 
 
 class Reply(NamedTuple):
@@ -54,8 +80,13 @@ class Endpoint:
         self.root, self.place = f"{parts.scheme}://{parts.netloc}", parts.netloc
         self.headers = {"Content-Type": "application/json", "Accept": "text/event-stream, application/json"}
         if key_variable is not None:
-            if not (key := os.environ.get(key_variable)):
+            if not (key := os.environ.get(key_variable, "").strip()):
                 raise ConfigError(f"{key_flag} {key_variable}: there is no such environment variable, or it is empty")
+            if not all("!" <= character <= "~" for character in key):
+                raise ConfigError(
+                    f"{key_flag} {key_variable}: the key in this environment variable has a space, a line break or a"
+                    " letter beyond ASCII in it, which no server takes; set it again"
+                )
             self.headers["Authorization"] = f"Bearer {key}"
 
     def open(
@@ -68,10 +99,11 @@ class Endpoint:
         address = f"{self.root if root else self.url}/{path}"
         request = urllib.request.Request(address, data=body, headers={**self.headers, **headers})
         try:
-            response: HTTPResponse = urllib.request.urlopen(request, timeout=timeout)
+            response: HTTPResponse = _opener().open(request, timeout=timeout)
         except urllib.error.HTTPError as error:
             with error:
-                what = message_of(_read(error))
+                target = error.headers.get("Location") if 300 <= error.code < 400 else None
+                what = message_of(_read(error)) if target is None else _elsewhere(address, target, path)
             raise ServerRefusal(self.url, error.code, what or str(error.reason)) from error
         except (OSError, HTTPException) as error:
             raise Unreachable(f"{self.url} cannot be reached ({reason_of(error)}); is the server running?") from error
@@ -120,13 +152,28 @@ def is_url(name: str) -> bool:
 
 def base_url(url: str, flag: str = "--url") -> str:
     """The URL of the interface without the path of a single call. Raises :class:`ConfigError`."""
-    parts = urllib.parse.urlsplit(url)
+    said = f"{flag} {url}" if "@" not in url else flag  # before it there may be a password
+    try:
+        parts = urllib.parse.urlsplit(url)
+        named, host = "@" in parts.netloc, parts.netloc
+        if not named and not host.isascii():
+            host = str(parts.hostname).encode("idna").decode() + ("" if parts.port is None else f":{parts.port}")
+        valid = parts.hostname is not None and (parts.port is None or parts.port > 0)
+    except ValueError:  # a port that is no number, half an IPv6 address, a name that cannot be one
+        raise ConfigError(f"{said} is no address of a server; give one such as {EXAMPLE}") from None
     if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise ConfigError(f"{flag} {url} should begin with http:// or https://, such as http://localhost:8000/v1")
-    path = parts.path.rstrip("/")
+        raise ConfigError(f"{said} should begin with http:// or https://, such as {EXAMPLE}")
+    if named:
+        raise ConfigError(
+            f"{flag}: there is a name or a password before the @ of the address; leave them out, since a key is read"
+            " from an environment variable"
+        )
+    if not valid:
+        raise ConfigError(f"{said} is no address of a server; give one such as {EXAMPLE}")
+    path = urllib.parse.quote(parts.path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
     for ending in ("/chat/completions", "/completions"):
         path = path.removesuffix(ending)
-    return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
+    return f"{parts.scheme}://{host}{path or '/v1'}"
 
 
 def message_of(answer: Any) -> str:
@@ -147,6 +194,11 @@ def reason_of(error: Exception) -> str:
     """Why a connection failed, in a few words."""
     reason = getattr(error, "reason", None) or error
     return getattr(reason, "strerror", None) or " ".join(str(reason).split()) or type(error).__name__
+
+
+def _elsewhere(address: str, target: str, path: str) -> str:
+    target = urllib.parse.urljoin(address, target).removesuffix(f"/{path}")
+    return f"it redirects to {' '.join(target.split())[:300]}; name that URL"
 
 
 def _read(error: urllib.error.HTTPError) -> bytes:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from http.client import HTTPException, HTTPResponse
 from typing import Any
 
-from prefopt.core.endpoint import Endpoint, ServerRefusal, message_of, reason_of
+from prefopt.core.endpoint import URL_FLAGS, Endpoint, Flags, ServerRefusal, message_of, reason_of
 from prefopt.data.chat.render import Renderer
 from prefopt.data.layouts.messages import write_parts
 from prefopt.data.tokenizer import Tokenizer
@@ -155,16 +155,25 @@ def _overlap(text: str, stop: str) -> int:
 class RemoteChatModel:
     """A model behind an OpenAI-compatible URL; ``options`` go with every request (``temperature``, ``max_tokens``)."""
 
-    def __init__(self, url: str, model: str | None, *, key_variable: str | None, options: Mapping[str, Any]) -> None:
-        """``model`` may be None where the server has one; ``key_variable`` names an environment variable.
+    def __init__(
+        self,
+        url: str,
+        model: str | None,
+        *,
+        key_variable: str | None,
+        options: Mapping[str, Any],
+        flags: Flags = URL_FLAGS,
+    ) -> None:
+        """``model`` may be None where the server has one; ``key_variable`` names an environment variable. ``flags``:
+        the options that gave them.
 
         Raises :class:`ConfigError` for an invalid URL, and :class:`RunError` where the server cannot be asked.
         """
-        self._endpoint = Endpoint(url, key_variable=key_variable)
+        self._endpoint = Endpoint(url, key_variable=key_variable, flag=flags.url, key_flag=flags.key)
         self._url = self._endpoint.url
         self._options = dict(options)
-        self._model = model or self._endpoint.only_model()
-        self.name = f"{self._model} at {self._endpoint.place}"
+        self.model = model or self._endpoint.only_model(flags.model)
+        self.name = f"{self.model} at {self._endpoint.place}"
 
     def answer(self, messages: Messages, attempt: int) -> Iterator[str]:
         """Raises :class:`ContextLengthError` where the server refuses the length."""
@@ -179,7 +188,7 @@ class RemoteChatModel:
         options = dict(self._options)
         if "seed" in options:
             options["seed"] += attempt
-        request = {"model": self._model, "stream": True, **body, **options}
+        request = {"model": self.model, "stream": True, **body, **options}
         with self._open(path, json.dumps(request).encode()) as response:
             try:
                 streams = response.headers.get_content_type() == "text/event-stream"

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from prefopt.config.rewards import JUDGE_PATTERN, LLM, RewardOptions
 from prefopt.core.cache_folder import cache_root
+from prefopt.core.endpoint import Flags
 from prefopt.core.files import expanded, write_json
 from prefopt.errors import ConfigError, RunError
 from prefopt.generate.chat_model import ContextLengthError, RemoteChatModel
 from prefopt.records import Message
 
+FLAGS = Flags("--judge-url", "--judge-key", "--judge-model")
 ATTEMPTS = 3
 PAUSE = 2.0
 """Seconds before the second attempt, doubled before the third."""
 AT_ONCE = 8
 """Questions that wait for the server at the same time."""
+WAVE = 4 * AT_ONCE
+"""Questions between two looks at stop requests."""
 UNSCORED = 0.5
-"""More than this fraction of a batch without a score stops the run: the judge does not do what it was asked."""
+"""More than this fraction of a step without a score stops the run: the judge does not do what it was asked."""
 SCORE_PROMPT = (
     "You grade an answer to a prompt. Judge how well it does what the prompt asks: whether it is right, useful, clear"
     " and safe. Length by itself is no merit. Explain in a few sentences what decides it. Then write a last line that"
@@ -48,8 +54,8 @@ class CachedJudge:
         pause: float | None = None,
     ) -> None:
         """Raises :class:`prefopt.errors.UserError` where the server cannot be asked."""
-        self._model = RemoteChatModel(url, model, key_variable=key_variable, options={"temperature": 0})
-        self.name = self._model.name
+        self._model = RemoteChatModel(url, model, key_variable=key_variable, options={"temperature": 0}, flags=FLAGS)
+        self.name, self.model = self._model.name, self._model.model
         self._instructions, self._valid = instructions, valid
         self._pause = PAUSE if pause is None else pause
         self._folder = cache_root() / "judgements"
@@ -63,13 +69,15 @@ class CachedJudge:
         name = hashlib.blake2b(key, digest_size=16).hexdigest()
         path = self._folder / name[:2] / f"{name}.json"
         try:
-            answer = str(json.loads(path.read_text("utf-8"))["answer"])
-            with self._turn:
-                self.cached += 1
-            return answer
+            answer: str | None = str(json.loads(path.read_text("utf-8"))["answer"])
         except Exception:  # absent or damaged: ask again
-            with self._turn:
-                self.asked += 1
+            answer = None
+        known = answer is not None and self._valid(answer)  # what is valid may have changed since
+        with self._turn:
+            self.cached += known
+            self.asked += not known
+        if answer is not None and known:
+            return answer
         answer = self._ask(question)
         if self._valid(answer):
             write_json(path, {"judge": self.name, "answer": answer})
@@ -94,8 +102,8 @@ class CachedJudge:
 class LlmScores:
     """A reward: the number that a language model gives each response. Several questions are asked at once.
 
-    A response whose answers hold no score gets the mean of the others in its batch, which moves nothing, and is counted
-    in ``unscored``.
+    A response whose answers hold no score gets NaN, which is replaced when all scores of a step are known
+    (:func:`prefopt.rl.rollouts.completed`).
     """
 
     def __init__(self, options: RewardOptions, *, pause: float = PAUSE) -> None:
@@ -113,39 +121,48 @@ class LlmScores:
             pause=pause,
         )
         self.name = f"{LLM}, {self._judge.name}"
-        self.unscored = 0
+        self._unread = ""
 
     def digest(self) -> str:
         """A digest of what decides the scores: the model's name, the instructions and the pattern."""
-        text = json.dumps([self._judge.name, self.instructions, self.pattern])
+        text = json.dumps([self._judge.model, self.instructions, self.pattern])
         return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
     def score_in(self, answer: str) -> float | None:
         """The score of an answer: the last match of the pattern that is a number."""
         for found in reversed([*self._score.finditer(answer)]):
-            try:
-                return float(found[1])
-            except (TypeError, ValueError):  # the group took no part in the match, or matched another text
-                continue
+            with suppress(TypeError, ValueError):  # the group took no part in the match, or matched another text
+                if math.isfinite(score := float(found[1])):
+                    return score
         return None
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        """A score for each response. Raises :class:`RunError` where most answers hold none."""
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], pause: Callable[[], None] = lambda: None
+    ) -> list[float]:
+        """A score for each response, or NaN. ``pause`` is called now and then, and may raise. Raises :class:`RunError`
+        where the server fails."""
         questions = [f"# Prompt\n\n{p}\n\n# Answer\n\n{r}" for p, r in zip(prompts, responses, strict=True)]
+        unique, scores = list(dict.fromkeys(questions)), dict.fromkeys(questions, math.nan)
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            answers = dict(zip(unique := list(dict.fromkeys(questions)), pool.map(self._judge, unique), strict=True))
-        scores = [self.score_in(answers[question]) for question in questions]
-        given = [score for score in scores if score is not None]
-        lacking = len(scores) - len(given)
-        if lacking > UNSCORED * len(scores):
-            said = " ".join(next(answers[q] for q, s in zip(questions, scores, strict=True) if s is None).split())
-            raise RunError(
-                f"{lacking} of {len(scores)} answers hold no score that --judge-pattern {self.pattern} finds, such as"
-                f" {said[-80:]!r}; change it or --judge-prompt"
-            )
-        self.unscored += lacking
-        mean = sum(given) / len(given) if given else 0.0
-        return [mean if score is None else score for score in scores]
+            for first in range(0, len(unique), WAVE):
+                part = unique[first : first + WAVE]
+                for question, answer in zip(part, pool.map(self._judge, part), strict=True):
+                    if (score := self.score_in(answer)) is not None:
+                        scores[question] = score
+                    else:
+                        self._unread = " ".join(answer.split())[-80:]
+                pause()
+        return [scores[question] for question in questions]
+
+    def refuse_unscored(self, lacking: int, responses: int) -> None:
+        """Raises :class:`RunError` where most of the responses of a step have no score."""
+        if lacking <= UNSCORED * responses:
+            return
+        example = f", such as {self._unread!r}" if self._unread else ""  # there is none where other ranks asked
+        raise RunError(
+            f"{lacking} of {responses} answers hold no score that --judge-pattern {self.pattern} finds{example}; change"
+            " it or --judge-prompt"
+        )
 
 
 def _read(name: str) -> str:

@@ -33,6 +33,7 @@ class LanguageJudge:
             valid=lambda answer: _verdict(answer) is not None,
         )
         self.name: str = self._judge.name
+        self.model: str = self._judge.model
 
     @property
     def words(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import numpy as np
@@ -13,6 +13,7 @@ from prefopt.config.scoring import is_model_reward
 from prefopt.data.group import Group
 from prefopt.data.tokenizer import Tokenizer, load_tokenizer
 from prefopt.errors import ModelError, RunError
+from prefopt.generate.judged import LlmScores
 from prefopt.generate.model_io import continuation, without_stop
 from prefopt.generate.sampler import Ids, Sample, group_of
 from prefopt.model.architectures import causal_model, context_length, vocabulary_size
@@ -27,23 +28,36 @@ TOKEN_BUDGET = 8192
 """Tokens of a reward model's forward pass in best-of-n."""
 
 
+Pause = Callable[[], None]
+
+
+def never() -> None:
+    """A pause that does not stop."""
+
+
 class TextRewardScorer:
     """A rule or a function of texts, without their stop tokens; ``words`` names it in messages."""
 
     def __init__(self, reward: Reward, tokenizer: Tokenizer, stop: Sequence[int]) -> None:
         self._reward, self._tokenizer, self._stop = reward, tokenizer, stop
         self.words = f"{reward.name}, of the text"
+        self.asked = reward.function if isinstance(reward.function, LlmScores) else None
         self.models: list[ScalarScorer] = []
 
     def gathered(self) -> AbstractContextManager[None]:
         """As :meth:`RewardModelScorer.gathered`: there is nothing to gather."""
         return nullcontext()
 
-    def __call__(self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int) -> list[float]:
-        """A finite number for each response [N] of groups whose prompts are ``rows``. Raises :class:`RunError`."""
+    def __call__(
+        self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int, pause: Pause = never
+    ) -> list[float]:
+        """A finite number for each response [N] of groups whose prompts are ``rows``, or NaN where a language model
+        that was ``asked`` gives none. ``pause`` is called now and then where this is slow, and may raise. Raises
+        :class:`RunError`."""
         texts = response_texts(self._tokenizer, self._stop, rows, groups)
         prompts = [prompt_text(row) for row, many in zip(rows, texts, strict=True) for _ in many]
-        return self._reward(prompts, [text for many in texts for text in many])
+        said = [text for many in texts for text in many]
+        return self._reward(prompts, said) if self.asked is None else self.asked(prompts, said, pause)
 
 
 def response_texts(
@@ -65,6 +79,7 @@ class RewardModelScorer:
     def __init__(self, name: str, scorer: ScalarScorer) -> None:
         self.scorer, self._name = scorer.eval(), name
         self.models = [self.scorer]
+        self.asked: LlmScores | None = None
         self.words = f"{name}, a reward model"
 
     def gathered(self) -> AbstractContextManager[None]:
@@ -72,7 +87,9 @@ class RewardModelScorer:
         return self.scorer.gathered()
 
     @torch.no_grad()
-    def __call__(self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int) -> list[float]:
+    def __call__(
+        self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int, pause: Pause = never
+    ) -> list[float]:
         """As :meth:`TextRewardScorer.__call__`."""
         device = next(self.scorer.model.parameters()).device
         batches = packed_batches(groups, self.scorer.layout, token_budget, device)
@@ -102,6 +119,11 @@ class WeightedRewards:
         """The reward models among the components."""
         return [model for _, part in self._parts.values() for model in part.models]
 
+    @property
+    def asked(self) -> LlmScores | None:
+        """The language model among the components."""
+        return next((part.asked for _, part in self._parts.values() if part.asked is not None), None)
+
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """As :meth:`RewardModelScorer.gathered`, of all components."""
@@ -111,10 +133,10 @@ class WeightedRewards:
             yield
 
     def components(
-        self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int
+        self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int, pause: Pause = never
     ) -> dict[str, list[float]]:
         """What each component gives the responses [N], without its weight."""
-        return {name: part(rows, groups, token_budget) for name, (_, part) in self._parts.items()}
+        return {name: part(rows, groups, token_budget, pause) for name, (_, part) in self._parts.items()}
 
     def total(self, components: Mapping[str, Sequence[float]]) -> list[float]:
         """The weighted sum [N] of :meth:`components`."""
@@ -122,9 +144,11 @@ class WeightedRewards:
         columns = [components[name] for name in self._parts]
         return [sum(w * x for w, x in zip(weights, row, strict=True)) for row in zip(*columns, strict=True)]
 
-    def __call__(self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int) -> list[float]:
+    def __call__(
+        self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int, pause: Pause = never
+    ) -> list[float]:
         """As :meth:`TextRewardScorer.__call__`."""
-        return self.total(self.components(rows, groups, token_budget))
+        return self.total(self.components(rows, groups, token_budget, pause))
 
 
 RewardScorer = TextRewardScorer | RewardModelScorer | WeightedRewards

@@ -152,6 +152,10 @@ class RolloutServers:
                 self._load_again(server, loads)
             raise
         if found.fresh:
+            if not server.adapter:  # an adapter keeps its name; those of a whole model may change within a response
+                with server.lock:
+                    if server.loads != loads:
+                        raise flawed("stale", "weights were loaded while it answered")
             return found
         if self.stale == "correct":
             self.count("stale")

@@ -81,7 +81,8 @@ def run(
             assert choice is not None
             offline.take_folder({"teacher": (choice.identity.digest, "the teacher")})
         else:
-            offline.take_folder({"teacher": (teacher.identity(data.groups), "the teacher")})
+            offline.take_folder()
+            teacher.recognise(data.groups)
             teacher.ask(data.groups)
         say(policy.make_trainable(run.world, draws=config.on_policy > 0, others=others))
         source = _source(offline, policy, teacher)

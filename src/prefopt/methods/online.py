@@ -117,7 +117,9 @@ def run(
             say(memory.whole_line(largest, tokens))
             say("dry run: nothing was trained, and no output written")
             return None
-        run.take_folder(_same(config, start, prompts, function), loss=_words(config, terms), memory=models.memory())
+        run.take_folder(
+            _same(config, start, prompts, function, comparer), loss=_words(config, terms), memory=models.memory()
+        )
         say(memory.line(largest, tokens))
         _say_plan(run, prompts, tokens)
         run.folder.remember(token_budget=tokens, checkpointed=memory.trainees[0].checkpointed)
@@ -299,7 +301,7 @@ def _words(config: OnlineConfig, terms: Losses | None) -> str:
 
 
 def _same(
-    config: OnlineConfig, start: SampledModel, prompts: PromptSet, reward: Reward | None
+    config: OnlineConfig, start: SampledModel, prompts: PromptSet, reward: Reward | None, comparer: Comparer | None
 ) -> dict[str, tuple[Any, str]]:
     """What a resumed run must not change: names in ``run.json`` to (value, words)."""
     found: dict[str, tuple[Any, str]] = {
@@ -313,6 +315,8 @@ def _same(
         found["reward"] = (identity_of_name(config.reward).digest, "the reward model")
     elif reward is not None and (code := reward.digest()) is not None:
         found["reward"] = (code, f"the code of --reward {reward.name}")
+    if isinstance(comparer, LanguageComparer):
+        found["judge"] = (comparer.model, "the model of the judge")
     return found
 
 

@@ -42,13 +42,18 @@ Arrays = dict[str, Array]
 
 
 def write_sealed(path: Path, arrays: Arrays, space: str) -> None:
-    """Write named arrays with a checksum over names, types, shapes, bytes and ``space``. Raises ``CacheError``."""
+    """Write a file of the cache as :func:`sealed`. Raises ``CacheError``."""
+    write_cached(path, sealed(arrays, space))
+
+
+def sealed(arrays: Arrays, space: str) -> bytes:
+    """Named arrays with a checksum over names, types, shapes, bytes and ``space``."""
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    write_cached(path, safetensors.numpy.save(arrays, metadata={"sha256": _checksum(arrays, space)}))
+    return safetensors.numpy.save(arrays, metadata={"sha256": _checksum(arrays, space)})
 
 
 def read_sealed(path: Path, space: str) -> Arrays:
-    """Read what ``write_sealed`` wrote. Raises ``Damaged``, and ``OSError`` where the file cannot be read at all."""
+    """Read a file that ``sealed`` gave. Raises ``Damaged``, and ``OSError`` where the file cannot be read at all."""
     data = path.read_bytes()
     try:
         arrays: Arrays = safetensors.numpy.load(data)
@@ -69,12 +74,13 @@ def _checksum(arrays: Arrays, space: str) -> str:
     return digest.hexdigest()
 
 
-def write_block(folder: Path, arrays: Arrays, space: str) -> None:
-    """Commit the newest block of ``folder``, whose lock the caller holds. Raises ``CacheError``."""
+def write_block(folder: Path, arrays: Arrays, space: str) -> Path:
+    """Commit the newest block of ``folder``, whose lock the caller holds, and return it. Raises ``CacheError``."""
     numbers = [int(path.name.split("-")[1]) for path in folder.glob("block-*")]
     # the number orders blocks, the random part tells a new block from a cleared one with the same number
     name = f"block-{max(numbers, default=0) + 1:06d}-{secrets.token_hex(4)}.safetensors"
-    write_sealed(folder / name, arrays, space)
+    write_sealed(path := folder / name, arrays, space)
+    return path
 
 
 def block_files(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import count
@@ -25,7 +25,7 @@ from prefopt.core.cache_folder import Damaged, cache_errors, reference_folder, s
 from prefopt.core.dispatch import PAUSE, Dispatch
 from prefopt.data.group import Group
 from prefopt.data.table import KEY, Array, GroupTable, KeyArray, Selection
-from prefopt.reference.blocks import block_files, find_sorted, move_aside, read_sealed, write_block, write_sealed
+from prefopt.reference.blocks import block_files, move_aside, read_sealed, write_block, write_sealed
 from prefopt.reference.teacher_server import FLAG, TeacherServer, TopLogprobs
 
 log = logging.getLogger(__name__)
@@ -55,15 +55,13 @@ class TeacherCache:
         fails, and :class:`CacheError` where the disk refuses."""
         self.server, self.concurrency, self.pause = server, concurrency, pause
         self._parent = reference_folder(root)
-        self.folder = self._find(groups)
+        self.folder, self.probe = self._find(groups)
         self._read: set[str] = set()
-        self._keys = np.empty(0, KEY)
-        self._starts = np.zeros(1, np.int64)
-        self._arrays: dict[str, Array] = {}
+        self._rows: dict[bytes, dict[str, Array]] = {}
 
     @property
     def id(self) -> str:
-        """The name of the space, which stands for the teacher's weights."""
+        """The name of the space on this machine."""
         return self.folder.name
 
     def missing(self, groups: Sequence[Group]) -> int:
@@ -106,23 +104,17 @@ class TeacherCache:
     def values(self, groups: Sequence[Group]) -> dict[str, Array]:
         """``ids`` [M, K] (int32), ``logps`` [M, K] and ``own`` [M] (float32) of the trained tokens of ``groups``, which
         :meth:`fill` was called for."""
-        self._refresh()
-        keys = GroupTable.of(groups).key_N
-        at, found = find_sorted(keys, self._keys[self._order])
-        assert found.all(), "fill comes first"
-        rows = self._order[at]
-        spans = [np.arange(self._starts[r], self._starts[r + 1]) for r in rows.tolist()]
-        places = np.concatenate(spans) if spans else np.empty(0, np.int64)
+        rows = [self._rows[key.tobytes()] for key in GroupTable.of(groups).key_N]
         with suppress(OSError):  # of a read-only cache
             used(self.folder)
-        return {name: self._arrays[name][places] for name in NAMES}
+        return {name: np.concatenate([row[name] for row in rows]) for name in NAMES}
 
     def _missing(self, groups: Sequence[Group]) -> tuple[KeyArray, list[tuple[Array, Array]]]:
         """Keys, and ids with masks, of the distinct responses without values."""
         self._refresh()
         table = GroupTable.of(groups)
         keys, first = np.unique(table.key_N, return_index=True)
-        _, there = find_sorted(keys, self._keys[self._order])
+        there = np.array([key.tobytes() in self._rows for key in keys], np.bool_)
         group_of = np.repeat(np.arange(len(table)), np.diff(table.response_starts))
         sequences = []
         for n in first[~there].tolist():
@@ -155,10 +147,12 @@ class TeacherCache:
         for name in NAMES:
             answers = [getattr(top, name)[mask] for (_, top), mask in zip(ready, taken, strict=True)]
             block[name] = np.concatenate(answers)
-        write_block(self.folder, block, self.id)
+        self._read.add(write_block(self.folder, block, self.id).name)
+        self._learn(block)
 
     def _refresh(self) -> None:
-        """Read new blocks. A damaged one is moved aside with a warning; its responses are asked of again."""
+        """Read blocks of other processes. A damaged one is moved aside with a warning; its responses are asked of
+        again."""
         for path in block_files(self.folder):
             if path.name in self._read:
                 continue
@@ -166,21 +160,27 @@ class TeacherCache:
                 with cache_errors(path), suppress(FileNotFoundError):  # cleared since it was listed
                     block = read_sealed(path, self.id)
                     self._read.add(path.name)
-                    self._keys = np.concatenate([self._keys, block["keys"].reshape(-1).view(KEY)])
-                    ends = self._starts[-1] + np.cumsum(block["counts"], dtype=np.int64)
-                    self._starts = np.concatenate([self._starts, ends])
-                    for name in NAMES:
-                        known = [self._arrays[name]] if name in self._arrays else []
-                        self._arrays[name] = np.concatenate([*known, block[name]])
+                    self._learn(block)
             except Damaged as damage:
                 move_aside(path)
                 log.warning("cache block %s is damaged (%s): moved aside, the teacher is asked again", path, damage)
-        self._order = np.argsort(self._keys, kind="stable")
+
+    def _learn(self, block: dict[str, Array]) -> None:
+        """Know the values of a block, of which each response keeps a view. The older of two values stays."""
+        ends = np.cumsum(block["counts"], dtype=np.int64)
+        for n, key in enumerate(block["keys"]):
+            rows = slice(int(ends[n] - block["counts"][n]), int(ends[n]))
+            self._rows.setdefault(key.tobytes(), {name: block[name][rows] for name in NAMES})
 
     # -- which weights the server has ------------------------------------------------------------------------------
 
-    def _find(self, groups: Sequence[Group]) -> Path:
-        """The folder of the present weights: the first whose probe they answer as before, or a new one."""
+    def same_weights(self, probe: Mapping[str, Array]) -> bool:
+        """Whether the server has the weights that answered ``probe``, that of a cache."""
+        same = all(np.array_equal(probe[name], self.probe[name]) for name in self.probe)
+        return same or self._answers(probe)
+
+    def _find(self, groups: Sequence[Group]) -> tuple[Path, dict[str, Array]]:
+        """The folder of the present weights with its probe: the first that they answer as before, or a new one."""
         about = {"model": self.server.model, "top_k": self.server.top_k, "version": VERSION}
         for number in count():
             name = hashlib.sha256(json.dumps([about, "teacher", number]).encode()).hexdigest()[:12]
@@ -189,8 +189,8 @@ class TeacherCache:
             with space_locked(folder):
                 if path.exists():
                     try:
-                        if self._answers(read_sealed(path, name)):
-                            return folder
+                        if self._answers(probe := read_sealed(path, name)):
+                            return folder, probe
                         continue
                     except Damaged as damage:
                         log.warning("cache file %s is damaged (%s): the space is left alone", path, damage)
@@ -204,12 +204,12 @@ class TeacherCache:
                 kind = {"path": f"the likeliest {self.server.top_k}", "device": "a server", "created": created}
                 write_cached(folder / "about.json", json.dumps({**about, **kind}, indent=2).encode())
                 lengths = np.array([len(ids) for ids in probes], np.int64)
-                tokens = np.concatenate(probes).astype(np.int32)
-                write_sealed(path, {"tokens": tokens, "lengths": lengths, **answers}, name)
-                return folder
+                probe = {"tokens": np.concatenate(probes).astype(np.int32), "lengths": lengths, **answers}
+                write_sealed(path, probe, name)
+                return folder, probe
         raise AssertionError("count() does not end")
 
-    def _answers(self, probe: dict[str, Array]) -> bool:
+    def _answers(self, probe: Mapping[str, Array]) -> bool:
         """Whether the server says of the sequences of a probe what it said before."""
         cuts = np.cumsum(probe["lengths"])[:-1]
         now = self._probed(np.split(probe["tokens"], cuts))

@@ -19,7 +19,7 @@ from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import RunError
 from prefopt.generate.judged import UNSCORED
 from prefopt.generate.language_judge import LanguageJudge
-from prefopt.generate.rewards import TextRewardScorer
+from prefopt.generate.rewards import Pause, TextRewardScorer, never
 from prefopt.parallel.world import World
 from prefopt.records import Comparison, Message, Response
 from prefopt.rewards import Reward, prompt_text
@@ -78,7 +78,9 @@ class Unscored(TextRewardScorer):
         super().__init__(Reward("length", lambda prompts, texts: [0.0] * len(texts)), tokenizer, stop)
         self.words = comparer.words
 
-    def __call__(self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int) -> list[float]:
+    def __call__(
+        self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int, pause: Pause = never
+    ) -> list[float]:
         return [0.0 for group in groups for _ in group.continuations]
 
 
@@ -87,6 +89,7 @@ class LanguageComparer:
 
     def __init__(self, judge: LanguageJudge, world: World, parallel: int) -> None:
         self._judge, self._world, self._parallel = judge, world, parallel
+        self.model = judge.model
         self.words = f"{judge.name}, which compares in both orders"
 
     def __call__(self, name: str, answered: Sequence[Answered], pause: Callable[[], None]) -> list[list[Outcome]]:

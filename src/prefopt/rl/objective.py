@@ -236,6 +236,8 @@ def rollout_metrics(rollouts: Rollouts, score_N: torch.Tensor, targets: Targets,
         spread = float(targets.return_M.var(unbiased=False))
         left = float((targets.return_M - rollouts.value_M).var(unbiased=False))
         record["val/explained_variance"] = 1 - left / spread if spread > 0 else 0.0
+    if rollouts.unscored is not None:
+        record["objective/unscored"] = float(rollouts.unscored)
     return record
 
 

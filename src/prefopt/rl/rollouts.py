@@ -54,7 +54,7 @@ class Rollouts:
     Log-probabilities are at the sampling temperature: ``logp_M`` by the scorer under the old policy, ``ref_logp_M``
     under the reference, ``sampled_logp_M`` by the sampler. ``value_M`` is the critic's value before each token.
     ``score_N`` is the reward, ``part_N`` what its components gave, by name, where there are several; ``finished_N``
-    whether a response ended by itself.
+    whether a response ended by itself. ``unscored``: responses that a language model gave no score, if one was asked.
     """
 
     groups: tuple[Group, ...]
@@ -65,6 +65,7 @@ class Rollouts:
     score_N: torch.Tensor
     finished_N: torch.Tensor
     part_N: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    unscored: int | None = None
 
     @cached_property
     def length_N(self) -> torch.Tensor:
@@ -93,7 +94,8 @@ class Rollouts:
             "finished": self.finished_N,
             **{PART + name: part_N for name, part_N in self.part_N.items()},
         }
-        return found if self.value_M is None else {**found, "value": self.value_M}
+        found |= {} if self.value_M is None else {"value": self.value_M}
+        return found | ({} if self.unscored is None else {"unscored": torch.tensor(self.unscored)})
 
     @classmethod
     def from_tensors(cls, saved: Mapping[str, torch.Tensor]) -> Rollouts:
@@ -108,7 +110,8 @@ class Rollouts:
             groups.append(Group.from_sequences(list(zip(whole, trained, strict=True)), row=0, pairs=()))
         logps = (saved["logp"], saved["ref_logp"], saved["sampled_logp"])
         parts = {name.removeprefix(PART): part_N for name, part_N in saved.items() if name.startswith(PART)}
-        return cls(tuple(groups), *logps, saved.get("value"), saved["score"], saved["finished"], parts)
+        unscored = int(saved["unscored"]) if "unscored" in saved else None
+        return cls(tuple(groups), *logps, saved.get("value"), saved["score"], saved["finished"], parts, unscored)
 
 
 def _joined(parts: Sequence[np.ndarray]) -> torch.Tensor:
@@ -126,13 +129,37 @@ def in_order(parts: Sequence[Rollouts], order: np.ndarray) -> Rollouts:
         return torch.cat([getattr(part, name) for part in parts])[at_N if name.endswith("_N") else at_M]
 
     components = {name: torch.cat([part.part_N[name] for part in parts])[at_N] for name in parts[0].part_N}
-
     return Rollouts(
-        groups=tuple(groups[g] for g in back),
+        tuple(groups[g] for g in back),
+        joined("logp_M"),
+        joined("ref_logp_M"),
+        joined("sampled_logp_M"),
         value_M=None if parts[0].value_M is None else joined("value_M"),
+        score_N=joined("score_N"),
+        finished_N=joined("finished_N"),
         part_N=components,
-        **{name: joined(name) for name in ("logp_M", "ref_logp_M", "sampled_logp_M", "score_N", "finished_N")},
     )
+
+
+def completed(rollouts: Rollouts, judge: RewardScorer) -> Rollouts:
+    """With the mean over all other responses of the step in the place of every score (NaN) that a language model did
+    not give, which moves nothing. Raises :class:`RunError` where most have none."""
+    if judge.asked is None:
+        return rollouts
+    lacking = int(rollouts.score_N.isnan().sum())
+    judge.asked.refuse_unscored(lacking, len(rollouts.score_N))
+    score_N, part_N = rollouts.score_N, rollouts.part_N
+    if lacking and isinstance(judge, WeightedRewards):
+        part_N = {name: _with_mean(values_N) for name, values_N in part_N.items()}
+        total = judge.total({name: values_N.tolist() for name, values_N in part_N.items()})
+        score_N = torch.tensor(total, dtype=torch.float64)
+    elif lacking:
+        score_N = _with_mean(score_N)
+    return replace(rollouts, score_N=score_N, part_N=part_N, unscored=lacking)
+
+
+def _with_mean(values_N: torch.Tensor) -> torch.Tensor:
+    return torch.where(values_N.isnan(), values_N.nanmean(), values_N)
 
 
 def seed_of_step(seed: int, step: int) -> int:
@@ -188,11 +215,12 @@ class Collector:
         rollouts, times = collect() if self._in_shards else self.world.together(collect)
         if self.world.alone:
             assert rollouts is not None
-            return rollouts, times
+            return completed(rollouts, self.judge), times
         found = gather_tensors(self.world, rollouts.tensors() if rollouts is not None else {})
         every = self.world.gather(times)
         times = {name: max(other[name] for other in every) for name in times}
-        return in_order([Rollouts.from_tensors(some) for some in found if some], np.concatenate(dealt)), times
+        every_one = in_order([Rollouts.from_tensors(some) for some in found if some], np.concatenate(dealt))
+        return completed(every_one, self.judge), times
 
     @property
     def _in_shards(self) -> bool:
@@ -215,7 +243,7 @@ class Collector:
             logp_M, value_M = self._do(lambda: self._look(micro))
             clock.stop("seconds/scoring")
         with self.judge.gathered():
-            scores, parts = self._do(lambda: self._judged(prompts, groups, ahead))
+            scores, parts = self._do(lambda: self._judged(prompts, groups, ahead, lambda: progress(0, 0)))
             clock.stop("seconds/reward")
         with self.reference.scorer.gathered():
             ref_logp_M = self._do(lambda: self._reference_logps(micro))
@@ -241,22 +269,22 @@ class Collector:
         return groups, [sample for many in drawn for sample in many]
 
     def _judged(
-        self, prompts: Sequence[int], groups: Sequence[Group], token_budget: int
+        self, prompts: Sequence[int], groups: Sequence[Group], token_budget: int, pause: Callable[[], None]
     ) -> tuple[list[float], dict[str, list[float]]]:
         """The scores of responses, and those of the components of the reward where there are several."""
         if not groups:
             return [], {}
         rows, parts = [self.prompts.rows[i] for i in prompts], {}
         if isinstance(self.judge, WeightedRewards):
-            parts = self.judge.components(rows, groups, token_budget)
+            parts = self.judge.components(rows, groups, token_budget, pause)
             scores = self.judge.total(parts)
         else:
-            scores = self.judge(rows, groups, token_budget)
+            scores = self.judge(rows, groups, token_budget, pause)
         self._refuse_too_large(scores, prompts)
         return scores, parts
 
     def _refuse_too_large(self, scores: Sequence[float], prompts: Sequence[int]) -> None:
-        largest, n = max((abs(score), n) for n, score in enumerate(scores))
+        largest, n = max(((abs(score), n) for n, score in enumerate(scores) if score == score), default=(0.0, 0))
         if largest > LARGEST_SCORE:
             text = prompt_text(self.prompts.rows[prompts[n // self.num]])
             raise RunError(

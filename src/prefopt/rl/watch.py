@@ -124,6 +124,8 @@ def held_out_metrics(rollouts: Rollouts) -> Record:
         "val/eos_rate": float(rollouts.finished_N.double().mean()),
         "val/distinct": float(distinct(rollouts.groups).mean()),
     }
+    if rollouts.unscored is not None:
+        found["objective/unscored"] = float(rollouts.unscored)
     if TRUE in rollouts.part_N:
         true_N = rollouts.part_N[TRUE]
         found["objective/true_scores"] = float(true_N.mean())

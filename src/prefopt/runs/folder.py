@@ -11,6 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from prefopt.core.endpoint import is_url
 from prefopt.core.files import output_errors, remove_folder, remove_leftovers, write_json
 from prefopt.core.options import flag
 from prefopt.data.group import Group, IntArray, PicturedIds
@@ -28,6 +29,9 @@ FREE_AT_RESUME = (
     | set("rollout_server rollout_key rollout_folder server_concurrency server_timeout".split())
 )
 """Options that may change at a resume: they no longer affect the weights."""
+ADDRESSES, KEYS = ("teacher", "judge_url"), ("teacher_key", "judge_key")
+"""Options that may be the address of a server, and those that give its key. It may move: what it serves is compared,
+and not where it is."""
 
 AUTO, RESOLVED = "auto", "resolved"
 """The value of an option that a run replaces by a number, and the key of ``run.json`` with what it replaced, by option,
@@ -61,7 +65,8 @@ class RunFolder:
             read_metrics(path)  # a damaged file is reported before anything slow
             old, resolved = before.get("options", {}), before.get(RESOLVED, {})
             given = {n: _resolved(resolved.get(n), x) for n, x in options.items()}
-            if changed := [n for n in given if n not in FREE_AT_RESUME and n in old and old[n] != given[n]]:
+            kept = [n for n in given if n not in FREE_AT_RESUME and n in old]
+            if changed := [n for n in kept if old[n] != given[n] and not _moved(n, old[n], given[n])]:
                 listed = ", ".join(f"{flag(n)} was {old[n]!r} and is {options[n]!r}" for n in changed)
                 raise RunError(f"--resume continues the same run, but {listed}; restore it, or start a new run")
             self.record = {**before, "status": "resumed"}
@@ -141,6 +146,12 @@ class RunFolder:
                 f"--resume: {what} changed since {self.path} was started; restore it, or start a new run elsewhere"
             )
         self.record[name] = value
+
+
+def _moved(name: str, *values: object) -> bool:
+    """Whether an option names a server at two addresses, or their keys."""
+    addresses = name in ADDRESSES and all(isinstance(value, str) and is_url(value) for value in values)
+    return addresses or name in KEYS
 
 
 def _resolved(known: Mapping[str, Any] | None, given: Any) -> Any:

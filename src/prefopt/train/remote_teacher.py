@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 
 from prefopt.config.distil import DistilConfig
+from prefopt.core.cache_folder import Damaged
 from prefopt.core.endpoint import Endpoint
+from prefopt.core.files import output_errors, replace_file
 from prefopt.data.group import Group
 from prefopt.data.table import Array, GroupTable, IndexArray, KeyArray
 from prefopt.data.tokenizer import Tokenizer
+from prefopt.errors import RunError
 from prefopt.model.architectures import causal_model, vocabulary_size
 from prefopt.model.scorer import Scorer
 from prefopt.parallel.arrays import arrays_from_first
-from prefopt.reference.blocks import find_sorted
+from prefopt.reference.blocks import find_sorted, read_sealed, sealed
 from prefopt.reference.in_memory import TrDpoUpdate
 from prefopt.reference.teacher_cache import TeacherCache
 from prefopt.reference.teacher_server import FLAG, TeacherServer
@@ -24,6 +27,8 @@ from prefopt.train.batch import Column
 from prefopt.train.policy import Trained
 from prefopt.train.run import Run
 
+PROBE = "teacher.probe"
+"""A file of the output folder: what the teacher said of a few sequences."""
 COLUMNS = {"ids": "teacher_id_M", "logps": "teacher_logp_M", "own": "teacher_own_M"}
 
 
@@ -68,17 +73,34 @@ class RemoteTeacher:
         run.say(f"teacher: {self.words}, the likeliest {self.top_k} tokens and the rest; {compared}")
         self._cache: TeacherCache | None = None
 
-    def identity(self, groups: GroupTable) -> str:
-        """The name of the server's present weights; ``groups`` are what it will be asked about first."""
+    def recognise(self, groups: GroupTable) -> None:
+        """Find what is cached of the server's present weights; ``groups`` are what it will be asked about first. Their
+        answers to a probe are kept in the output folder, which is taken: a resumed run must be given them again, from
+        whatever address. Raises :class:`prefopt.errors.RunError` where it is not."""
 
-        def found() -> str:
+        def found() -> None:
             self._cache = TeacherCache(self.server, groups, concurrency=self._concurrency)
-            return self._cache.id
+            path = self.run.folder.path / PROBE
+            try:
+                with output_errors(path):
+                    if not path.exists():
+                        replace_file(path, sealed(self._cache.probe, PROBE))
+                    same = self._cache.same_weights(read_sealed(path, PROBE))
+            except Damaged as damage:
+                raise RunError(
+                    f"--resume: {path} is damaged ({damage}); restore it, or remove it where the teacher is surely the"
+                    " same"
+                ) from None
+            if not same:
+                raise RunError(
+                    f"--resume: the teacher at {self.server.place} has other weights than the one that"
+                    f" {self.run.folder.path} was started with; restore it, or start a new run elsewhere"
+                )
 
-        return self.run.world.on_first(found)
+        self.run.world.on_first(found)
 
     def ask(self, groups: GroupTable) -> None:
-        """Ask about the data, or read the cache, and say so. All ranks call this, after :meth:`identity`."""
+        """Ask about the data, or read the cache, and say so. All ranks call this, after :meth:`recognise`."""
         self._known = [self._learned(groups, said=True)]
 
     def ask_again(self, groups: Sequence[Group]) -> None:
@@ -88,15 +110,14 @@ class RemoteTeacher:
     def _learned(self, groups: GroupTable, *, said: bool) -> _Known:
         def values() -> dict[str, Array]:
             assert self._cache is not None
-            missing = self._cache.missing(groups)
-            if missing and said:
+            if not said:
+                self._cache.fill(groups, stop=self.run.stop.check)
+                return self._cache.values(groups)
+            if missing := self._cache.missing(groups):
                 with self.run.reporter.bar("teacher", missing, "responses") as bar:
                     self._cache.fill(groups, lambda done: bar.update(done), self.run.stop.check)
-            else:
-                self._cache.fill(groups, stop=self.run.stop.check)
-            if said:
-                every = len(np.unique(groups.key_N))
-                self.run.say(f"teacher: asked about {missing} responses, {every - missing} from the cache")
+            every = len(np.unique(groups.key_N))
+            self.run.say(f"teacher: asked about {missing} responses, {every - missing} from the cache")
             return self._cache.values(groups)
 
         return _Known.of(groups, arrays_from_first(self.run.world, values))
