@@ -30,6 +30,8 @@ FAMILIES = frozenset(
     "gemma3 gemma4 idefics3 internvl llava qwen2_5_vl qwen2_vl qwen3_5 qwen3_vl qwen3_vl_moe smolvlm".split()
 )
 """Types of models that are given pictures: those that tests show to equal their class's own forward."""
+SAMPLED = FAMILIES - {"qwen3_5"}
+"""Those of :data:`FAMILIES` that are sampled from with pictures: a cache of the class's own takes none."""
 BIDIRECTIONAL = {"gemma3": "all", "gemma4": "sliding"}
 """Types in which the image tokens of a picture see each other, and in which layers."""
 
