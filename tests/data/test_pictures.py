@@ -30,7 +30,7 @@ from prefopt.data.comparisons import parse_comparisons, read_comparisons, run_sp
 from prefopt.data.group import Group, Placed
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.load import load_groups
-from prefopt.data.pictures import BadPicture, data_url, decoded, of_bytes, read_picture
+from prefopt.data.pictures import BadPicture, data_url, decoded, of_bytes, read_picture, reencoded
 from prefopt.data.table import GroupTable, Selection, keep_responses
 from prefopt.data.tokenizer import load_tokenizer
 from prefopt.errors import DataError
@@ -217,6 +217,13 @@ def test_photographs_of_telephones_are_their_first_picture() -> None:
     found = of_bytes(encoded(shades[0], "MPO", save_all=True, append_images=shades[1:]))
     assert (found.width, found.height) == (8, 4) and np.asarray(decoded(found)).min() > 190
     assert data_url(found).startswith("data:image/jpeg;base64,")
+
+
+def test_encoding_again_leaves_pixels_alone() -> None:
+    data = encoded(Image.new("RGB", (4, 4)), "JPEG", icc_profile=b"mine", comment=b"mine")
+    image = Image.open(io.BytesIO(reencoded(of_bytes(data)).data))
+    image.load()
+    assert not image.info and image.size == (4, 4)
 
 
 def test_a_row_is_read_without_decoding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,9 @@ def decoded(picture: Picture, *, as_held: bool = False) -> Any:
 def reencoded(picture: Picture) -> Picture:
     """The picture as PNG, as people see it, without metadata. Raises as :func:`decoded`."""
     written = io.BytesIO()
-    decoded(picture).save(written, "PNG")
+    image = decoded(picture)
+    image.info.clear()  # a profile of colours would be written
+    image.save(written, "PNG")
     return of_bytes(written.getvalue())
 
 
@@ -179,7 +181,7 @@ def _opened(data: bytes) -> Iterator[Any]:
 
 
 def _may_turn(image: Any) -> bool:
-    """Whether an image has EXIF. Of a PNG only what stands before its pixels counts, which are not decoded for it."""
+    """Whether an image has EXIF. Of a PNG only that before its pixels counts, which are not decoded for it."""
     return image.format != "PNG" or any(name in image.info for name in _EXIF_OF_PNG)
 
 
