@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from model.vision import picture, tokenizer_of, write_folder
 from prefopt.config.tools import DataCheckConfig, DataSplitConfig
 from prefopt.core.terminal import Reporter
 from prefopt.data import pictures
 from prefopt.data.audit import run_check
+from prefopt.data.chat.pictures import PictureProcessor
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.template import Rendering
 from prefopt.data.comparisons import parse_comparisons, read_comparisons, run_split
 from prefopt.data.group import Group, Placed
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.load import load_groups
-from prefopt.data.pictures import BadPicture, decoded, of_bytes, read_picture
+from prefopt.data.pictures import BadPicture, data_url, decoded, of_bytes, read_picture, reencoded
 from prefopt.data.table import GroupTable, Selection, keep_responses
 from prefopt.data.tokenizer import load_tokenizer
 from prefopt.errors import DataError
@@ -168,6 +172,74 @@ def test_an_animation_is_refused_and_cameras_turn() -> None:
     assert (found.width, found.height) == (10, 30) == decoded(found).size
 
 
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/a.png", "never fetched.png"])
+def test_names_mean_nothing_but_files(files: Path, name: str) -> None:
+    row = {"images": [name], "prompt": [{"role": "user", "content": "hm"}], **ANSWERS}
+    (problem,) = read_comparisons(written(files, row)).problems
+    assert problem.kind == "bad picture" and "no such file" in problem.what
+    (files / name).parent.mkdir(exist_ok=True)
+    (files / name).write_bytes(picture().data)
+    assert only(written(files, row)).pictures[0].source == str(files / name)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    found = io.BytesIO()
+    image.save(found, kind, **options)
+    return found.getvalue()
+
+
+def test_pixels_are_those_of_the_processor(model: Path) -> None:
+    """Also of pictures that are transparent in part, and in grey."""
+    processor = PictureProcessor(str(model), load_tokenizer(model))
+    noise = np.random.default_rng(0).integers(0, 255, (12, 20, 4), dtype=np.uint8)
+    whole = Image.fromarray(noise)
+    few = whole.convert("RGB").quantize(8)
+    few.info["transparency"] = 3
+    for image in (whole, whole.convert("LA"), few, whole.convert("L"), whole.convert("RGB"), whole.convert("1")):
+        data = encoded(image)
+        given = Image.open(io.BytesIO(data))
+        text = {"text": [processor.token], "text_kwargs": {"add_special_tokens": False}}
+        wanted = processor._inner(images=[given], return_tensors="pt", **text)["pixel_values"]
+        assert torch.equal(processor.pixels([of_bytes(data)])["pixel_values"], wanted), image.mode
+    assert np.asarray(decoded(of_bytes(encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 0)))))).min() == 255
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF"), ("F", "TIFF")])
+def test_greys_of_many_bits_are_refused(mode: str, kind: str) -> None:
+    with pytest.raises(BadPicture, match="more than 8 bits"):
+        read_picture(encoded(Image.new(mode, (4, 4)), kind))
+    with pytest.raises(BadPicture, match=r"Pillow|8 bits"):
+        read_picture(Image.new("F", (4, 4)))
+
+
+def test_photographs_of_telephones_are_their_first_picture() -> None:
+    shades = [Image.new("RGB", (8, 4), (shade,) * 3) for shade in (200, 0)]
+    found = of_bytes(encoded(shades[0], "MPO", save_all=True, append_images=shades[1:]))
+    assert (found.width, found.height) == (8, 4) and np.asarray(decoded(found)).min() > 190
+    assert data_url(found).startswith("data:image/jpeg;base64,")
+
+
+def test_encoding_again_leaves_pixels_alone() -> None:
+    data = encoded(Image.new("RGB", (4, 4)), "JPEG", icc_profile=b"mine", comment=b"mine")
+    image = Image.open(io.BytesIO(reencoded(of_bytes(data)).data))
+    image.load()
+    assert not image.info and image.size == (4, 4)
+
+
+def test_a_row_is_read_without_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(Image.new("RGB", (8, 4)))
+    monkeypatch.setattr(PngImageFile, "load", lambda self: pytest.fail("pixels were decoded"))
+    assert of_bytes(data).size == "8x4"
+
+
+def test_pictures_in_what_is_worse_are_refused(files: Path) -> None:
+    worse = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "two cats"}]
+    answer = {"role": "assistant", "content": "a dog", "rejected": [{"role": "assistant", "content": worse}]}
+    turns = [{"role": "user", "content": "hm"}, answer]
+    (problem,) = read_comparisons(written(files, {"messages": turns})).problems
+    assert "rejected" in problem.what and "picture" in problem.what
+
+
 def test_numbers_of_pictures_must_agree(files: Path) -> None:
     tagged = {"images": ["a.png"], "prompt": [{"role": "user", "content": "<image> or <image>?"}], **ANSWERS}
     text = {"images": ["a.png"], "prompt": "2 + 2 =", "chosen": "4", "rejected": "22"}
@@ -239,6 +311,26 @@ def test_a_missing_picture_may_come_back(model: Path, files: Path) -> None:
     assert load_groups([str(path)], tokenizer, on_bad_row="skip").refused == 1
     (files / "c.png").write_bytes(picture(seed=8).data)
     assert load_groups([str(path)], tokenizer).kept == 2
+
+
+def test_one_bad_picture_leaves_the_token_cache_in_use(model: Path, files: Path) -> None:
+    """Damaged or missing, now or later: the rows are read again where such a file has changed, and only there."""
+    (files / "cut.png").write_bytes(picture(seed=1).data[:-40])
+    row = {"images": ["c.png"], "prompt": [{"role": "user", "content": "hm"}], **ANSWERS}
+    path = written(files, *({**row, "images": [name]} for name in ("a.png", "b.png", "c.png", "cut.png")))
+    time.sleep(0.05)  # what has just changed is looked at again
+    tokenizer = load_tokenizer(model)
+
+    def found() -> tuple[int, int]:
+        groups = load_groups([str(path)], tokenizer, on_bad_row="skip")
+        return groups.kept, groups.cached
+
+    assert found() == (2, 0) and found() == (2, 4)
+    (files / "b.png").unlink()
+    assert found() == (1, 0) and found() == (1, 4)
+    (files / "cut.png").write_bytes(picture(seed=1).data)
+    time.sleep(0.05)
+    assert found() == (2, 0) and found() == (2, 4)
 
 
 def test_tables_hold_pictures(model: Path, files: Path) -> None:

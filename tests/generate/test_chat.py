@@ -261,8 +261,9 @@ def test_turns_leave_question_by_question() -> None:
     assert drop_oldest(twice) is None
 
 
-def test_a_picture_goes_with_the_next_message(tmp_path: Path) -> None:
-    """Also where no answer came, and into a saved file."""
+def test_a_picture_goes_with_the_next_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no answer came, and into a saved file. Only a user's ``~`` is their folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     path, saved = tmp_path / "a.png", tmp_path / "saved.jsonl"
     path.write_bytes(picture().data)
     typed = f"/image {tmp_path / 'none.png'}\n/image {path}\n{FAIL}\nwhat is it?\nand now?\n/save {saved}\n"
@@ -275,4 +276,6 @@ def test_a_picture_goes_with_the_next_message(tmp_path: Path) -> None:
     ]
     (c,) = read_comparisons(saved).comparisons
     assert [p.source for p in c.pictures] == [str(path)]
+    out = chat("/image ~/a.png\n/image ~nobody-of-this-name/a.png\nhm\n", Echo("m"))[1]
+    assert "20x12 pixels" in out and "no such file" in out and "m0: " in out
     assert "/image needs the path" in chat("/image\n", Echo("m"))[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,14 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from model.vision import groups_of, rows, write_folder
 from parallel.ranks import on_ranks
 from prefopt.core.ranks import Ranks
 from prefopt.data.group import Group
+from prefopt.errors import ConfigError
 from prefopt.model.adapter import new_lora
-from prefopt.model.architectures import checkpoint_activations
+from prefopt.model.architectures import causal_model, checkpoint_activations, towers_of
+from prefopt.model.load import load_model
 from prefopt.model.packing import pack
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer
@@ -187,3 +191,43 @@ def test_auto_counts_every_weight_once(dtype: torch.dtype, each: int, monkeypatc
         assert choose("auto", world, made, masters, torch.device("cpu"))[0] == wanted, room
         more = choose("auto", world, made, masters, torch.device("cpu"), lambda: need)[0]
         assert more == ("hybrid" if wanted == "none" else "full")
+
+
+def _with_pictures(folder: str, sharded: bool, split: bool) -> dict[str, Any]:
+    """Values and gradients of two groups, of which one has a picture, and how much of a tower this rank holds."""
+    world = open_world()
+    cpu, dtype = torch.device("cpu"), torch.float32
+    made = load_model(folder, dtype=dtype, device=cpu, pictures=True).train()
+    weights: Any = MasterWeights(made, dtype)
+    scorer = Scorer(made, pictures=True)
+    if sharded:
+        with pytest.raises(ConfigError, match="--vision frozen"):  # it trains
+            shard.shard(scorer, weights, world, dtype, hybrid=False)
+    for tower in towers_of(causal_model(made)):
+        tower.requires_grad_(False)
+    weights.release()
+    weights = MasterWeights(made, dtype)
+    if sharded:
+        weights = shard.shard(scorer, weights, world, dtype, hybrid=False)
+    every = [group for group in groups_of(Path(folder), rows()) if len(group.pictures) != 2]
+    found: dict[str, Any] = {"logp": []}
+    for group in every[world.rank : 2 : world.size] if split else every[:2]:
+        logp_M = scorer(pack([group], scorer.layout))
+        found["logp"].append(logp_M.detach().numpy())
+        (logp_M * torch.linspace(-1, 1, len(logp_M))).sum().backward()
+    sum_gradients(world, weights.masters.values())
+    found["gradients"] = {n: whole_of(p.grad).numpy().copy() for n, p in weights.masters.items()}
+    found["held"] = {type(p).__name__ for tower in towers_of(causal_model(made)) for p in tower.parameters()}
+    return found
+
+
+def test_ranks_with_and_without_pictures(tmp_path: Path) -> None:
+    """Only the first rank computes features of a picture, with a tower that it has whole."""
+    folder = str(write_folder("qwen3_vl", tmp_path))
+    alone = on_ranks(1, _with_pictures, folder, False, False)[0]
+    for rank, found in enumerate(on_ranks(2, _with_pictures, folder, True, True)):
+        assert found["held"] == {"Parameter"}
+        np.testing.assert_array_equal(found["logp"][0], alone["logp"][rank])
+        assert found["gradients"].keys() == alone["gradients"].keys()
+        for name, wanted in alone["gradients"].items():
+            np.testing.assert_allclose(found["gradients"][name], wanted, rtol=1e-4, atol=1e-6)

@@ -14,10 +14,18 @@ from transformers import AutoModelForImageTextToText
 
 import prefopt
 from model.vision import FAMILY_PARAMS, picture, write_folder
+from prefopt.chat.session import open_models
+from prefopt.config.sample import ChatConfig
+from prefopt.core.terminal import Reporter
 from prefopt.data.chat.pictures import token_of_pictures
+from prefopt.data.comparisons import read_comparisons
 from prefopt.data.load import load_groups
 from prefopt.data.tokenizer import load_tokenizer
-from prefopt.errors import ConfigError, ModelError, UserError
+from prefopt.errors import ConfigError, DataError, ModelError, UserError
+from prefopt.evaluate.samples import kl_to_reference
+from prefopt.generate.chat_model import LocalChatModel
+from prefopt.generate.model_io import SampledModel
+from prefopt.model.architectures import causal_model, takes_pictures
 from prefopt.model.load import load_model
 from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer
@@ -150,3 +158,41 @@ def test_samples_are_scored_as_they_were_drawn(family: str, data: Path, tmp_path
     assert written[0]["prompt"][0]["content"][0]["type"] == "image"
     token = token_of_pictures(str(folder))
     assert token is not None and not any(token in ids for line in written for ids in line["token_ids"])
+
+
+def test_samples_with_pictures_are_compared_with_a_reference(model: Path, data: Path, tmp_path: Path) -> None:
+    """Where the token of pictures, which is never drawn, has a probability as in trained models; else it is said."""
+    out = tmp_path / "samples.jsonl"
+    options: dict[str, Any] = {"num": 1, "max_new_tokens": 5, "dtype": "float32", "progress": "none"}
+    prefopt.sample(model=str(model), prompts=[str(data)], output=str(out), **options)
+    rows = read_comparisons(out).comparisons
+
+    def reference() -> SampledModel:
+        return SampledModel(str(model), device="cpu", dtype="float32")
+
+    with pytest.raises(DataError, match="without the token of pictures"):
+        kl_to_reference(rows, reference())
+    for row in rows:
+        row.extra["sampling_logprobs"] = row.extra["logprobs"]
+    found = kl_to_reference(rows, reference())
+    assert found is not None and abs(found.k1.mean) < 1e-4
+    other = write_folder("qwen3_vl", tmp_path / "other", seed=1)
+    found = kl_to_reference(rows, SampledModel(str(other), device="cpu", dtype="float32"), reference())
+    assert found is not None and found.k1.mean > 1e-3
+
+
+def test_words_alone_leave_an_adapter_its_processor(model: Path, data: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"prompt": [{"role": "user", "content": "what is 12?"}], "completion": "the answer"}))
+    given: dict[str, Any] = {**QUICK, "epochs": 1, "model": str(model)}
+    prefopt.sft(data=[str(text)], output=str(tmp_path / "out"), lora=True, **given)
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "out" / "preprocessor_config.json").is_file()
+
+
+@pytest.mark.parametrize(("family", "takes"), [("qwen3_vl", True), ("qwen3_5", False)])
+def test_chat_loads_a_tower_where_it_takes_pictures(family: str, takes: bool, tmp_path: Path) -> None:
+    folder = write_folder(family, tmp_path)
+    (found,) = open_models(ChatConfig(model=str(folder), device="cpu", dtype="float32"), 0, Reporter("none"))
+    assert isinstance(found, LocalChatModel)
+    assert takes_pictures(causal_model(found.model.scorer.model)) == takes

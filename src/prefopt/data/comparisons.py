@@ -79,7 +79,7 @@ class Reading:
             try:
                 yield self._found.layout.parse(row, number, self.file, self._columns)
             except BadRow as bad:
-                yield Problem(bad.kind, number, bad.what, self.file)
+                yield Problem(bad.kind, number, bad.what, self.file, bad.pictures)
         if number != (count := self._found.count):
             raise DataError(f"had {count} rows and now has {number}: it changed while it was read", file=self.file)
         if not self._unread_noted and (unread := self._columns.tags.unread):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from prefopt.data.comparisons import Reading, open_comparisons
 from prefopt.data.files.sources import Source, find_sources
 from prefopt.data.layouts import code_of_layouts
 from prefopt.data.layouts.columns import find_dataset_info
-from prefopt.data.pictures import BAD_PICTURE, changed_pictures
+from prefopt.data.pictures import changed_pictures, file_state
 from prefopt.data.sampler import Indices, split_by_prompt
 from prefopt.data.table import Columns, GroupTable, Part, joined
 from prefopt.data.token_cache import Append, Report, TokenCache, Tokenised, TokenKey
@@ -38,6 +39,8 @@ OnBadRow = Literal["refuse", "skip"]
 PARALLEL_ROWS = 4000
 # Problems that are not errors: such rows are left out and counted.
 NO_FAULT = ("only ties",)
+# Nanoseconds by which times of files lag behind the clock.
+LAG = 20_000_000
 # Tokens with all steps, over those of each response's longest step, above which a note tells of it.
 REPEATED = 4
 # Kinds of data for which an unread column of responses is an error.
@@ -128,7 +131,8 @@ class _GroupLoader:
             return found
         changed = changed_pictures(found.part.picture_files)
         # A picture that was missing or damaged may be there by now.
-        if changed or any(p.kind == BAD_PICTURE for p in found.report.problems):
+        mended = any(file_state(path) != state for path, state in found.report.pictures.items())
+        if changed or mended:
             if changed:
                 log.warning("%s: %d pictures have changed, such as %s", source.name, len(changed), changed[0])
             cache.remove(key)
@@ -141,7 +145,7 @@ class _GroupLoader:
             raise DataError(reading.lost, file=reading.file)
         problems: list[Problem] = []
         warnings: Warnings = {}
-        conversations, done = False, 0
+        conversations, done, started = False, 0, time.time_ns()
         reporter = self.reporter if reading.count >= PARALLEL_ROWS else Reporter("none")
         with (
             reporter.bar(f"tokenising {reading.file}", reading.count, "rows") as bar,
@@ -157,7 +161,9 @@ class _GroupLoader:
                 bar.update(done)
         template = Renderer(self.tokenizer, self.rendering).template if conversations else None
         notes = list(reading.notes)  # complete after the last row only
-        return Report(reading.file, reading.count, problems, notes, warnings, template)
+        states = {path: file_state(path) for p in problems for path in p.pictures}
+        pictures = {path: state if max(state, default=0) < started - LAG else [-1] for path, state in states.items()}
+        return Report(reading.file, reading.count, problems, notes, warnings, template, pictures)
 
     def _prepared(self, reading: Reading) -> Generator[Chunk]:
         """The chunks of a source, in order; other processes make them where there are many rows."""

@@ -10,6 +10,7 @@ import base64
 import binascii
 import hashlib
 import io
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -30,14 +31,25 @@ _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
 _ADDRESS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+://")
 _TURNED = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""
-
+_SEVERAL = "MPO"
+"""Pillow's name for a JPEG with further pictures behind it (previews, depths), as telephones write them: the first is
+what is shown."""
+_EXIF_OF_PNG = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 
 BAD_PICTURE = "bad picture"
 """The kind of problem of a row whose picture cannot be used."""
 
 
 class BadPicture(ValueError):
-    """What is wrong with a picture, in a line without its row."""
+    """What is wrong with a picture, in a line without its row; ``source``: of the file at this path."""
+
+    def __init__(self, what: str, source: str = "") -> None:
+        super().__init__(what)
+        self.source = source
+
+
+class PictureByAddress(BadPicture):
+    """A picture is named by an address, which is never fetched."""
 
 
 def read_picture(value: object, folder: Path | None = None) -> Picture:
@@ -55,7 +67,10 @@ def read_picture(value: object, folder: Path | None = None) -> Picture:
         return _of_text(value, folder)
     if callable(save := getattr(value, "save", None)) and hasattr(value, "getbbox"):
         written = io.BytesIO()
-        save(written, format="PNG")
+        try:
+            save(written, format="PNG")
+        except Exception as error:  # of any class: modes that PNG does not have, files that are closed
+            raise BadPicture(f"a picture of Pillow cannot be used ({first_line(error)})") from None
         return of_bytes(written.getvalue())
     raise BadPicture(f"a picture is {type(value).__name__}, not a path, bytes or a data: URL")
 
@@ -66,7 +81,7 @@ def of_bytes(data: bytes, source: str = "") -> Picture:
         raise BadPicture(f"a picture has {len(data):,} bytes; at most {MAX_BYTES:,} are read")
     with _opened(data) as image:
         width, height = image.size
-        turned = image.getexif().get(0x0112) in _TURNED
+        turned = _may_turn(image) and image.getexif().get(0x0112) in _TURNED
     if turned:
         width, height = height, width
     return Picture(digest_of(data), width, height, source, b"" if source else data)
@@ -78,10 +93,19 @@ def digest_of(data: bytes) -> bytes:
 
 
 def changed_pictures(files: Mapping[str, bytes]) -> list[str]:
-    """Which files no longer have these digests. Hashes of unchanged files are remembered. Raises :class:`DataError`
-    where one cannot be read."""
-    hashes = file_hashes(list(map(Path, files)), error=DataError)
-    return [path for (path, digest), found in zip(files.items(), hashes, strict=True) if found[:32] != digest.hex()]
+    """Which files no longer have these digests, or cannot be read. Hashes of unchanged files are remembered."""
+    there = [path for path in files if Path(path).is_file() and os.access(path, os.R_OK)]
+    hashes = dict(zip(there, file_hashes(list(map(Path, there)), error=DataError), strict=True))
+    return [path for path, digest in files.items() if hashes.get(path, "")[:32] != digest.hex()]
+
+
+def file_state(path: str) -> list[int]:
+    """Size and times of a file, which tell whether it has changed; empty where there is none."""
+    try:
+        found = Path(path).stat()
+    except (OSError, ValueError):
+        return []
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def bytes_of(picture: Picture) -> bytes:
@@ -97,19 +121,27 @@ def bytes_of(picture: Picture) -> bytes:
     return data
 
 
-def decoded(picture: Picture) -> Any:
-    """The picture as Pillow's RGB image, turned as its camera says. Raises :class:`BadPicture` where it is damaged,
-    :class:`DataError` as :func:`bytes_of`."""
-    from PIL import ImageOps
+def decoded(picture: Picture, *, as_held: bool = False) -> Any:
+    """The picture as Pillow's image, turned as its camera says: in RGB, what is transparent on white, or ``as_held`` by
+    the file. Raises :class:`BadPicture` where it is damaged, :class:`DataError` as :func:`bytes_of`."""
+    from PIL import Image, ImageOps
 
     with _opened(bytes_of(picture)) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        upright = ImageOps.exif_transpose(image)
+        if as_held:
+            return upright
+        if upright.has_transparency_data:
+            front = upright.convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", front.size, (255, 255, 255, 255)), front)
+        return upright.convert("RGB")
 
 
 def reencoded(picture: Picture) -> Picture:
-    """The picture as PNG, of the same pixels, without metadata. Raises as :func:`decoded`."""
+    """The picture as PNG, as people see it, without metadata. Raises as :func:`decoded`."""
     written = io.BytesIO()
-    decoded(picture).save(written, "PNG")
+    image = decoded(picture)
+    image.info.clear()  # a profile of colours would be written
+    image.save(written, "PNG")
     return of_bytes(written.getvalue())
 
 
@@ -117,7 +149,7 @@ def data_url(picture: Picture) -> str:
     """The picture as a ``data:`` URL."""
     data = bytes_of(picture)
     with _opened(data) as image:
-        kind = image.format.lower()
+        kind = "jpeg" if image.format == _SEVERAL else image.format.lower()
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
@@ -135,8 +167,10 @@ def _opened(data: bytes) -> Iterator[Any]:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise BadPicture(f"a picture has {width} x {height} pixels; at most {MAX_PIXELS:,} are decoded")
-                if (frames := getattr(image, "n_frames", 1)) > 1:
+                if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != _SEVERAL:
                     raise BadPicture(f"a picture has {frames} frames; give one of them")
+                if image.mode.startswith("I") or image.mode == "F":  # RGB of them would be white where it is not black
+                    raise BadPicture(f"a picture has greys of more than 8 bits (mode {image.mode}); save it with 8")
                 yield image
     except (BadPicture, DataError):
         raise
@@ -146,31 +180,37 @@ def _opened(data: bytes) -> Iterator[Any]:
         raise BadPicture(f"the picture is damaged ({first_line(error)})") from None
 
 
+def _may_turn(image: Any) -> bool:
+    """Whether an image has EXIF. Of a PNG only that before its pixels counts, which are not decoded for it."""
+    return image.format != "PNG" or any(name in image.info for name in _EXIF_OF_PNG)
+
+
 def _of_text(text: str, folder: Path | None) -> Picture:
     if match := _DATA_URL.match(text):
         return of_bytes(_decoded_base64(text[match.end() :]))
     if text[:5].lower() == "data:":
         raise BadPicture("a data: URL that is not of the form data:image/...;base64,...")
     if _ADDRESS.match(text):
-        raise BadPicture(f"{text[:60]} is an address, which is never fetched; save the picture and give its path")
-    path = Path(text.removeprefix("file://")).expanduser()
+        raise PictureByAddress(f"{text[:60]} is an address, which is never fetched; save the picture and give its path")
+    path = Path(text.removeprefix("file://"))
     path = path if path.is_absolute() or folder is None else folder / path
     path = path.absolute()
     try:
         if not path.is_file():
             what = "is no file" if path.exists() else "there is no such file"
-            raise BadPicture(f"picture {text[:200]}: {what}; paths are relative to the data file")
+            raise BadPicture(f"picture {text[:200]}: {what}; paths are relative to the data file", str(path))
         if path.stat().st_size > MAX_BYTES:
-            raise BadPicture(f"picture {text[:200]} has {path.stat().st_size:,} bytes; at most {MAX_BYTES:,} are read")
+            what = f"has {path.stat().st_size:,} bytes; at most {MAX_BYTES:,} are read"
+            raise BadPicture(f"picture {text[:200]} {what}", str(path))
         data = path.read_bytes()
     except (OSError, ValueError) as error:
         if isinstance(error, BadPicture):
             raise
-        raise BadPicture(f"picture {text[:200]} cannot be read ({first_line(error)})") from None
+        raise BadPicture(f"picture {text[:200]} cannot be read ({first_line(error)})", str(path)) from None
     try:
         return of_bytes(data, str(path))
     except BadPicture as bad:
-        raise BadPicture(f"picture {text[:200]}: {bad}") from None
+        raise BadPicture(f"picture {text[:200]}: {bad}", str(path)) from None
 
 
 def _of_struct(value: dict[Any, Any], folder: Path | None) -> Picture:

@@ -88,7 +88,11 @@ def code_digest(places: tuple[Path, ...]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The ``read`` rows of ``file``: problems, notes and warnings, and ``Renderer.template``."""
+    """The ``read`` rows of ``file``: problems, notes and warnings, and ``Renderer.template``.
+
+    ``pictures``: the files that problems may be in, as :func:`prefopt.data.pictures.file_state` found them; -1 of one
+    that changed meanwhile.
+    """
 
     file: str
     read: int
@@ -96,6 +100,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     warnings: Warnings = field(default_factory=dict)
     template: str | None = None
+    pictures: dict[str, list[int]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; problems without the file, which :meth:`from_dict` is given."""
@@ -107,7 +112,7 @@ class Report:
         start = f"{plain['file']}: "
         notes = [f"{file}: {n.removeprefix(start)}" if n.startswith(start) else n for n in plain["notes"]]
         problems = [Problem(kind, row, what, file) for kind, row, what in plain["problems"]]
-        return cls(file, plain["read"], problems, notes, plain["warnings"], plain["template"])
+        return cls(file, plain["read"], problems, notes, plain["warnings"], plain["template"], plain["pictures"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,12 +24,14 @@ NAMED_ROWS = 10  # rows with one problem that a message names
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One reason why a row cannot be used: rows are counted by ``kind``, ``what`` describes it for this row."""
+    """One reason why a row cannot be used: rows are counted by ``kind``, ``what`` describes it for this row. Where it
+    may be in files of pictures, ``pictures`` are their paths."""
 
     kind: str
     row: int
     what: str
     file: str = ""
+    pictures: tuple[str, ...] = ()
 
 
 class _Impossible(Exception):

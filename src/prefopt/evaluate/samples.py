@@ -271,11 +271,18 @@ def log_ratios(rows: Sequence[Comparison], reference: SampledModel, policy: Samp
     samples lack token ids or log-probabilities, or were not drawn from the model's own distribution, and
     :class:`ModelError` where a token is none of the reference's.
     """
+    pictured = any(row.pictures for row in rows)
+    for model in (reference, policy) if pictured else ():
+        if model is not None:
+            model.pictures = True
     for row in rows:
         if not all(name in row.extra for name in ("token_ids", "logprobs", "sampling_logprobs")):
             raise DataError("has no token ids and log-probabilities, which prefopt sample writes", row=row.row)
         if not np.allclose(_numbers(row, "logprobs"), _numbers(row, "sampling_logprobs"), atol=1e-4):
-            raise DataError("was sampled with a temperature, top-k or top-p, which --reference cannot use", row=row.row)
+            what = "a temperature, top-k or top-p"
+            if pictured:
+                what += ", or without the token of pictures, which its model expects in answers"
+            raise DataError(f"was sampled with {what}: --reference cannot use it", row=row.row)
     bare = [replace(row, responses=(), tiers=(), scores=None, labels=None, votes=None) for row in rows]
     groups = []
     for row, prompt in zip(rows, renderer_for(reference.tokenizer).prompts(bare), strict=True):

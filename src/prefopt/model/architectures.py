@@ -48,12 +48,32 @@ def body_of(model: PreTrainedModel) -> torch.nn.Module:
     return body if body is not model else inner
 
 
+def takes_pictures(model: PreTrainedModel) -> bool:
+    """Whether a model has a vision tower: transformers gives the class of its body ``get_image_features``."""
+    return hasattr(body_of(model), "get_image_features")
+
+
+def towers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The parts of a vision-language model that are neither its language model nor its head."""
+    if not takes_pictures(model):
+        return []
+    text, outputs = model.get_decoder(), model.get_output_embeddings()
+    body = body_of(model)
+    kept = {id(text), id(outputs), id(model.get_input_embeddings())}
+    return [module for module in body.children() if id(module) not in kept and text not in module.modules()]
+
+
 def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The blocks that transformers never splits, without those inside another one: the layers of a model."""
-    names = set(getattr(causal_model(model), "_no_split_modules", None) or ())
+    """The blocks that transformers never splits, without those inside another one or a tower: the layers of a language
+    model, which every pass goes through."""
+    causal = causal_model(model)
+    names = set(getattr(causal, "_no_split_modules", None) or ())
+    towers = {id(module) for tower in towers_of(causal) for module in tower.modules()}
     found: dict[str, torch.nn.Module] = {}
     for place, module in model.named_modules():
-        if type(module).__name__ in names and not place.startswith(tuple(f"{outer}." for outer in found)):
+        if id(module) in towers or type(module).__name__ not in names:
+            continue
+        if not place.startswith(tuple(f"{outer}." for outer in found)):
             found[place] = module
     return list(found.values())
 

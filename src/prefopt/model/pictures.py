@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from prefopt.data.chat.pictures import PictureProcessor
 from prefopt.data.tokenizer import load_tokenizer
 from prefopt.errors import ModelError
-from prefopt.model.architectures import body_of
+from prefopt.model.architectures import body_of, takes_pictures, towers_of
 from prefopt.model.kernels.blocks import Block, Blocks
 from prefopt.model.packing import ForwardPass
 from prefopt.records import Picture
@@ -30,23 +30,10 @@ FAMILIES = frozenset(
     "gemma3 gemma4 idefics3 internvl llava qwen2_5_vl qwen2_vl qwen3_5 qwen3_vl qwen3_vl_moe smolvlm".split()
 )
 """Types of models that are given pictures: those that tests show to equal their class's own forward."""
+SAMPLED = FAMILIES - {"qwen3_5"}
+"""Those of :data:`FAMILIES` that are sampled from with pictures: a cache of the class's own takes none."""
 BIDIRECTIONAL = {"gemma3": "all", "gemma4": "sliding"}
 """Types in which the image tokens of a picture see each other, and in which layers."""
-
-
-def takes_pictures(model: PreTrainedModel) -> bool:
-    """Whether a model has a vision tower: transformers gives the class of its body ``get_image_features``."""
-    return hasattr(body_of(model), "get_image_features")
-
-
-def towers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The parts of a vision-language model that are neither its language model nor its head."""
-    if not takes_pictures(model):
-        return []
-    text, outputs = model.get_decoder(), model.get_output_embeddings()
-    body = body_of(model)
-    kept = {id(text), id(outputs), id(model.get_input_embeddings())}
-    return [module for module in body.children() if id(module) not in kept and text not in module.modules()]
 
 
 def tower_names(model: PreTrainedModel) -> set[str]:

@@ -18,7 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from prefopt.core.terminal import size
-from prefopt.model.architectures import causal_model, layers_of
+from prefopt.errors import ConfigError
+from prefopt.model.architectures import causal_model, layers_of, towers_of
 from prefopt.model.costs import memory_of
 from prefopt.model.placeholders import take_unread
 from prefopt.model.precision import MasterWeights, kept_in_float32
@@ -76,7 +77,16 @@ def shard(
     hybrid: bool,
     device: torch.device | None = None,
 ) -> ShardedWeights:
-    """Cut the weights of a scorer's model into shards over all ranks, on its device or another."""
+    """Cut the weights of a scorer's model into shards over all ranks, on its device or another.
+
+    Raises :class:`ConfigError` where a vision tower trains.
+    """
+    tower = {id(p) for tower in towers_of(causal_model(scorer.model)) for p in tower.parameters()}
+    if scorer.pictures and any(n in weights.masters for n, p in weights.model.named_parameters() if id(p) in tower):
+        raise ConfigError(
+            "weights in shards leave a vision tower as it is, which --vision lora and full do not: use --vision frozen,"
+            " or --shard none"
+        )
     device = device or next(scorer.model.parameters()).device
     scorer.most_passes = world.largest
     return ShardedWeights(scorer, weights, mesh_of(world, device, hybrid=hybrid), dtype)
@@ -86,7 +96,8 @@ class ShardedWeights(MasterWeights):
     """Trainable weights of which a rank holds a part. ``masters`` are DTensors, by the names of the model's parameters.
 
     It takes the place of ``weights``, which are released: the scorer's model computes in the same dtype as before, but
-    holds its shards of the masters. Weights that the class keeps in float32 stay whole on every rank.
+    holds its shards of the masters. Weights that the class keeps in float32, and those of a vision tower, stay whole on
+    every rank.
     """
 
     def __init__(self, scorer: PackedModel, weights: MasterWeights, mesh: Mesh, dtype: torch.dtype) -> None:
@@ -100,8 +111,11 @@ class ShardedWeights(MasterWeights):
         scorer.compute_dtype, scorer.outer_weights = dtype, self.outer_weights
         self.unread = take_unread(self.model)
         """Weights whose contents are still to be read, by name: see :mod:`prefopt.parallel.loading`."""
-        kept = kept_in_float32(causal_model(scorer.model)) if dtype.itemsize < 4 else lambda name: False
+        causal = causal_model(scorer.model)
+        kept = kept_in_float32(causal) if dtype.itemsize < 4 else lambda name: False
         whole = {p for n, p in self.model.named_parameters() if kept(n)}
+        # A rank whose rows have no pictures would not gather a tower together with the others.
+        whole |= {p for tower in towers_of(causal) for p in tower.parameters()}
         # Frozen weights have the dtype of computation already; those that train are float32 until they are gathered.
         # Inputs of layers keep their dtype: a class may add what a float32 router weighs to a residual in bfloat16.
         wide = torch.promote_types(dtype, torch.float32)

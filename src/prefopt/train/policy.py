@@ -244,7 +244,7 @@ class Trained(Generic[AnyScorer]):
         """Write weights and tokenizer; not where another process ``writes``, to which all send their shards."""
         if writes or self.sharded:
             save_model(folder, self.scorer, self.masters, tokenizer, writes=writes)
-        if writes and self.pictures:
+        if writes and (self.pictures or (self._named and self.task == "CAUSAL_LM")):  # a tower may stay
             copy_processor(str(causal_model(self.scorer.model).name_or_path), folder)
 
     def release(self) -> None:

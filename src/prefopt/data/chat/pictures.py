@@ -67,7 +67,8 @@ class PictureProcessor:
         return tuple(found["replacement"] for found in offsets)
 
     def _call(self, pictures: Sequence[Picture]) -> Mapping[str, Any]:
-        images = [decoded(picture) for picture in pictures]
+        converts = bool(getattr(self._inner.image_processor, "do_convert_rgb", False))  # in its own way
+        images = [decoded(picture, as_held=converts) for picture in pictures]
         try:
             found: Mapping[str, Any] = self._inner(
                 images=images,

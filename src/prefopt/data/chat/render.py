@@ -193,7 +193,7 @@ class Renderer:
             pairs = zip(texts, pictures_of(c, len(texts)), strict=True)
             return [expanded(text, pictures, self.pictures) for text, pictures in pairs]
         except (BadPicture, DataError) as error:
-            return Problem(BAD_PICTURE, c.row, str(error), c.file)
+            return Problem(BAD_PICTURE, c.row, str(error), c.file, tuple(p.source for p in c.pictures if p.source))
 
     def _without_stray(self, c: Comparison, sequences: Sequences) -> Sequences | Problem:
         """The sequences, or the problem that the words of one hold the token in whose place a picture's features go."""

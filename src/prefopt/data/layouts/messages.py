@@ -119,6 +119,8 @@ def _judgement(item: Mapping[str, object], role: str, name: str, tags: Tags) -> 
         turns = read_messages([rejected] if isinstance(rejected, dict) else rejected or (), f"rejected of {name}", tags)
     if any(m.label is not None or m.rejected for m in turns):
         raise BadRow("wrong type", f"rejected of a message of {name} holds judgements of its own")
+    if any(m.pictures for m in turns):
+        raise BadRow("field that cannot be used", f"rejected of a message of {name} has a picture, which is not read")
     return None if label is None else bool(label), turns
 
 

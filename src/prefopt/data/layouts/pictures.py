@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from prefopt.data.layouts.values import BadRow
-from prefopt.data.pictures import BAD_PICTURE, BadPicture, read_picture
+from prefopt.data.pictures import BAD_PICTURE, BadPicture, PictureByAddress, read_picture
 from prefopt.records import PICTURE, Comparison, Message, Picture
 
 TAG = "<image>"
@@ -49,8 +49,8 @@ def _read(value: object, name: str, folder: Path | None) -> Picture:
     try:
         return read_picture(value, folder)
     except BadPicture as bad:
-        kind = "picture by address" if "never fetched" in str(bad) else BAD_PICTURE
-        raise BadRow(kind, f"{name}: {bad}") from None
+        kind = "picture by address" if isinstance(bad, PictureByAddress) else BAD_PICTURE
+        raise BadRow(kind, f"{name}: {bad}", (bad.source,) if bad.source else ()) from None
 
 
 def with_pictures(c: Comparison, given: list[Picture]) -> Comparison:

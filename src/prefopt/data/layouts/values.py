@@ -10,9 +10,11 @@ from prefopt.errors import LONGEST, ConfigError
 
 
 class BadRow(Exception):
-    """A row that cannot be read. Rows are counted by ``kind``; ``what`` is the reason for this one."""
+    """A row that cannot be read. Rows are counted by ``kind``; ``what`` is the reason for this one, ``pictures`` are
+    the files that cause it."""
 
-    def __init__(self, kind: str, what: str) -> None:
+    def __init__(self, kind: str, what: str, pictures: tuple[str, ...] = ()) -> None:
+        self.pictures = pictures
         self.kind, self.what = kind, what if len(what) <= LONGEST else f"{what[:LONGEST]}..."
         super().__init__(self.what)
 
