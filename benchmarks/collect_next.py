@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import uvicorn
-from prefopt.collect.security import RateLimit
 
 from prefopt.collect.app import Site, build_app
 from prefopt.studies.annotators import invite, open_session
 from prefopt.studies.items import NewItem, ResponseOrigin, add_items, next_item
 from prefopt.studies.study import Study, StudySettings
 from prefopt.studies.votes import Vote, record
+from prefopt.web.security import RateLimit
 
 Found = TypeVar("Found")
 WORDS = "a response of some two hundred characters, as people get them from models every day, "

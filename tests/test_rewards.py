@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from prefopt.config import tools as config
+from prefopt.config import scoring as config
 from prefopt.errors import ConfigError, RunError
 from prefopt.rewards import RULES, Reward, load_reward
 

@@ -107,7 +107,7 @@ def test_runs_of_several_methods_stand_side_by_side(
     assert said(["report", *RUNS, "chain", "--output", "p.html"], capsys)[0] == 0
     monkeypatch.chdir(made)
     status, line = said(["report", "."], capsys)
-    assert status == 2 and "holds no run of its own, but 12 runs below it: name output folders, such as " in line
+    assert status == 2 and "holds no run of its own, but 13 runs below it: name output folders, such as " in line
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -41,7 +41,17 @@ def test_runs_below_a_folder_are_listed_with_what_differs(tmp_path: Path) -> Non
     assert [cells(line) for line in lines] == [
         [*HEAD, "held-out dpo", "status", "options set"],
         ["b", "dpo", "2026-01-01", "-", "a.jsonl", HELD_OUT, "0.6", "finished", "learning_rate=5e-7"],
-        ["deep/a", "dpo", "2026-01-02", "-", "a.jsonl", HELD_OUT, "0.45", "interrupted, step 30 of 40", "-"],
+        [
+            "deep/a",
+            "dpo",
+            "2026-01-02",
+            "-",
+            "a.jsonl",
+            HELD_OUT,
+            "0.45",
+            "interrupted, step 30 of 40",
+            "learning_rate=1e-6",
+        ],
         ["c", "dpo", "2026-01-03", "-", "a.jsonl", HELD_OUT, "0.45", "running", "learning_rate=1e-6 lora=true"],
     ]
     assert read_history(tmp_path / "c").status == "stopped", "nobody holds it any more"

@@ -22,7 +22,7 @@ from prefopt.model.precision import MasterWeights
 from prefopt.model.routing import balancing_routers
 from prefopt.model.scalar import ScalarScorer, scalar_from
 from prefopt.reference.in_memory import InMemoryReference, SwappedWeights
-from prefopt.rl.models import Critic, HeadWeights
+from prefopt.rl.critic import Critic, HeadWeights
 from prefopt.rl.objective import PpoObjective
 from prefopt.train.batch import Batch
 from prefopt.train.columns import mismatched

@@ -190,7 +190,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
     [
         (1_000, "/tokens/"),
         (1_001, "run.json: cannot be written"),
-        (10_000, "/reference/"),
+        (12_500, "/reference/"),
         (60_000, "checkpoints/step-00000002"),
         (200_000, "checkpoints/step-00000002"),  # the optimiser is larger than the weights
         (None, "checkpoints/step-00000004"),  # the one that stands in for a model that cannot be saved

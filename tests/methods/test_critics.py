@@ -13,7 +13,7 @@ from methods import small_world as world
 from methods.test_ppo import QUICK, ROWS, metrics, ppo
 from prefopt.errors import ConfigError, Diverged
 from prefopt.model.merge import merge_adapter
-from prefopt.rl.models import Critic
+from prefopt.rl.critic import Critic
 from prefopt.rl.objective import rollout_metrics
 from prefopt.rl.rollouts import Rollouts
 from train.small import weights

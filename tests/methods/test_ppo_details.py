@@ -16,7 +16,7 @@ from prefopt.config.ppo import PpoConfig
 from prefopt.errors import RunError
 from prefopt.model.scalar import scalar_from
 from prefopt.model.scorer import Scorer
-from prefopt.rl.models import Critic
+from prefopt.rl.critic import Critic
 
 GUIDE = Path(__file__).parents[2] / "docs/guide/ppo.md"
 

@@ -26,6 +26,7 @@ from prefopt.parallel.gathered import Shards, copy_as_it_is, cut, shard_with_cop
 from prefopt.parallel.tensors import local_of
 from prefopt.parallel.world import open_world
 from prefopt.rl.models import build_models, bytes_of_others
+from prefopt.rl.rewards import Rewards
 from prefopt.rl.rollouts import Collector
 from prefopt.train.policy import Policy
 from prefopt.train.trainer import Trainer
@@ -233,8 +234,8 @@ def test_auto_knows_the_size_of_the_models_that_are_still_to_come(dtype: str, tm
         config = PpoConfig(model=base, prompts=[data], output=str(tmp_path / "out"), **{**named, **more})
         policy = Policy(config, base, getattr(torch, dtype), torch.device("cpu"), None)
         policy.make_trainable()
-        guess = bytes_of_others(config, policy, base)
-        models = build_models(config, policy, base, small_tokenizer(), (1,), 64, None)
+        guess = bytes_of_others(config, policy, base, Rewards.of(config))
+        models = build_models(config, policy, base, small_tokenizer(), (1,), 64, Rewards.of(config))
         assert models.critic is not None
         wanted = sum(held for name, held in models.memory().items() if name != "actor")
         # gradients, and the optimiser's two moments

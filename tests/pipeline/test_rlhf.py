@@ -41,7 +41,8 @@ CHANGES: dict[str, Callable[[str], str]] = {
 }
 NO_FILES = set(
     "format columns label_means ignore_columns template_variables data_weights lora_targets output track track_project"
-    " adapter device offload".split()
+    " adapter device offload judge_url judge_model judge_key judge_pattern"
+    " rollout_server rollout_model rollout_key rollout_folder".split()
 )
 
 

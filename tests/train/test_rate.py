@@ -170,7 +170,7 @@ def test_a_search_that_stops_is_gone_on_with(small: str, tmp_path: Path, capsys:
 
 def test_options_that_contradict_are_one_line() -> None:
     for options, told in (
-        ({}, "--find-learning-rate compares held-out losses: give --eval-data"),
+        ({"eval_fraction": 0}, "--find-learning-rate compares held-out losses: give --eval-data"),
         ({"ref_model_sync_steps": 5, "eval_fraction": 0.1}, "changes the reference between them"),
     ):
         with pytest.raises(ConfigError, match=told):

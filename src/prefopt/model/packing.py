@@ -217,7 +217,7 @@ def _finish(groups: Sequence[Group], rows: list[_PackedRow], steps: list[_Step],
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
     owner_M = tensor(owner)
-    length = torch.bincount(owner_M, minlength=responses)
+    length = tensor([np.bincount(np.concatenate(owner), minlength=responses)])
     passes = tuple(row.finish() for row in rows)
     return PackedBatch(tuple(groups), passes, tensor(read), tensor(target), owner_M, length, tensor(last))
 

@@ -16,7 +16,6 @@ from prefopt.config.training import MethodOptions
 from prefopt.core.options import flag
 from prefopt.core.terminal import Reporter, StopRequest
 from prefopt.data.chat.template import Rendering
-from prefopt.data.chat.truncate import longer_limit
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.group import Group
 from prefopt.data.load import GroupSet, load_groups
@@ -168,8 +167,6 @@ def load_data(
     reporter.say(_length_words(config.max_length, start, groups))
     if source.template:
         start.tokenizer.chat_template = source.template
-    if longer := longer_limit(source.truncated, source.kept, start.limit, start.positions):
-        reporter.say(longer)
     return data
 
 
@@ -218,7 +215,7 @@ def _fraction(config: MethodOptions, groups: GroupTable, reporter: Reporter) -> 
     if fraction := default_fraction(prompts, read=math.ceil(read)):
         return fraction
     few = f"{prompts} prompts are fewer than the {LEAST_PROMPTS} from which on some are held out by default"
-    for name in ("eval_every", "early_stopping", "eval_dtype", "samples"):
+    for name in ("eval_every", "early_stopping", "eval_dtype", "samples", "find_learning_rate"):
         if hasattr(config, name) and config.is_given(name) and getattr(config, name):
             raise ConfigError(
                 f"{flag(name)} needs held-out rows, and {few}: give --eval-fraction or --eval-data, or leave it out"

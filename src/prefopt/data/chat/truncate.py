@@ -89,13 +89,6 @@ def sequence_limit(max_length: int | None, context: int | None) -> int:
     return max_length
 
 
-def longer_limit(rows: int, kept: int, limit: int, context: int | None) -> str | None:
-    """A note for rows that were cut to ``limit`` tokens although the model has more positions; None elsewhere."""
-    if not rows or context is None or context <= limit:
-        return None
-    return f"{rows} of {kept} rows are longer than --max-length {limit} and were cut; the model has {context} positions"
-
-
 def prompt_excess(sequences: Sequence[tuple[IntArray, BoolArray] | Tokens], limit: int) -> int:
     """Tokens that the prompt must lose until the longest sequence fits or min(128, limit // 2) of them are left.
 
