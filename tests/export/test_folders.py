@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from prefopt.data.tokenizer import PLAIN_TURNS, load_tokenizer
 from prefopt.errors import ConfigError, ModelError, RunError
 from prefopt.export.modelfile import frames_of
 from prefopt.export.run import run
-from prefopt.export.serving import Exported
+from prefopt.export.serving import Exported, reward_commands
 from prefopt.model.adapter import peft_warnings_off
 from prefopt.records import Message
 
@@ -89,6 +90,26 @@ def test_an_adapter_with_ranks_of_its_own_becomes_one_rank(llama: Path, tmp_path
     assert "--enable-lora" in text and "largest difference" in text
 
 
+def test_a_server_gets_the_text_that_an_adapter_was_trained_with(llama: Path, tmp_path: Path) -> None:
+    """vLLM takes chat template and tokenizer from the model that it serves."""
+    source, out = adapter(tmp_path / "lora", llama), tmp_path / "out"
+    same = export(source, out, "vllm-lora").commands["vLLM"]
+    assert "--chat-template" not in same and "--tokenizer" not in same
+    shutil.rmtree(out)
+    bare = Path(shutil.copytree(llama, tmp_path / "bare"))
+    (bare / "chat_template.jinja").unlink()
+    done = export(bare, out, "vllm-lora", adapter=str(source)).commands["vLLM"]
+    named = Path(done[done.index("--chat-template") + 1])
+    assert named == out / "chat_template.jinja" and "--tokenizer" not in done
+    assert named.read_text("utf-8") == load_tokenizer(source).chat_template
+    shutil.rmtree(out)
+    words = AutoTokenizer.from_pretrained(llama)
+    words.add_special_tokens({"additional_special_tokens": ["<|own|>"]})
+    words.save_pretrained(source)
+    other = export(source, out, "vllm-lora").commands["vLLM"]
+    assert other[other.index("--tokenizer") + 1] == str(out) and "--chat-template" not in other
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -112,7 +133,7 @@ def test_an_adapter_is_merged_into_folders_and_gguf_files(llama: Path, tmp_path:
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(found), before, rtol=1e-4, atol=1e-4)
     assert done.scored[0].same and done.scored[0].difference.largest < 1e-3
-    assert done.commands["TGI"][0] == "text-generation-launcher"
+    assert done.commands["TGI"][0] == "text-generation-launcher" and "scored in float32" in done.notes[-1]
     card = (tmp_path / "merged" / "README.md").read_text()
     assert card.startswith("---") and "Serve it" in card
     pytest.importorskip("gguf")
@@ -130,6 +151,8 @@ def test_a_reward_model_is_read_by_transformers_alone(llama: Path, tmp_path: Pat
     prefopt.reward(str(llama), rows, output=str(tmp_path / "reward"), progress="none", device="cpu", **lora)
     done = export(tmp_path / "reward", tmp_path / "out", "reward-server", dtype="bfloat16")
     score = done.scored[0]
+    assert done.commands["vLLM"][done.commands["vLLM"].index("--dtype") + 1] == "bfloat16"
+    assert reward_commands("out", "float32")["vLLM"][-3] == "float32"  # as it was scored
     assert score.of == "rewards" and score.same and 0 < score.difference.largest <= score.rounding + 1e-3  # type: ignore[operator]
     found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert found.config.num_labels == 1 and found.score.weight.dtype == torch.bfloat16

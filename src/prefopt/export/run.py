@@ -14,7 +14,7 @@ from prefopt.config.export import ExportConfig
 from prefopt.core.model_folder import NOT_QUANTISED, quantisation_on_record
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ConfigError, ModelError, RunError
-from prefopt.export.adapter_folder import max_rank, why_not_served, write_adapter
+from prefopt.export.adapter_folder import max_rank, text_options, why_not_served, write_adapter
 from prefopt.export.checks import check_export, find_converter
 from prefopt.export.gguf_file import TYPES, read_gguf, round_weights, rows_of, write_gguf
 from prefopt.export.gguf_tensors import GgufArchitecture, architecture_of, config_in_file, tensors_of
@@ -89,7 +89,9 @@ def _merged(config: ExportConfig, output: Path, device: torch.device) -> Exporte
     allowed = max(ORDER, ROUNDING[dtype] * float(np.abs(np.concatenate(before)).mean()))
     score = Scored("transformers", "log-probabilities", found, allowed, found.mean <= allowed, prompts=len(before))
     commands = merged_commands(str(output), config.dtype)
-    return Exported(output, config.to, config.dtype, commands, [score], report.in_words())
+    rounding = "the commands serve it in bfloat16, and it was scored in float32, which --dtype float32 of vLLM keeps"
+    notes = [*report.in_words(), *([rounding] if config.dtype == "float32" else [])]
+    return Exported(output, config.to, config.dtype, commands, [score], notes)
 
 
 def _language_model(folder: str, adapter: str | None, device: torch.device) -> Any:
@@ -120,7 +122,8 @@ def _vllm_lora(config: ExportConfig, output: Path, device: torch.device) -> Expo
     )
     ends = (output / GENERATION_CONFIG).is_file()
     named = base if not config.adapter else config.model
-    commands = lora_commands(named, str(output), max_rank(rank), ends=ends)
+    text = text_options(base, output, source.tokenizer)
+    commands = lora_commands(named, str(output), max_rank(rank), ends=ends, text=text)
     return Exported(output, config.to, None, commands, [_scored("transformers", before, after)], notes)
 
 

@@ -65,7 +65,7 @@ class Exported:
 
 
 def merged_commands(folder: str, dtype: str) -> dict[str, list[str]]:
-    """vLLM and TGI for a whole model."""
+    """vLLM and TGI for a whole model; one in float32 is served in bfloat16, as models of its size are."""
     served = "bfloat16" if dtype == "float32" else dtype
     return {
         "vLLM": ["vllm", "serve", folder, "--served-model-name", "aligned", "--dtype", served],
@@ -73,16 +73,16 @@ def merged_commands(folder: str, dtype: str) -> dict[str, list[str]]:
     }
 
 
-def lora_commands(base: str, folder: str, rank: int, *, ends: bool) -> dict[str, list[str]]:
-    """vLLM for an adapter on its model. ``ends``: the folder's generation config has the end tokens of answers."""
+def lora_commands(base: str, folder: str, rank: int, *, ends: bool, text: Sequence[str] = ()) -> dict[str, list[str]]:
+    """vLLM for an adapter on its model. ``ends``: the folder's generation config has the end tokens of answers;
+    ``text``: options that name its own chat template or tokenizer."""
     words = ["vllm", "serve", base, "--enable-lora", "--lora-modules", f"aligned={folder}"]
-    words += ["--max-lora-rank", str(rank)]
+    words += ["--max-lora-rank", str(rank), *text]
     return {"vLLM": [*words, *(["--generation-config", folder] if ends else [])]}
 
 
 def reward_commands(folder: str, dtype: str) -> dict[str, list[str]]:
     """vLLM for a sequence classifier, without the sigmoid that it puts on one label."""
-    served = "bfloat16" if dtype == "float32" else dtype
     raw = ["--pooler-config", '{"use_activation": false}']
     return {
         "vLLM": [
@@ -94,7 +94,7 @@ def reward_commands(folder: str, dtype: str) -> dict[str, list[str]]:
             "--served-model-name",
             "reward",
             "--dtype",
-            served,
+            dtype,
             *raw,
         ]
     }
