@@ -109,6 +109,16 @@ def test_reward_bench_2_picks_the_best_of_four_and_scores_ties_apart(tmp_path: P
     )
 
 
+def test_intervals_hold_their_means_where_ties_have_more_than_one(tmp_path: Path) -> None:
+    rows = [four("Ties", [90], [1], "ref:0"), four("Ties", [91, 90], [1], "tied:0")]
+    found = measures(bench(write(tmp_path / "ties.jsonl", rows)))
+    rows += [four("Math", [4], [1, 2, 3], "1"), four("Math", [4], [1, 2, 3], "2")]
+    found |= {f"{name} of two": m for name, m in measures(bench(write(tmp_path / "rows.jsonl", rows))).items()}
+    assert found["overall"].interval.mean == pytest.approx(1.01) and found["Math of two"].interval.high == 1
+    assert found["overall of two"].interval.high <= 1.005 + 1e-12  # half of it
+    assert all(m.interval.low <= m.interval.mean <= m.interval.high for m in found.values())
+
+
 def test_rm_bench_is_a_matrix_of_styles(tmp_path: Path) -> None:
     def row(domain: str, chosen: list[int], rejected: list[int], name: str) -> dict[str, Any]:
         sides = {"chosen": [words(n) for n in chosen], "rejected": [words(n) for n in rejected]}

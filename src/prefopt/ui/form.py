@@ -128,7 +128,8 @@ def document(found: Filled) -> str:
 
 def file_of(config: Any) -> Path:
     """Where the YAML file of a run goes: beside its output folder."""
-    return expanded(f"{config.output}.yaml")
+    folder = expanded(config.output)
+    return folder.with_name(f"{folder.name}.yaml")
 
 
 def write_file(found: Filled, *, replace: bool) -> Path:
