@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prefopt.core.files import output_errors
+from prefopt.core.hub import import_bitsandbytes
 from prefopt.core.model_folder import (
     NOT_QUANTISED,
     base_of,
@@ -204,6 +205,7 @@ def _loading_dtype(base: str, dtype: torch.dtype) -> torch.dtype:
 
 def _load(base: str, adapter: str, dtype: torch.dtype, device: torch.device, *, quantise: str = NOT_QUANTISED) -> Any:
     """The model with the adapter on it; missing weights of the adapter are an error."""
+    import_bitsandbytes()
     from peft import PeftConfig
 
     with model_errors(adapter):
