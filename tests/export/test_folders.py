@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 import prefopt
 from export.exported import family, tokenizer_folder
@@ -21,7 +22,7 @@ from prefopt.config.export import ExportConfig
 from prefopt.data.chat.template import ChatTemplate, Rendering
 from prefopt.data.tokenizer import PLAIN_TURNS, load_tokenizer
 from prefopt.errors import ConfigError, ModelError, RunError
-from prefopt.export.modelfile import frames_of
+from prefopt.export.modelfile import Frames, frames_of, modelfile
 from prefopt.export.run import run
 from prefopt.export.serving import Exported, reward_commands
 from prefopt.model.adapter import peft_warnings_off
@@ -283,6 +284,36 @@ def test_a_template_in_go_writes_what_the_chat_template_does(template: str, syst
     talk = [Message("user", "Hello {x}"), Message("assistant", "Hi.\n"), Message("user", "2 > 1?")]
     for turns in (talk[:1], talk, *([[Message("system", "Rhyme."), *talk]] if system else [])):
         assert executed(go, turns) == jinja.apply(tuple(turns), generation=True)
+
+
+def test_a_modelfile_keeps_what_is_zero_and_what_it_can_quote() -> None:
+    def text(**options: Any) -> str:
+        return modelfile("m.gguf", None, [], None, GenerationConfig(**options))
+
+    drawn = text(do_sample=True, temperature=0.5, top_k=0, top_p=1.0, min_p=0.0)
+    assert [line.split()[1:] for line in drawn.splitlines()[1:]] == [
+        ["temperature", "0.5"],
+        ["top_p", "1"],
+        ["top_k", "0"],
+        ["min_p", "0"],
+    ]
+    assert text(do_sample=False).endswith("PARAMETER temperature 0\n") and "PARAMETER" not in text()
+    frames = Frames("", ("<u>", "</u>"), ("<a>", "</a>"), "<a>")
+    assert frames.go_template() is not None
+    for ending in ('say "', '"'):
+        assert replace(frames, generation=ending).go_template() is None
+    assert replace(frames, gap='""', generation='"<a>').go_template() is None
+
+
+def test_an_end_token_with_a_line_end_is_left_out_of_a_modelfile(llama: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    source = Path(shutil.copytree(llama, tmp_path / "model"))
+    words = AutoTokenizer.from_pretrained(source)
+    line = words("\n", add_special_tokens=False)["input_ids"][0]
+    GenerationConfig(eos_token_id=[words.eos_token_id, line]).save_pretrained(source)
+    done = export(source, tmp_path / "out", "ollama")
+    found = [one for one in (tmp_path / "out" / "Modelfile").read_text("utf-8").splitlines() if " stop " in one]
+    assert found == ['PARAMETER stop "<|end|>"'] and "1 end tokens are left out" in " ".join(done.notes)
 
 
 def test_an_ollama_folder_has_template_and_ends(
