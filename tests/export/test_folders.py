@@ -313,7 +313,7 @@ def test_an_end_token_with_a_line_end_is_left_out_of_a_modelfile(llama: Path, tm
     GenerationConfig(eos_token_id=[words.eos_token_id, line]).save_pretrained(source)
     done = export(source, tmp_path / "out", "ollama")
     found = [one for one in (tmp_path / "out" / "Modelfile").read_text("utf-8").splitlines() if " stop " in one]
-    assert found == ['PARAMETER stop "<|end|>"'] and "1 end tokens are left out" in " ".join(done.notes)
+    assert found == ['PARAMETER stop "<|end|>"'] and "end tokens left out of the Modelfile, which takes no line ends in them: 1" in " ".join(done.notes)
 
 
 def test_an_ollama_folder_has_template_and_ends(

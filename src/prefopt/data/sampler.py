@@ -93,7 +93,8 @@ def split_by_prompt(keys: KeyArray, fraction: float, seed: int, *, least: int = 
 
     A prompt is held out with probability ``fraction`` by a hash of seed and key, so that rows appended later move no
     other row. At least ``least`` prompts are held out, those with the smallest hashes, and one is left. Raises
-    :class:`ConfigError` for a fraction that is not between 0 and 1, :class:`DataError` for fewer than two different prompts.
+    :class:`ConfigError` for a fraction that is not between 0 and 1, :class:`DataError` for fewer than two different
+    prompts.
     """
     if not 0 < fraction < 1:
         raise ConfigError(f"--eval-fraction {fraction} should lie between 0 and 1")

@@ -290,7 +290,7 @@ def _write_modelfile(output: Path, path: Path, source: SampledModel) -> list[str
     ends = [word for word in words if word and len(word.splitlines()) == 1 and word == word.strip("\r\n")]
     text = modelfile(path.name, frames, ends, source.context, source.generation_config)
     (output / "Modelfile").write_text(text, "utf-8")
-    left = f"{len(words) - len(ends)} end tokens are left out of the Modelfile, which takes no line ends in them"
+    left = f"end tokens left out of the Modelfile, which takes no line ends in them: {len(words) - len(ends)}"
     return [*([left] if len(ends) < len(words) else []), *_template_notes(source, frames, text)]
 
 
