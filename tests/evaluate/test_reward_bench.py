@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from prefopt.cli import main
 from prefopt.config.reward_bench import RewardBenchConfig
@@ -66,15 +67,18 @@ def test_reward_bench_weighs_subsets_by_their_published_sizes(tmp_path: Path) ->
     notes = " ".join(report.results[0].notes)
     assert "without 18 subsets" in notes and "my-own" in notes
     # the interval of the overall number is that of a stratified sample, by its definition
-    spread = 0.0
+    spread = below = 0.0
     for section in ("Chat", "Safety", "Reasoning"):
         there = {n: size for n, size in SECTIONS[section].items() if n in found}
         for name, size in there.items():
             wins = [float(r["chosen"] > r["rejected"]) for r in rows if r["subset"] == name]
             weight = size / sum(there.values()) / 3
-            spread += weight**2 * np.var([*wins, 0, 1], ddof=1) / (len(wins) + 2)
+            part = weight**2 * np.var([*wins, 0, 1], ddof=1) / (len(wins) + 2)
+            spread, below = spread + part, below + part**2 / (len(wins) + 1)
     whole = measures(report)["overall"].interval
-    low, high = (whole.mean + sign * 1.959964 * math.sqrt(spread) for sign in (-1, 1))
+    quantile = float(stats.t.ppf(0.975, spread**2 / below))  # Welch and Satterthwaite's degrees of freedom
+    assert measures(report)["Safety"].interval == measures(report)["donotanswer"].interval  # the same data
+    low, high = (whole.mean + sign * quantile * math.sqrt(spread) for sign in (-1, 1))
     assert (whole.low, whole.high) == pytest.approx((max(0, low), min(1, high)), abs=1e-6)
 
 

@@ -89,7 +89,7 @@ def _merged(config: ExportConfig, output: Path, device: torch.device) -> Exporte
     score = Scored("transformers", "log-probabilities", found, allowed, found.mean <= allowed, prompts=len(before))
     commands = merged_commands(str(output), config.dtype)
     rounding = "the commands serve it in bfloat16, and it was scored in float32, which --dtype float32 of vLLM keeps"
-    notes = [*report.in_words(), *([rounding] if config.dtype == "float32" else [])]
+    notes = [*report.lines(), *([rounding] if config.dtype == "float32" else [])]
     return Exported(output, config.to, config.dtype, commands, [score], notes)
 
 

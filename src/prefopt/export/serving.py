@@ -10,6 +10,7 @@ from typing import Any
 
 import prefopt
 from prefopt.core.files import output_errors, write_json
+from prefopt.core.shown import ShownLines
 from prefopt.core.terminal import visible
 from prefopt.export.scores import Scored
 
@@ -17,8 +18,8 @@ REPORT = "export.json"
 README = "README.md"
 
 
-@dataclass(frozen=True)
-class Exported:
+@dataclass(frozen=True, repr=False)
+class Exported(ShownLines):
     """What an export wrote. ``files``: weights and what belongs to them. ``commands``: how each server is started, by
     its name. ``notes``: what differs from the model that was trained, or must be known to serve it."""
 
