@@ -31,13 +31,21 @@ def test_every_method_makes_the_steps_that_fit(place: Path, tmp_path: Path, monk
     reward_steps = json.loads((tmp_path / "out/reward-seed0/run.json").read_text())["options"]["max_steps"]
     assert reward_steps == 2
     assert {p.method: p.step for p in found.points[1:]} == {"dpo": 10, "ppo-learned": 4}
-    assert found.seconds == 5.0 and sorted(asked) == ["dpo", "ppo-learned", "reward"]
+    assert found.seconds == 5.0 and sorted(asked) == ["dpo_beta=0.1", "ppo-learned_kl_target=3", "reward"]
     # A sweep that goes on makes the same steps, whatever this machine needs.
     monkeypatch.setitem(PER_STEP, "DpoConfig", 50.0)
     more = frontier_config(place, tmp_path / "out", methods=METHODS, seconds=5.0, seeds=2)
     again = frontier.run(more)
     assert {(p.seed, p.step) for p in again.points if p.method == "dpo"} == {(0, 10), (1, 10)}
     assert len(asked) == 3
+
+
+def test_ppo_with_a_reward_model_is_timed_after_that(place: Path, tmp_path: Path) -> None:
+    config = frontier_config(place, tmp_path / "out", methods=METHODS[1:], seconds=1e6)
+    sweep = frontier._FrontierSweep(config)
+    sweep.prepare()
+    assert sweep.steps["ppo-learned", "kl_target=3"] >= 1
+    assert (tmp_path / "out/reward-seed0/model.safetensors").exists() and not (tmp_path / "out/timing").exists()
 
 
 def test_a_step_is_timed_and_leaves_nothing(place: Path, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ class FrontierConfig(SweepOptions):
     seconds: float | None = option(
         None,
         "processor seconds of each training, with those of its reward model, which --responses still sets: a few steps"
-        " of each method are timed, and it makes as many as fit",
+        " of each setting are timed, and it makes as many as fit; on CPUs",
         default_text="equally many responses",
         above=0,
     )

@@ -21,7 +21,7 @@ from prefopt.config.methods import MethodConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.core.files import parsed, read_json, write_json
 from prefopt.core.terminal import Reporter
-from prefopt.errors import Diverged, RunError
+from prefopt.errors import ConfigError, Diverged, RunError
 from prefopt.generate.model_io import SampledModel
 from prefopt.generate.rewards import best_of_n_kl
 from prefopt.methods.rlhf import started_again
@@ -71,7 +71,8 @@ class _FrontierSweep:
         self.config, self.reporter = config, Reporter(config.progress)
         self.folder = Path(config.output)
 
-    def run(self) -> Frontier:
+    def prepare(self) -> None:
+        """Take the folder, and make all that the trainings have in common."""
         config = self.config
         for one in config.trainings():  # options of losses are checked before anything runs
             if one.kind == "dpo":
@@ -83,6 +84,10 @@ class _FrontierSweep:
         judge = true_reward(config, config.judge) if config.judge is not None else None
         self.measure = Measure(config, self.data.held_out, self.reference, self.reward, config.perplexity, judge)
         self.steps = self._equal_cost()
+
+    def run(self) -> Frontier:
+        config = self.config
+        self.prepare()
         self._once(self.folder / "reference", self._start)
         self.tuning = self._choose()
         rates = {trial.method: trial.factor for trial in self.tuning if trial.chosen}
@@ -145,30 +150,35 @@ class _FrontierSweep:
 
     def _config_of(self, one: Training, steps: int | None = None) -> MethodConfig:
         data, prompts = [str(self.data.preferences)], str(self.data.train)
-        steps = steps or self.steps.get(one.method)
+        steps = steps or self.steps.get((one.method, one.setting))
         return self.config.config_of(one, data=data, prompts=prompts, each=self.data.each, steps=steps)
 
     def _reward_config(self, one: Training) -> MethodConfig:
         return self.config.reward_config(one.seed, data=[str(self.data.preferences)], each=self.data.each)
 
-    def _equal_cost(self) -> dict[str, int]:
-        """Steps by method, where ``--seconds`` says how long each may take, with its reward model if it has one."""
+    def _equal_cost(self) -> dict[tuple[str, str], int]:
+        """Steps by method and setting, where ``--seconds`` says how long each may take, with its reward model if it
+        has one. Every setting is timed: some change what a step costs. A reward model is trained before, since PPO
+        cannot be timed without."""
         config = self.config
         if config.seconds is None:
             return {}
-        first = {one.method: one for one in reversed([*config.trainings()]) if one.kind is not None}
-        configs = {method: self._config_of(one, TIMED) for method, one in sorted(first.items())}
+        if self.reference.device.type != "cpu":
+            raise ConfigError("--seconds counts processor seconds, which a GPU does not spend: give --device cpu")
+        first = {(one.method, one.setting): one for one in config.trainings() if one.seed == config.seed and one.kind}
+        configs = {f"{method} {setting}": self._config_of(one, TIMED) for (method, setting), one in first.items()}
         learned = next((one for one in first.values() if one.learned), None)
         if learned is not None:
+            train_once(self._reward_config(learned))
             configs["reward"] = self._reward_config(learned)
-        self.reporter.say(f"equal cost: {TIMED} steps of each method are timed")
+        self.reporter.say(f"equal cost: {TIMED} steps of each setting of each method are timed")
         per_step = timed(configs, self.folder)
         before = per_step["reward"] * (configs["reward"].max_steps or 1) if learned is not None else 0.0
-        found = {
-            method: steps_within(config.seconds, per_step=per_step[method], before=before if one.learned else 0.0)
-            for method, one in first.items()
-        }
-        words = ", ".join(f"{method} {steps:,} steps of {per_step[method]:.3g} s" for method, steps in found.items())
+        found = {}
+        for (method, setting), one in first.items():
+            each, spent = per_step[f"{method} {setting}"], before if one.learned else 0.0
+            found[method, setting] = steps_within(config.seconds, per_step=each, before=spent)
+        words = ", ".join(f"{m} {s} {n:,} steps of {per_step[f'{m} {s}']:.3g} s" for (m, s), n in found.items())
         self.reporter.say(f"equal cost: {config.seconds:g} processor seconds are {words}")
         return found
 

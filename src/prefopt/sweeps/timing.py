@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import statistics
 import time
@@ -47,15 +48,15 @@ def seconds_per_step(config: MethodConfig, folder: Path) -> float:
 
 
 def timed(configs: Mapping[str, MethodConfig], folder: Path) -> dict[str, float]:
-    """:func:`seconds_per_step` of each method, by name. Kept in ``folder``: a sweep that is continued makes as many
-    steps as before, on any machine."""
+    """:func:`seconds_per_step` of each setting of a method, by name. Kept in ``folder``: a sweep that is continued
+    makes as many steps as before, on any machine."""
     file = folder / FILE
     known: dict[str, float] = {}
     if file.exists():
         known = read_json(file, lambda found: {name: float(x) for name, x in found.items()}, f"remove {file}")
     for name, config in configs.items():
         if name not in known:
-            known[name] = seconds_per_step(config, folder / "timing" / name)
+            known[name] = seconds_per_step(config, folder / "timing" / re.sub(r"[^\w.=+-]", "_", name))
             write_json(file, known)
     shutil.rmtree(folder / "timing", ignore_errors=True)
     return {name: known[name] for name in configs}

@@ -45,8 +45,9 @@ def take_folder(config: SweepOptions, may_grow: Collection[str], *, judge: str |
         file, lambda found: {"judge": None} | {name: found[name] for name in now}, "name another --output"
     )
     old: dict[str, Any] = dict(before["options"])
-    other = [n for n in options if old.get(n, options[n]) != options[n]]
-    changed = [f"{flag(n)} was {old[n]!r} and is {options[n]!r}" for n in other]
+    absent = {"judge": None, "seconds": None}  # of sweeps that began before these options
+    other = [n for n in options if old.get(n, absent.get(n, options[n])) != options[n]]
+    changed = [f"{flag(n)} was {old.get(n)!r} and is {options[n]!r}" for n in other]
     if before["command"] != now["command"]:
         what = "another kind of sweep"
     elif changed:
