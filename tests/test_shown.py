@@ -1,4 +1,4 @@
-"""Results of Python print as what the command prints, not as the fields of a class."""
+"""Results of Python print as what the command prints, not as the fields of a class; mistakes name the remedy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+import prefopt
 from prefopt.core.shown import Shown
+from prefopt.errors import ConfigError
 from prefopt.evaluate.reward_bench import RewardBenchReport
 from prefopt.export.serving import Exported
 from prefopt.methods.rlhf import RlhfResult
@@ -31,3 +33,10 @@ def test_results_print_as_lines(result: Any, told: str) -> None:
     assert isinstance(result, Shown)
     assert told in repr(result) and f"{type(result).__name__}(" not in repr(result)
     assert result._repr_html_().startswith("<table>")
+
+
+def test_mistakes_with_functions_name_the_remedy() -> None:
+    with pytest.raises(AttributeError, match=r"no attribute 'export'; did you mean export_model\?"):
+        prefopt.__getattr__("export")  # the package of that name is imported above
+    with pytest.raises(ConfigError, match=r"merge\(\) takes no argument without a name; write name=value"):
+        prefopt.merge("a")  # type: ignore[call-arg, misc]
