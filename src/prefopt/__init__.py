@@ -22,9 +22,13 @@ def __getattr__(name: str) -> _Any:
         return _importlib.import_module("prefopt.runs.callbacks").Callback
     if name == "__all__":
         return sorted(["Callback", "__version__", *_PACKAGES, *_importlib.import_module("prefopt.api").FUNCTIONS])
-    if not name.startswith("_") and name in (functions := _importlib.import_module("prefopt.api").FUNCTIONS):
-        return functions[name]
-    raise AttributeError(f"module 'prefopt' has no attribute {name!r}")
+    longer = ""
+    if not name.startswith("_"):
+        functions = _importlib.import_module("prefopt.api").FUNCTIONS
+        if name in functions:
+            return functions[name]
+        longer = next((f"; did you mean {known}?" for known in functions if known.startswith(f"{name}_")), "")
+    raise AttributeError(f"module 'prefopt' has no attribute {name!r}{longer}")
 
 
 def __dir__() -> list[str]:

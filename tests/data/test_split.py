@@ -31,6 +31,16 @@ def test_appended_rows_move_no_other_and_the_fraction_holds() -> None:
     assert more_train[: len(train)] == train and more_held[: len(held)] == held
 
 
+def test_the_least_number_is_held_out_and_splits_stay_nested() -> None:
+    keys = np.array([str(i).encode() for i in range(400)], KEY)
+    for seed in range(20):  # 20 are expected, and by chance as few as ten
+        bare = split_by_prompt(keys, 0.05, seed)[1]
+        held = split_by_prompt(keys, 0.05, seed, least=20)[1]
+        assert len(held) == max(20, len(bare)) and set(bare) <= set(held) <= set(split_by_prompt(keys, 0.2, seed)[1])
+    train, held = split_by_prompt(keys[:3], 0.05, seed, least=20)
+    assert (len(train), len(held)) == (1, 2)
+
+
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1])
 def test_fractions_that_leave_a_side_empty(fraction: float) -> None:
     with pytest.raises(ConfigError, match="--eval-fraction"):

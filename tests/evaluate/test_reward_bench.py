@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from prefopt.cli import main
 from prefopt.config.reward_bench import RewardBenchConfig
@@ -66,15 +67,18 @@ def test_reward_bench_weighs_subsets_by_their_published_sizes(tmp_path: Path) ->
     notes = " ".join(report.results[0].notes)
     assert "without 18 subsets" in notes and "my-own" in notes
     # the interval of the overall number is that of a stratified sample, by its definition
-    spread = 0.0
+    spread = below = 0.0
     for section in ("Chat", "Safety", "Reasoning"):
         there = {n: size for n, size in SECTIONS[section].items() if n in found}
         for name, size in there.items():
             wins = [float(r["chosen"] > r["rejected"]) for r in rows if r["subset"] == name]
             weight = size / sum(there.values()) / 3
-            spread += weight**2 * np.var([*wins, 0, 1], ddof=1) / (len(wins) + 2)
+            part = weight**2 * np.var([*wins, 0, 1], ddof=1) / (len(wins) + 2)
+            spread, below = spread + part, below + part**2 / (len(wins) + 1)
     whole = measures(report)["overall"].interval
-    low, high = (whole.mean + sign * 1.959964 * math.sqrt(spread) for sign in (-1, 1))
+    quantile = float(stats.t.ppf(0.975, spread**2 / below))  # Welch and Satterthwaite's degrees of freedom
+    assert measures(report)["Safety"].interval == measures(report)["donotanswer"].interval  # the same data
+    low, high = (whole.mean + sign * quantile * math.sqrt(spread) for sign in (-1, 1))
     assert (whole.low, whole.high) == pytest.approx((max(0, low), min(1, high)), abs=1e-6)
 
 
@@ -107,6 +111,16 @@ def test_reward_bench_2_picks_the_best_of_four_and_scores_ties_apart(tmp_path: P
     assert (
         interval.low < score < interval.high and interval == measures(bench(tmp_path / "rows.jsonl"))["Ties"].interval
     )
+
+
+def test_intervals_hold_their_means_where_ties_have_more_than_one(tmp_path: Path) -> None:
+    rows = [four("Ties", [90], [1], "ref:0"), four("Ties", [91, 90], [1], "tied:0")]
+    found = measures(bench(write(tmp_path / "ties.jsonl", rows)))
+    rows += [four("Math", [4], [1, 2, 3], "1"), four("Math", [4], [1, 2, 3], "2")]
+    found |= {f"{name} of two": m for name, m in measures(bench(write(tmp_path / "rows.jsonl", rows))).items()}
+    assert found["overall"].interval.mean == pytest.approx(1.01) and found["Math of two"].interval.high == 1
+    assert found["overall of two"].interval.high <= 1.005 + 1e-12  # half of it
+    assert all(m.interval.low <= m.interval.mean <= m.interval.high for m in found.values())
 
 
 def test_rm_bench_is_a_matrix_of_styles(tmp_path: Path) -> None:

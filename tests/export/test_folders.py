@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 import prefopt
 from export.exported import family, tokenizer_folder
@@ -20,9 +22,9 @@ from prefopt.config.export import ExportConfig
 from prefopt.data.chat.template import ChatTemplate, Rendering
 from prefopt.data.tokenizer import PLAIN_TURNS, load_tokenizer
 from prefopt.errors import ConfigError, ModelError, RunError
-from prefopt.export.modelfile import frames_of
+from prefopt.export.modelfile import Frames, frames_of, modelfile
 from prefopt.export.run import run
-from prefopt.export.serving import Exported
+from prefopt.export.serving import Exported, reward_commands
 from prefopt.model.adapter import peft_warnings_off
 from prefopt.records import Message
 
@@ -89,6 +91,26 @@ def test_an_adapter_with_ranks_of_its_own_becomes_one_rank(llama: Path, tmp_path
     assert "--enable-lora" in text and "largest difference" in text
 
 
+def test_a_server_gets_the_text_that_an_adapter_was_trained_with(llama: Path, tmp_path: Path) -> None:
+    """vLLM takes chat template and tokenizer from the model that it serves."""
+    source, out = adapter(tmp_path / "lora", llama), tmp_path / "out"
+    same = export(source, out, "vllm-lora").commands["vLLM"]
+    assert "--chat-template" not in same and "--tokenizer" not in same
+    shutil.rmtree(out)
+    bare = Path(shutil.copytree(llama, tmp_path / "bare"))
+    (bare / "chat_template.jinja").unlink()
+    done = export(bare, out, "vllm-lora", adapter=str(source)).commands["vLLM"]
+    named = Path(done[done.index("--chat-template") + 1])
+    assert named == out / "chat_template.jinja" and "--tokenizer" not in done
+    assert named.read_text("utf-8") == load_tokenizer(source).chat_template
+    shutil.rmtree(out)
+    words = AutoTokenizer.from_pretrained(llama)
+    words.add_special_tokens({"additional_special_tokens": ["<|own|>"]})
+    words.save_pretrained(source)
+    other = export(source, out, "vllm-lora").commands["vLLM"]
+    assert other[other.index("--tokenizer") + 1] == str(out) and "--chat-template" not in other
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -112,7 +134,7 @@ def test_an_adapter_is_merged_into_folders_and_gguf_files(llama: Path, tmp_path:
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(found), before, rtol=1e-4, atol=1e-4)
     assert done.scored[0].same and done.scored[0].difference.largest < 1e-3
-    assert done.commands["TGI"][0] == "text-generation-launcher"
+    assert done.commands["TGI"][0] == "text-generation-launcher" and "scored in float32" in done.notes[-1]
     card = (tmp_path / "merged" / "README.md").read_text()
     assert card.startswith("---") and "Serve it" in card
     pytest.importorskip("gguf")
@@ -130,6 +152,8 @@ def test_a_reward_model_is_read_by_transformers_alone(llama: Path, tmp_path: Pat
     prefopt.reward(str(llama), rows, output=str(tmp_path / "reward"), progress="none", device="cpu", **lora)
     done = export(tmp_path / "reward", tmp_path / "out", "reward-server", dtype="bfloat16")
     score = done.scored[0]
+    assert done.commands["vLLM"][done.commands["vLLM"].index("--dtype") + 1] == "bfloat16"
+    assert reward_commands("out", "float32")["vLLM"][-3] == "float32"  # as it was scored
     assert score.of == "rewards" and score.same and 0 < score.difference.largest <= score.rounding + 1e-3  # type: ignore[operator]
     found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert found.config.num_labels == 1 and found.score.weight.dtype == torch.bfloat16
@@ -144,8 +168,10 @@ def test_a_reward_model_is_read_by_transformers_alone(llama: Path, tmp_path: Pat
     ours = scored(tmp_path / "out", turns, tmp_path)
     assert ours == pytest.approx(theirs - shift, abs=1e-4)
     assert (f"subtract {shift:g}" in " ".join(done.notes)) == bool(shift)
-    with pytest.raises(ModelError, match="is a language model"):
+    with pytest.raises(ModelError, match=r"is a language model.*serve it as it is"):
         export(llama, tmp_path / "other", "reward-server")
+    with pytest.raises(ModelError, match=r"is a language model.*--to merged, vllm-lora"):
+        export(adapter(tmp_path / "lora", llama), tmp_path / "other", "reward-server")
 
 
 def scored(model: Path, turns: Any, folder: Path) -> float:
@@ -260,6 +286,37 @@ def test_a_template_in_go_writes_what_the_chat_template_does(template: str, syst
     talk = [Message("user", "Hello {x}"), Message("assistant", "Hi.\n"), Message("user", "2 > 1?")]
     for turns in (talk[:1], talk, *([[Message("system", "Rhyme."), *talk]] if system else [])):
         assert executed(go, turns) == jinja.apply(tuple(turns), generation=True)
+
+
+def test_a_modelfile_keeps_what_is_zero_and_what_it_can_quote() -> None:
+    def text(**options: Any) -> str:
+        return modelfile("m.gguf", None, [], None, GenerationConfig(**options))
+
+    drawn = text(do_sample=True, temperature=0.5, top_k=0, top_p=1.0, min_p=0.0)
+    assert [line.split()[1:] for line in drawn.splitlines()[1:]] == [
+        ["temperature", "0.5"],
+        ["top_p", "1"],
+        ["top_k", "0"],
+        ["min_p", "0"],
+    ]
+    assert text(do_sample=False).endswith("PARAMETER temperature 0\n") and "PARAMETER" not in text()
+    frames = Frames("", ("<u>", "</u>"), ("<a>", "</a>"), "<a>")
+    assert frames.go_template() is not None
+    for ending in ('say "', '"'):
+        assert replace(frames, generation=ending).go_template() is None
+    assert replace(frames, gap='""', generation='"<a>').go_template() is None
+
+
+def test_an_end_token_with_a_line_end_is_left_out_of_a_modelfile(llama: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    source = Path(shutil.copytree(llama, tmp_path / "model"))
+    words = AutoTokenizer.from_pretrained(source)
+    line = words("\n", add_special_tokens=False)["input_ids"][0]
+    GenerationConfig(eos_token_id=[words.eos_token_id, line]).save_pretrained(source)
+    done = export(source, tmp_path / "out", "ollama")
+    found = [one for one in (tmp_path / "out" / "Modelfile").read_text("utf-8").splitlines() if " stop " in one]
+    assert found == ['PARAMETER stop "<|end|>"']
+    assert any("end tokens left out" in note and note.endswith(": 1") for note in done.notes)
 
 
 def test_an_ollama_folder_has_template_and_ends(

@@ -79,7 +79,7 @@ def test_every_method_writes_it(method: str, base: str, tmp_path: Path, capsys: 
         cpu = torch.device("cpu")
         report = merge_adapter(str(output), tmp_path / "merged", model=base, dtype=torch.float32, device=cpu)
         assert ends_of(tmp_path / "merged") == [EOS, IM_END]
-        assert said in report.in_words()
+        assert said in report.lines()
         (output / "generation_config.json").unlink()  # as adapters of others have none: the template says it
         merge_adapter(str(output), tmp_path / "again", model=base, dtype=torch.float32, device=cpu)
         assert ends_of(tmp_path / "again") == [EOS, IM_END]

@@ -144,7 +144,7 @@ def test_what_rounding_takes_is_told(base: str, tmp_path: Path, capsys: pytest.C
 def test_an_adapter_that_does_nothing_is_told(base: str, tmp_path: Path) -> None:
     adapter = adapter_of(base, tmp_path / "a", scale=0.0)
     report = merge_adapter(adapter, tmp_path / "out", dtype=torch.float32, device=CPU)
-    assert any("changes nothing" in line for line in report.in_words())
+    assert any("changes nothing" in line for line in report.lines())
 
 
 def test_a_wrong_merge_is_not_written(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,6 +109,11 @@ def test_a_fraction_of_the_items_is_for_everyone() -> None:
     shuffled = for_everyone(items[::-1], 0.25)
     assert {i.row["prompt"][0]["content"] for i in shuffled if "overlap" in i.row} == {f"question {n}" for n in chosen}
     assert for_everyone(items, 0.0) == items
+    many = [new_item(n) for n in range(100)]
+    assert sum(item.row.get("overlap") == "all" for item in for_everyone(many, 0.07)) == 7
+    asking = [_asking(item, "all" if n < 5 else 2) if n < 50 else item for n, item in enumerate(many)]
+    found = [item.row.get("overlap") for item in for_everyone(asking, 0.5)]
+    assert found[:50] == ["all"] * 5 + [2] * 45 and found[50:].count("all") == 45
 
 
 def test_votes_as_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

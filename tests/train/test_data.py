@@ -92,7 +92,9 @@ def test_a_twentieth_is_held_out_from_400_prompts_on(tmp_path: Path, capsys: pyt
     assert list(plain.held_out) == list(load(many, eval_fraction=0.05).held_out) and 40 < len(plain.held_out) < 80
     assert "--eval-fraction 0" not in capsys.readouterr().out
     tried = load(many, max_steps=4, batch_size=8)  # reads 32 rows
-    assert 10 <= len(tried.held_out) <= 30 and set(tried.held_out) < set(plain.held_out)
+    told = "(the default, 5% of the 32 rows that are read, 20 prompts at least; --eval-fraction 0 trains on all)"
+    assert told in capsys.readouterr().out
+    assert 20 <= len(tried.held_out) <= 30 and set(tried.held_out) < set(plain.held_out)
     assert list(load(many, epochs=3, max_steps=400, batch_size=8).held_out) == list(plain.held_out)
     assert not load(many, eval_fraction=0.0).held_out and len(load(many, eval_data=[more]).held_out) == 3
     capsys.readouterr()

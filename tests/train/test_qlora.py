@@ -144,7 +144,7 @@ def test_merging_goes_into_the_plain_base_and_says_how_far_it_is(
     quantised_one = logp(load_model(str(trained), dtype=torch.float32, device=CPU))
     distance = float((merged - quantised_one).square().mean().sqrt())
     assert report.quantised is not None and f" {distance:.2g} nats per token from that model" in report.quantised
-    assert report.quantised in report.in_words()
+    assert report.quantised in report.lines()
     monkeypatch.setattr(quantised, "installed_version", lambda name: None)
     report = merge_adapter(str(trained), tmp_path / "without", dtype=torch.float32, device=CPU)
     assert report.quantised is not None and "cannot be measured here" in report.quantised

@@ -64,7 +64,8 @@ def command_function(name: str, module: str, command: Command) -> Callable[..., 
 
     def call(*args: Any, **named: Any) -> Any:
         if len(args) > len(first):
-            raise ConfigError(f"{name}() takes {len(first)} arguments without a name, and {len(args)} were given")
+            most = f"{' and '.join(first)} alone" if first else "no argument"
+            raise ConfigError(f"{name}() takes {most} without a name; write name=value")
         given = dict(zip(first, args, strict=False))
         if twice := given.keys() & named.keys():
             raise ConfigError(f"{min(twice)} is given twice: by its place and by its name")

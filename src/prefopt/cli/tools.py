@@ -78,7 +78,7 @@ def cache_clear(config: tools.CacheClearConfig) -> int:
 
 
 def merge(config: tools.MergeConfig) -> int:
-    tell_lines(merged(config).in_words())
+    tell_lines(merged(config).lines())
     return 0
 
 

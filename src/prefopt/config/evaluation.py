@@ -20,9 +20,14 @@ LEAST_PROMPTS = 400
 fewer it says nothing, while those rows would be missed in training."""
 
 
+LEAST_HELD_OUT = round(HELD_OUT * LEAST_PROMPTS)
+"""Prompts that are held out by default, where any are."""
+
+
 def default_fraction(prompts: int, *, read: int) -> float:
     """The fraction of ``prompts`` that is held out where the options name none. A run that stops early, after ``read``
-    rows, holds out fewer: it should not spend more time on evaluations than on training."""
+    rows, holds out fewer, :data:`LEAST_HELD_OUT` at least: it should not spend more time on evaluations than on
+    training."""
     if prompts < LEAST_PROMPTS:
         return 0.0
     return HELD_OUT * min(max(read, LEAST_PROMPTS), prompts) / prompts
@@ -36,7 +41,8 @@ class PreferenceOptions(MethodOptions):
         None,
         "fraction of the prompts to hold out for evaluation; no prompt is on both sides, and 0 trains on all",
         group="data",
-        default_text=f"{HELD_OUT:g} with {LEAST_PROMPTS} prompts or more and no --eval-data, else 0",
+        default_text=f"{HELD_OUT:g} with {LEAST_PROMPTS} prompts or more and no --eval-data, else 0; where --max-steps"
+        f" ends the run early, {HELD_OUT:g} of the rows that it reads, {LEAST_HELD_OUT} prompts at least",
         at_least=0,
         below=1,
     )

@@ -1,12 +1,17 @@
-"""The Hugging Face Hub: one-line explanations of its errors, and no telemetry.
+"""The Hugging Face Hub: one-line explanations of its errors, no telemetry, and no foreign code from it.
 
 Errors are recognised by the names of their classes: several libraries raise them, and importing one takes a second.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import logging
 import os
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 LOG_IN = "hf auth login"
@@ -22,6 +27,31 @@ def no_telemetry() -> None:
     from huggingface_hub import constants
 
     constants.HF_HUB_DISABLE_TELEMETRY = True
+
+
+def import_bitsandbytes() -> None:
+    """Import bitsandbytes, where it is installed; call it before PEFT, which imports it, is imported.
+
+    On some processors its import would fetch native code from the Hub and load it, where the package kernels is
+    installed, and else warn that it is not. Layers of 4 bits do without (:mod:`prefopt.model.quantised`).
+    """
+    if "bitsandbytes" in sys.modules or importlib.util.find_spec("bitsandbytes") is None:
+        return
+    logger, kernels = logging.getLogger("bitsandbytes.backends.cpu.ops"), sys.modules.get("kernels")
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # what cannot be imported
+    logger.addFilter(_is_not_of_kernels)
+    try:
+        with suppress(ImportError):  # told where it is needed
+            importlib.import_module("bitsandbytes")
+    finally:
+        logger.removeFilter(_is_not_of_kernels)
+        del sys.modules["kernels"]
+        if kernels is not None:
+            sys.modules["kernels"] = kernels
+
+
+def _is_not_of_kernels(record: logging.LogRecord) -> bool:
+    return "kernels-community" not in str(record.msg)
 
 
 def fetched(name: str, file: str) -> Path | None:

@@ -11,7 +11,7 @@ found: 2 rows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 
 from prefopt.core.terminal import visible
@@ -39,6 +39,20 @@ class Shown:
             for name, value in rows
         )
         return f'<table><caption style="text-align:left">{_html(title)}</caption>{cells}</table>'
+
+
+class ShownLines(Shown):
+    """Results that a command prints in lines: the first is the title. Subclasses give the lines."""
+
+    __slots__ = ()
+
+    def lines(self) -> Iterable[str]:
+        raise NotImplementedError
+
+    def table(self) -> tuple[str, list[tuple[str, str]]]:
+        """The lines, for a reader of Python."""
+        first, *others = self.lines()
+        return first, [("", line) for line in others]
 
 
 def _html(text: str) -> str:

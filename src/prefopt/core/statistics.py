@@ -103,20 +103,24 @@ def rate_interval(values: npt.ArrayLike, *, level: float = 0.95) -> Interval:
 
 def weighted_interval(groups: Sequence[npt.ArrayLike], weights: npt.ArrayLike, *, level: float = 0.95) -> Interval:
     """The weighted mean of the means of ``groups`` of values [prompts of the group] between 0 and 1; ``weights``
-    [groups] sum to one. The interval is normal, clipped to [0, 1], with the variances of a stratified sample, each
-    group's spread estimated with a 0 and a 1 added, as in :func:`rate_interval`. Raises ``ValueError`` for an empty
-    group.
+    [groups] sum to one. The interval is Student's with Welch and Satterthwaite's degrees of freedom, clipped to [0, 1],
+    with the variances of a stratified sample, each group's spread estimated with a 0 and a 1 added, as in
+    :func:`rate_interval`, which it is for one group. Raises ``ValueError`` for an empty group.
 
     >>> str(weighted_interval([[1.0] * 30, [0.0] * 30], [0.75, 0.25]))
-    '+0.750 [+0.702, +0.798]'
+    '+0.750 [+0.700, +0.800]'
     """
     shares = np.asarray(weights, np.float64)
     values = [np.asarray(group, np.float64) for group in groups]
     if not values or any(x.ndim != 1 or not len(x) for x in values):
         raise ValueError("every group needs at least one prompt")
+    if len(values) == 1:
+        return rate_interval(values[0], level=level)
     mean = float(shares @ [float(x.mean()) for x in values])
     padded = [np.append(x, [0.0, 1.0]) for x in values]
-    half = float(ndtri((1 + level) / 2)) * math.sqrt(float(shares**2 @ [x.var(ddof=1) / len(x) for x in padded]))
+    variances = shares**2 * [x.var(ddof=1) / len(x) for x in padded]
+    freedom = float(variances.sum() ** 2 / (variances**2 / [len(x) - 1 for x in padded]).sum())
+    half = student(freedom, level) * math.sqrt(float(variances.sum()))
     return Interval(mean, max(0.0, mean - half), min(1.0, mean + half), sum(map(len, values)), level)
 
 
@@ -137,7 +141,7 @@ def wilson(share: float, count: float, *, level: float = 0.95) -> tuple[float, f
     return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
-def student(freedom: int, level: float = 0.95) -> float:
+def student(freedom: float, level: float = 0.95) -> float:
     """The two-sided quantile of Student's t: 12.706 for one degree of freedom and 95 %."""
     return float(stdtrit(freedom, (1 + level) / 2))
 

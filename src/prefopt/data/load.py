@@ -92,9 +92,9 @@ class GroupSet:
             lines.append(f"{truncated} of {self.kept} rows truncated ({prompts} prompts, {responses} responses)")
         return lines + self.notes
 
-    def split(self, fraction: float, seed: int) -> tuple[Indices, Indices]:
+    def split(self, fraction: float, seed: int, *, least: int = 1) -> tuple[Indices, Indices]:
         """Indices of groups (train, held out), no prompt on both sides; see :func:`split_by_prompt`."""
-        return split_by_prompt(self.groups.prompt_key_G, fraction, seed)
+        return split_by_prompt(self.groups.prompt_key_G, fraction, seed, least=least)
 
 
 @dataclass(frozen=True, slots=True)

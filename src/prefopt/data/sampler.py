@@ -88,12 +88,13 @@ class BatchSampler:
         return self.order(epoch)[within * self.batch_size : (within + 1) * self.batch_size]
 
 
-def split_by_prompt(keys: KeyArray, fraction: float, seed: int) -> tuple[Indices, Indices]:
+def split_by_prompt(keys: KeyArray, fraction: float, seed: int, *, least: int = 1) -> tuple[Indices, Indices]:
     """Indices (train, held out) of rows, given the keys of their prompts; no prompt is on both sides.
 
     A prompt is held out with probability ``fraction`` by a hash of seed and key, so that rows appended later move no
-    other row. Both sides get at least one prompt. Raises :class:`ConfigError` for a fraction that is not between 0 and
-    1, :class:`DataError` for fewer than two different prompts.
+    other row. At least ``least`` prompts are held out, those with the smallest hashes, and one is left. Raises
+    :class:`ConfigError` for a fraction that is not between 0 and 1, :class:`DataError` for fewer than two different
+    prompts.
     """
     if not 0 < fraction < 1:
         raise ConfigError(f"--eval-fraction {fraction} should lie between 0 and 1")
@@ -106,9 +107,10 @@ def split_by_prompt(keys: KeyArray, fraction: float, seed: int) -> tuple[Indices
     if len(place) < 2:
         raise DataError("all rows have the same prompt, so none can be held out; name a file with --eval-data")
     held = place < fraction
-    if held.all() or not held.any():
+    count = min(max(int(held.sum()), least), len(place) - 1)
+    if count != held.sum():
         ranked = sorted(zip(place.tolist(), names, range(len(place)), strict=True))
-        held[ranked[-1 if held.all() else 0][2]] ^= True
+        held[[number for _, _, number in ranked]] = np.arange(len(place)) < count
     side = held[prompt]
     return indices(np.flatnonzero(~side)), indices(np.flatnonzero(side))
 

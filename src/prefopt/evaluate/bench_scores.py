@@ -59,6 +59,8 @@ SOURCES = {"mmlu-pro": "Knowledge", "livebench-reasoning": "Reasoning", "liveben
 SOURCES |= {"livecodebench": "Coding"}
 """What the name of a source of JudgeBench begins with, and the category that its authors report."""
 RESAMPLES = 2000
+BEYOND = 0.01
+"""What the score of Ties on RewardBench 2 can have above 1: its last part comes on top of shares that sum to one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +173,9 @@ def _reward_bench_2(rows: Sequence[Scored]) -> BenchResult:
     spread = [(m.interval.high - m.interval.low) / 2 for m in measures]
     if measures:
         mean = float(np.mean([m.interval.mean for m in measures]))
+        most = 1.0 + any(m.name.lower() == TIES for m in measures) * BEYOND / len(measures)
         half = float(np.sqrt(np.square(spread).sum())) / len(measures)  # subsets are independent
-        overall = Interval(mean, max(0.0, mean - half), min(1.0, mean + half), len(rows))
+        overall = Interval(mean, max(0.0, mean - half), max(mean, min(most, mean + half)), len(rows))
         measures.append(Measure("overall", "RewardBench 2", overall))
     return BenchResult(REWARD_BENCH_2, len(rows), measures, notes)
 
@@ -202,7 +205,7 @@ def ties_score(ref: Floats, tied: Floats, spread: Floats, accuracy: Floats) -> f
     least = np.minimum(ref, tied)
     with np.errstate(divide="ignore", invalid="ignore"):
         far = np.nan_to_num(np.tanh(least / spread - 1), nan=0.0)
-    parts = 0.3 * accuracy.sum() + 0.2 * (tied > spread).mean() + 0.2 * (least > spread).mean() + 0.01 * far.mean()
+    parts = 0.3 * accuracy.sum() + 0.2 * (tied > spread).mean() + 0.2 * (least > spread).mean() + BEYOND * far.mean()
     return float(parts)
 
 

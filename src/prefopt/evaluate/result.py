@@ -15,7 +15,7 @@ from typing import Any
 from prefopt.config.compare import CompareConfig, is_file
 from prefopt.core.cache_folder import file_hashes
 from prefopt.core.files import OVERWRITE, expanded, output_errors, refuse_existing, replace_file
-from prefopt.core.shown import Shown
+from prefopt.core.shown import ShownLines
 from prefopt.core.statistics import MIN_PROMPTS, Interval, p_text
 from prefopt.data.files.sources import find_sources
 from prefopt.errors import ConfigError, DataError, RunError
@@ -102,7 +102,7 @@ def correct_pairs(pairs: Sequence[PairResult]) -> list[PairResult]:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class CompareResult(Shown):
+class CompareResult(ShownLines):
     """``versus``: every pair of models. ``strengths``: Bradley-Terry, in log-odds, for three and more models whose
     comparisons connect them. ``models``: statistics of each model's samples; empty where votes were counted.
     ``command`` repeats the comparison (empty where Python gave objects), ``identities`` are SHA-256 of what was
@@ -123,11 +123,6 @@ class CompareResult(Shown):
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(replace(self, output=None)) | {"output": None if self.output is None else str(self.output)}
-
-    def table(self) -> tuple[str, list[tuple[str, str]]]:
-        """The lines, for a reader of Python."""
-        first, *others = self.lines()
-        return first, [("", line) for line in others]
 
     def lines(self) -> Iterator[str]:
         """The lines that ``prefopt compare`` prints."""

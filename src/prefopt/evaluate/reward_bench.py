@@ -13,6 +13,7 @@ from prefopt.config.reward_bench import RewardBenchConfig
 from prefopt.config.scoring import IMPLICIT
 from prefopt.core.files import OVERWRITE, output_errors, refuse_existing, write_json
 from prefopt.core.options import command
+from prefopt.core.shown import ShownLines
 from prefopt.core.statistics import Interval
 from prefopt.evaluate.bench_rows import BenchRow, BenchRows, read_rows
 from prefopt.evaluate.bench_scores import BenchResult, Measure, results_of
@@ -22,8 +23,8 @@ from prefopt.runs.table import columns
 HEAD = ("", "accuracy", "95 % interval", "prompts", "ties")
 
 
-@dataclass(frozen=True)
-class RewardBenchReport:
+@dataclass(frozen=True, repr=False)
+class RewardBenchReport(ShownLines):
     """The numbers of a reward on every benchmark among the files, and the ``scores`` of every row's answers, the right
     ones first. ``truncated`` rows were too long for a model."""
 

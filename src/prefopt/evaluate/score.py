@@ -16,7 +16,7 @@ from prefopt.config.scoring import IMPLICIT, ScorerOptions
 from prefopt.config.tools import ScoreConfig
 from prefopt.core.files import OVERWRITE, output_errors, refuse_existing
 from prefopt.core.model_folder import NOT_QUANTISED
-from prefopt.core.shown import Shown
+from prefopt.core.shown import ShownLines
 from prefopt.core.statistics import Interval, rate_interval
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.template import Rendering
@@ -167,7 +167,7 @@ def _renderer(config: ScorerOptions, tokenizer: Tokenizer, *sources: str) -> Ren
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class ScoreResult(Shown):
+class ScoreResult(ShownLines):
     """``mean`` and ``spread`` (standard deviation) are over all responses.
 
     ``agreement``: the fraction of a row's pairs that the scores order as the row does (a tie counts half), averaged
@@ -181,11 +181,6 @@ class ScoreResult(Shown):
     spread: float
     agreement: Interval | None
     truncated: int = 0
-
-    def table(self) -> tuple[str, list[tuple[str, str]]]:
-        """The lines, for a reader of Python."""
-        first, *others = self.lines()
-        return first, [("", line) for line in others]
 
     def lines(self) -> list[str]:
         """The lines that ``prefopt score`` prints."""

@@ -7,6 +7,7 @@ LoRA of linear layers is refused, since vLLM would refuse it when it starts.
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from prefopt.core.files import expanded, output_errors, write_json
 from prefopt.core.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_of, is_own, read_adapter, task_of
+from prefopt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, tokenizer_digest
 from prefopt.errors import ModelError
 from prefopt.model.save import apply_umask
 
@@ -25,6 +27,7 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's ``--max-lora-rank``."""
 NOT_SERVED = ("gpt2", "gpt_neox")
 """Model types to which vLLM puts no LoRA."""
+CHAT_TEMPLATE = "chat_template.jinja"
 _BESIDE = ("*.jinja", "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "generation_config.json")
 _FLAGS = {
     "use_dora": "DoRA",
@@ -86,6 +89,31 @@ def write_adapter(folder: str, output: Path, wrapped: Any) -> tuple[int, bool]:
 def max_rank(rank: int) -> int:
     """The least ``--max-lora-rank`` that admits a rank."""
     return next(most for most in RANKS if most >= rank)
+
+
+def text_options(base: str, output: Path, tokenizer: Tokenizer) -> list[str]:
+    """The options of vLLM for the text of an adapter written to ``output``, which was trained with ``tokenizer``: vLLM
+    takes chat template and tokenizer from the model that it serves, ``base``, where no others are named."""
+    template, words = tokenizer.chat_template, list[str]()
+    theirs = load_tokenizer(base) if has_tokenizer(base) else None
+    if theirs is not None and theirs.chat_template == template and _same_ids(theirs, tokenizer):
+        return []
+    if isinstance(template, str) and (theirs is None or theirs.chat_template != template):
+        path = output / CHAT_TEMPLATE
+        with output_errors(path):
+            path.write_text(template, "utf-8")
+        words += ["--chat-template", str(path)]
+    if not words or theirs is None or not _same_ids(theirs, tokenizer):
+        words += ["--tokenizer", str(output)]
+    return words
+
+
+def _same_ids(theirs: Tokenizer, ours: Tokenizer) -> bool:
+    """Whether two tokenizers differ in the chat template at most."""
+    bare = [copy.deepcopy(tokenizer) for tokenizer in (theirs, ours)]
+    for tokenizer in bare:
+        tokenizer.chat_template = None
+    return tokenizer_digest(bare[0]) == tokenizer_digest(bare[1])
 
 
 def _base_name(folder: str) -> str:

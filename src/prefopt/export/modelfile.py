@@ -58,7 +58,8 @@ class Frames:
         return "".join(parts) + self.gap + self.generation
 
     def go_template(self) -> str | None:
-        """The frames in Go's template language, as Ollama executes it; None where a frame has signs of its own."""
+        """The frames in Go's template language, as Ollama executes it; None where a frame has signs of its own, or the
+        last one ends in a quotation mark, as a Modelfile's text does."""
         signs = ("{{", "}}", '"""')
         frames = [self.start, self.gap, *self.user, *self.assistant, self.generation, *(self.system or ())]
         if any(sign in frame for sign in signs for frame in frames):
@@ -75,12 +76,13 @@ class Frames:
         start = f"{{{{ if not .System }}}}{self.start}{{{{ end }}}}" if self.start else ""
         gap = f"{{{{ if $i }}}}{self.gap}{{{{ end }}}}" if self.gap else ""
         before, behind = self.assistant
-        return (
+        found = (
             f"{start}{{{{ range $i, $m := .Messages }}}}{gap}{system}"
             f'{{{{ if eq $m.Role "user" }}}}{user}{inner}{{{{ $m.Content }}}}{self.user[1]}{{{{ end }}}}'
             f'{{{{ if eq $m.Role "assistant" }}}}{before}{{{{ $m.Content }}}}{behind}{{{{ end }}}}'
             f"{{{{ end }}}}{self.gap}{self.generation}"
         )
+        return None if '"""' in found or found.endswith('"') else found
 
 
 def frames_of(tokenizer: Tokenizer) -> Frames | None:
@@ -169,8 +171,8 @@ def _same(frames: Frames, text: Any, *, with_system: bool) -> bool:
 
 
 def modelfile(weights: str, frames: Frames | None, stops: Sequence[str], context: int | None, sampling: Any) -> str:
-    """The text of a Modelfile for the GGUF file ``weights`` beside it. ``stops``: tokens that end answers;
-    ``sampling``: the model's generation config or None."""
+    """The text of a Modelfile for the GGUF file ``weights`` beside it. ``stops``: texts that end answers,
+    each on one line; ``sampling``: the model's generation config or None."""
     lines = [f"FROM ./{weights}"]
     if frames is not None and (template := frames.go_template()) is not None:
         lines.append(f'TEMPLATE """{template}"""')
@@ -179,7 +181,9 @@ def modelfile(weights: str, frames: Frames | None, stops: Sequence[str], context
         lines.append(f"PARAMETER num_ctx {min(context, MOST_CONTEXT)}")
     if getattr(sampling, "do_sample", False):
         given = {name: getattr(sampling, name, None) for name in _SAMPLING}
-        lines += [f"PARAMETER {name} {value:g}" for name, value in given.items() if value]
+        lines += [f"PARAMETER {name} {value:g}" for name, value in given.items() if value is not None]
+    elif getattr(sampling, "do_sample", None) is False:  # greedy, and Ollama draws by default
+        lines.append("PARAMETER temperature 0")
     return "\n".join(lines) + "\n"
 
 

@@ -20,13 +20,16 @@ from prefopt.model.load import local_folder, quiet_loading
 from prefopt.model.save import apply_umask, save_weights, write_transformers4_fields
 from prefopt.model.scalar import has_scalar_head, load_scalar
 
+WHOLE = "vLLM and TGI serve it as it is, and --to gguf and ollama convert it"
+
 
 def load_reward(name: str, device: torch.device) -> tuple[Any, Tokenizer]:
     """The reward model of a folder or Hub name in float32, an adapter merged, and its tokenizer. Raises
     :class:`ModelError` for a language model."""
     folder = local_folder(name)
     if not has_scalar_head(folder):
-        raise ModelError(f"{name} is a language model, not a reward model: export it --to merged, gguf or vllm-lora")
+        served = "export it --to merged, vllm-lora or gguf" if is_adapter(folder) else WHOLE
+        raise ModelError(f"{name} is a language model, not a reward model: {served}")
     own = folder if has_tokenizer(folder) or not is_adapter(folder) else base_of(folder)
     tokenizer = load_tokenizer(own)
     return load_scalar(folder, dtype=torch.float32, device=device, tokenizer=tokenizer), tokenizer

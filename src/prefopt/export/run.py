@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,13 @@ from prefopt.config.export import ExportConfig
 from prefopt.core.model_folder import NOT_QUANTISED, quantisation_on_record
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ConfigError, ModelError, RunError
-from prefopt.export.adapter_folder import max_rank, why_not_served, write_adapter
+from prefopt.export.adapter_folder import max_rank, text_options, why_not_served, write_adapter
 from prefopt.export.checks import check_export, find_converter
 from prefopt.export.gguf_file import TYPES, read_gguf, round_weights, rows_of, write_gguf
 from prefopt.export.gguf_tensors import GgufArchitecture, architecture_of, config_in_file, tensors_of
 from prefopt.export.gguf_tokenizer import GgufVocabulary, vocabulary_of
 from prefopt.export.llama_cpp import RUNTIME, LlamaCpp, convert, has_runtime
-from prefopt.export.modelfile import frames_of, modelfile
+from prefopt.export.modelfile import Frames, frames_of, modelfile
 from prefopt.export.reward_folder import load_reward, reload, rewards, write_reward
 from prefopt.export.scores import Difference, Floats, Prompts, Scored, stored_prompts, token_logprobs
 from prefopt.export.serving import (
@@ -32,7 +31,7 @@ from prefopt.export.serving import (
     paragraphs,
     reward_commands,
 )
-from prefopt.generate.model_io import SampledModel, renderer_for
+from prefopt.generate.model_io import SampledModel, decode, renderer_for
 from prefopt.model.architectures import causal_model
 from prefopt.model.load import base_and_adapter, load_config, load_model
 from prefopt.model.merge import ROUNDING, load_merged, merge_adapter
@@ -89,7 +88,9 @@ def _merged(config: ExportConfig, output: Path, device: torch.device) -> Exporte
     allowed = max(ORDER, ROUNDING[dtype] * float(np.abs(np.concatenate(before)).mean()))
     score = Scored("transformers", "log-probabilities", found, allowed, found.mean <= allowed, prompts=len(before))
     commands = merged_commands(str(output), config.dtype)
-    return Exported(output, config.to, config.dtype, commands, [score], report.in_words())
+    rounding = "the commands serve it in bfloat16, and it was scored in float32, which --dtype float32 of vLLM keeps"
+    notes = [*report.lines(), *([rounding] if config.dtype == "float32" else [])]
+    return Exported(output, config.to, config.dtype, commands, [score], notes)
 
 
 def _language_model(folder: str, adapter: str | None, device: torch.device) -> Any:
@@ -120,7 +121,8 @@ def _vllm_lora(config: ExportConfig, output: Path, device: torch.device) -> Expo
     )
     ends = (output / GENERATION_CONFIG).is_file()
     named = base if not config.adapter else config.model
-    commands = lora_commands(named, str(output), max_rank(rank), ends=ends)
+    text = text_options(base, output, source.tokenizer)
+    commands = lora_commands(named, str(output), max_rank(rank), ends=ends, text=text)
     return Exported(output, config.to, None, commands, [_scored("transformers", before, after)], notes)
 
 
@@ -284,9 +286,16 @@ def _write_modelfile(output: Path, path: Path, source: SampledModel) -> list[str
     """Write ``Modelfile``; returns notes."""
     frames = frames_of(source.tokenizer)
     stops = source.stop_ids(renderer_for(source.tokenizer))
-    words: Sequence[str] = source.tokenizer.convert_ids_to_tokens(list(stops))
-    text = modelfile(path.name, frames, words, source.context, source.generation_config)
+    words = [decode(source.tokenizer, [stop]) for stop in stops]
+    ends = [word for word in words if word and len(word.splitlines()) == 1 and word == word.strip("\r\n")]
+    text = modelfile(path.name, frames, ends, source.context, source.generation_config)
     (output / "Modelfile").write_text(text, "utf-8")
+    left = f"end tokens left out of the Modelfile, which takes no line ends in them: {len(words) - len(ends)}"
+    return [*([left] if len(ends) < len(words) else []), *_template_notes(source, frames, text)]
+
+
+def _template_notes(source: SampledModel, frames: Frames | None, text: str) -> list[str]:
+    """What differs between the chat template and that of the Modelfile."""
     if not source.tokenizer.chat_template:
         return ["the model has no chat template: Ollama continues text with it"]
     if "TEMPLATE" not in text:

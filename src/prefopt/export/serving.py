@@ -10,6 +10,7 @@ from typing import Any
 
 import prefopt
 from prefopt.core.files import output_errors, write_json
+from prefopt.core.shown import ShownLines
 from prefopt.core.terminal import visible
 from prefopt.export.scores import Scored
 
@@ -17,8 +18,8 @@ REPORT = "export.json"
 README = "README.md"
 
 
-@dataclass(frozen=True)
-class Exported:
+@dataclass(frozen=True, repr=False)
+class Exported(ShownLines):
     """What an export wrote. ``files``: weights and what belongs to them. ``commands``: how each server is started, by
     its name. ``notes``: what differs from the model that was trained, or must be known to serve it."""
 
@@ -65,7 +66,7 @@ class Exported:
 
 
 def merged_commands(folder: str, dtype: str) -> dict[str, list[str]]:
-    """vLLM and TGI for a whole model."""
+    """vLLM and TGI for a whole model; one in float32 is served in bfloat16, as models of its size are."""
     served = "bfloat16" if dtype == "float32" else dtype
     return {
         "vLLM": ["vllm", "serve", folder, "--served-model-name", "aligned", "--dtype", served],
@@ -73,16 +74,16 @@ def merged_commands(folder: str, dtype: str) -> dict[str, list[str]]:
     }
 
 
-def lora_commands(base: str, folder: str, rank: int, *, ends: bool) -> dict[str, list[str]]:
-    """vLLM for an adapter on its model. ``ends``: the folder's generation config has the end tokens of answers."""
+def lora_commands(base: str, folder: str, rank: int, *, ends: bool, text: Sequence[str] = ()) -> dict[str, list[str]]:
+    """vLLM for an adapter on its model. ``ends``: the folder's generation config has the end tokens of answers;
+    ``text``: options that name its own chat template or tokenizer."""
     words = ["vllm", "serve", base, "--enable-lora", "--lora-modules", f"aligned={folder}"]
-    words += ["--max-lora-rank", str(rank)]
+    words += ["--max-lora-rank", str(rank), *text]
     return {"vLLM": [*words, *(["--generation-config", folder] if ends else [])]}
 
 
 def reward_commands(folder: str, dtype: str) -> dict[str, list[str]]:
     """vLLM for a sequence classifier, without the sigmoid that it puts on one label."""
-    served = "bfloat16" if dtype == "float32" else dtype
     raw = ["--pooler-config", '{"use_activation": false}']
     return {
         "vLLM": [
@@ -94,7 +95,7 @@ def reward_commands(folder: str, dtype: str) -> dict[str, list[str]]:
             "--served-model-name",
             "reward",
             "--dtype",
-            served,
+            dtype,
             *raw,
         ]
     }

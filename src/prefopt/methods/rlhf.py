@@ -20,6 +20,7 @@ from prefopt.core.cache_folder import file_hashes
 from prefopt.core.files import output_errors, read_json, write_json
 from prefopt.core.model_folder import is_adapter
 from prefopt.core.ranks import check_ranks, ranks_in
+from prefopt.core.shown import ShownLines
 from prefopt.core.terminal import Reporter
 from prefopt.data.files.sources import find_sources
 from prefopt.data.layouts.columns import find_dataset_info
@@ -74,13 +75,20 @@ def started_again() -> Iterator[None]:
         raise Interrupted(f"{where}; what was computed is kept: the same command continues", stop.signal) from None
 
 
-@dataclass(frozen=True, slots=True)
-class RlhfResult:
+@dataclass(frozen=True, slots=True, repr=False)
+class RlhfResult(ShownLines):
     """``output`` is the folder of the aligned model; ``done`` and ``skipped`` are the stages of this call."""
 
     output: Path
     done: tuple[str, ...]
     skipped: tuple[str, ...]
+
+    def lines(self) -> Iterator[str]:
+        """The aligned model and the stages."""
+        yield f"aligned model: {self.output}"
+        for word, names in (("done", self.done), ("skipped", self.skipped)):
+            if names:
+                yield f"{word}: {', '.join(names)}"
 
 
 def run(config: RlhfConfig) -> RlhfResult:
@@ -168,7 +176,7 @@ class _Chain:
         model = None if is_adapter(self.config.model) else self.config.model
         device = resolve_device(self.config.device)
         report = merge_adapter(str(source), folder, model=model, dtype=torch.float32, device=device)
-        for line in report.in_words():
+        for line in report.lines():
             self.reporter.say(line)
         self._remember("tuned", {"from": made_from, "gave": contents_of(folder)})
 

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from prefopt.core.hub import import_bitsandbytes
 from prefopt.core.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter, require_adapter, vet_folder
 from prefopt.errors import ConfigError, ModelError, first_line
 from prefopt.model.architectures import architectures_of, causal_model
@@ -57,6 +58,7 @@ def new_lora(
     ``targets`` and ``towers``: see :func:`lora_targets`. ``task``: PEFT's; with ``SEQ_CLS`` the scalar head trains in
     full.
     """
+    import_bitsandbytes()
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import Linear
     from transformers.pytorch_utils import Conv1D
@@ -87,6 +89,7 @@ def new_lora(
 
 def add_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
     """Put a saved PEFT adapter on ``model``, trainable, with its dropout off."""
+    import_bitsandbytes()
     from peft import PeftModel
 
     require_adapter(folder)

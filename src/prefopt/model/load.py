@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from prefopt.core.files import expanded, is_path
-from prefopt.core.hub import no_telemetry
+from prefopt.core.hub import import_bitsandbytes, no_telemetry
 from prefopt.core.model_folder import base_of, is_adapter, refuse_both, task_of, vet_folder
 from prefopt.core.terminal import size
 from prefopt.data.tokenizer import Tokenizer
@@ -179,6 +179,8 @@ def load_weights(
         )
     own_config = copy.deepcopy(config)
     disable_dropout(config)
+    if quantise is not None or quantisation_of(config):
+        import_bitsandbytes()
     with model_errors(name), backend_errors(name, config), quiet_loading():
         if quantise is None:
             options = loading_options(name, config, device)

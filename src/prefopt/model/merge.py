@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prefopt.core.files import output_errors
+from prefopt.core.hub import import_bitsandbytes
 from prefopt.core.model_folder import (
     NOT_QUANTISED,
     base_of,
@@ -24,6 +25,7 @@ from prefopt.core.model_folder import (
     quantisation_on_record,
     require_adapter,
 )
+from prefopt.core.shown import ShownLines
 from prefopt.data.chat.ends import end_of_turn
 from prefopt.data.chat.render import Renderer
 from prefopt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
@@ -50,8 +52,8 @@ PROBES = (3, 24)
 """Random sequences whose logits are compared, and tokens of each."""
 
 
-@dataclass(frozen=True, slots=True)
-class MergeReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class MergeReport(ShownLines):
     """Relative to the norm of the logits: ``difference`` of the merged model from the one with its adapter, ``effect``
     of the adapter. ``rounding``: how far the saved dtype moves the merged weights, relative to how far the adapter
     does. ``tensors``: number of tensors written; ``kept``: those that are in no weight of the language model. ``ends``:
@@ -69,7 +71,7 @@ class MergeReport:
     ends: str | None = None
     quantised: str | None = None
 
-    def in_words(self) -> list[str]:
+    def lines(self) -> list[str]:
         """The report in lines."""
         kind = str(self.dtype).removeprefix("torch.")
         lines = [f"{self.layers} layers merged in float32, saved in {kind}"]
@@ -204,6 +206,7 @@ def _loading_dtype(base: str, dtype: torch.dtype) -> torch.dtype:
 
 def _load(base: str, adapter: str, dtype: torch.dtype, device: torch.device, *, quantise: str = NOT_QUANTISED) -> Any:
     """The model with the adapter on it; missing weights of the adapter are an error."""
+    import_bitsandbytes()
     from peft import PeftConfig
 
     with model_errors(adapter):

@@ -25,6 +25,7 @@ import numpy.typing as npt
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from prefopt.core.hub import import_bitsandbytes
 from prefopt.core.model_folder import is_adapter, task_of
 from prefopt.data.group import Group
 from prefopt.data.tokenizer import Tokenizer
@@ -280,6 +281,7 @@ def merge_trained_adapter(
 ) -> PreTrainedModel:
     """An adapter merged into its base, head included, in ``dtype``; ``model`` is used up. ``trained``: the adapter's
     weights by name, in full precision. A quantised base is dequantised: the scores are those of training."""
+    import_bitsandbytes()
     from peft import get_peft_model
 
     wrapped: Any = model

@@ -291,7 +291,7 @@ def intervals(
         axes.plot([low, high], [y, y], color=COLOURS[0], linewidth=2)
         axes.plot([mean], [y], color=COLOURS[0], marker="o", markersize=6)
     axes.axvline(chance, color="0.45", linewidth=0.9, linestyle=":")
-    axes.set_xlim(0, 1)
+    axes.set_xlim(0, max(1.0, *(high for _, (_, _, high) in rates)))
     axes.set_ylim(len(rates) - 0.5, -0.5)
     axes.set_yticks(range(len(rates)), [plain(shortened(text, 48)) for text, _ in rates], fontsize=9)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

@@ -17,7 +17,7 @@ from prefopt.core.options import flag
 from prefopt.data.group import Group, IntArray, PicturedIds
 from prefopt.data.table import GroupTable
 from prefopt.errors import RunError
-from prefopt.runs.history import RECORD, in_use, read_metrics, read_record
+from prefopt.runs.history import RECORD, WORKING, in_use, read_metrics, read_record
 
 FREE = frozenset(
     "resume overwrite shard progress save_every keep_last output dry_run track track_project samples".split()
@@ -57,7 +57,8 @@ class RunFolder:
         self.path, self._dry, self._overwrite = path, dry, overwrite
         self._lock = FileLock(path / _LOCK)
         self.checkpoints, self.last_good = path / CHECKPOINTS, path / LAST_GOOD
-        self.record: dict[str, Any] = {"status": "started", "options": dict(options)}
+        here = {WORKING: _working_folder()}
+        self.record: dict[str, Any] = {"status": "started", "options": dict(options), **here}
         if dry:
             return
         before = check_output(path, resume=resume, overwrite=overwrite)
@@ -69,7 +70,7 @@ class RunFolder:
             if changed := [n for n in kept if old[n] != given[n] and not _moved(n, old[n], given[n])]:
                 listed = ", ".join(f"{flag(n)} was {old[n]!r} and is {options[n]!r}" for n in changed)
                 raise RunError(f"--resume continues the same run, but {listed}; restore it, or start a new run")
-            self.record = {**before, "status": "resumed"}
+            self.record = {**before, "status": "resumed", **here}
 
     def __getstate__(self) -> dict[str, Any]:
         """For other processes of the run, none of which holds the folder."""
@@ -152,6 +153,13 @@ def _moved(name: str, *values: object) -> bool:
     """Whether an option names a server at two addresses, or their keys."""
     addresses = name in ADDRESSES and all(isinstance(value, str) and is_url(value) for value in values)
     return addresses or name in KEYS
+
+
+def _working_folder() -> str:
+    try:
+        return str(Path.cwd())
+    except OSError:  # it was removed
+        return ""
 
 
 def _resolved(known: Mapping[str, Any] | None, given: Any) -> Any:

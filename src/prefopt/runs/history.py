@@ -27,6 +27,8 @@ from prefopt.core.options import RENAMED
 from prefopt.errors import RunError
 
 RECORD, METRICS = "run.json", "metrics.jsonl"
+WORKING = "working_folder"
+"""The key of ``run.json`` with the folder that relative paths among the options are read from; empty: not known."""
 LARGEST_COUNT = 2**53
 """Of steps, rows, tokens, bytes: floats cannot tell larger neighbours apart."""
 LARGEST = 1e100
@@ -140,7 +142,7 @@ def _mapping(of: IsType) -> IsType:
 
 
 TYPES: Mapping[str, IsType] = {
-    **dict.fromkeys(("status", "started", "finished", "method", "algorithm", "loss"), _is_text),
+    **dict.fromkeys((WORKING, "status", "started", "finished", "method", "algorithm", "loss"), _is_text),
     **dict.fromkeys(("data", "model", "reference", "reward", "true_reward", "ptx_data"), _is_text),
     **dict.fromkeys(("steps", "max_length", "token_budget", "scoring_budget", "sampled_at_once"), _is_count),
     **dict.fromkeys(("options", "results"), _mapping(_is_option)),
@@ -184,6 +186,12 @@ class History:
     @property
     def options(self) -> Mapping[str, Any]:
         return dict(self.record.get("options", {}))
+
+    @property
+    def working_folder(self) -> Path | None:
+        """The folder that relative paths among the options are read from, where it is known and still there."""
+        found = Path(self.record.get(WORKING) or "?")
+        return found if found.is_absolute() and found.is_dir() else None
 
     @property
     def step(self) -> int:

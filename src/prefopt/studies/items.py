@@ -16,6 +16,7 @@ import sqlite3
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from prefopt.errors import StudyError
@@ -129,12 +130,15 @@ def _overlap(item: NewItem) -> int | None:
 
 def for_everyone(items: Sequence[NewItem], fraction: float) -> list[NewItem]:
     """The items, a ``fraction`` of which (rounded up) every annotator shall judge: which ones depends on their contents
-    alone. Gold items, which everyone judges, are not counted."""
+    alone. Gold items, which everyone judges, are not counted; an item with an overlap of its own keeps it."""
     own = [item for item in items if item.gold is None]
+    free = [item for item in own if item.row.get("overlap") is None]
     order = sorted(
-        own, key=lambda i: hashlib.blake2b(json.dumps(i.row, sort_keys=True).encode(), digest_size=8).digest()
+        free, key=lambda i: hashlib.blake2b(json.dumps(i.row, sort_keys=True).encode(), digest_size=8).digest()
     )
-    chosen = {id(item) for item in order[: math.ceil(fraction * len(own))]}
+    wanted = math.ceil(Fraction(str(fraction)) * len(own))  # 0.07 of 100 is 7, and a little more in binary
+    wanted -= sum(item.row.get("overlap") == "all" for item in own)
+    chosen = {id(item) for item in order[: max(wanted, 0)]}
     return [replace(item, row={**item.row, "overlap": "all"}) if id(item) in chosen else item for item in items]
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from prefopt.config.methods import MethodConfig
 from prefopt.config.sweeps import STAGES, MethodsConfig
 from prefopt.core.files import output_errors, read_json, replace_file, typed, write_json
+from prefopt.core.shown import ShownLines
 from prefopt.core.terminal import Reporter, duration, size
 from prefopt.errors import Diverged
 from prefopt.evaluate.samples import perplexity
@@ -65,8 +66,8 @@ class Start:
     perplexity: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class MethodsTable:
+@dataclass(frozen=True, slots=True, repr=False)
+class MethodsTable(ShownLines):
     """All results of ``prefopt methods``."""
 
     model: str
@@ -78,6 +79,11 @@ class MethodsTable:
     finished: bool
     starts: tuple[Start, ...] = ()
     outcomes: tuple[Outcome, ...] = ()
+
+    def lines(self) -> Iterator[str]:
+        """The table of ``methods.md``."""
+        yield f"{len(self.outcomes)} policies of {self.model}" + ("" if self.finished else ", and more are to come")
+        yield from markdown(self)
 
     def write(self, folder: Path) -> Path:
         """Write ``methods.json`` in ``folder``. Raises :class:`prefopt.errors.RunError`."""

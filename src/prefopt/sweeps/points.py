@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prefopt.core.files import printable, read_json, typed, write_json
+from prefopt.core.shown import ShownLines
 from prefopt.core.statistics import mean_interval
 
 VERSION = 1
@@ -131,8 +132,8 @@ class Point:
         return point
 
 
-@dataclass(frozen=True, slots=True)
-class Frontier:
+@dataclass(frozen=True, slots=True, repr=False)
+class Frontier(ShownLines):
     """All points of a sweep: ``samples`` responses of at most ``max_new_tokens`` to each of ``prompts`` prompts.
     ``made`` describes the preferences. ``kl_at``: KLs to compare methods at. ``tuning``: how rates were chosen, on
     ``tune`` prompts of their own. ``judge``: a second reward, that no method was trained on. ``seconds``: processor
@@ -151,6 +152,12 @@ class Frontier:
     tuning: tuple[Trial, ...] = ()
     judge: str | None = None
     seconds: float | None = None
+
+    def lines(self) -> Iterator[str]:
+        """The points, their comparisons, and what they say."""
+        from prefopt.sweeps.report import lines  # which reads points
+
+        yield from lines(self)
 
     def write(self, folder: Path) -> Path:
         """Write ``frontier.json`` in ``folder``. Raises :class:`prefopt.errors.RunError`."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from prefopt.config.data import DataOptions
-from prefopt.config.evaluation import LEAST_PROMPTS, default_fraction
+from prefopt.config.evaluation import HELD_OUT, LEAST_HELD_OUT, LEAST_PROMPTS, default_fraction
 from prefopt.config.training import MethodOptions
 from prefopt.core.options import flag
 from prefopt.core.terminal import Reporter, StopRequest
@@ -157,9 +157,7 @@ def load_data(
     shares = _shares(config, source.groups, train)
     data = TrainingData(source, groups, train, held_out, shares, kind)
     if held_out:
-        default = (
-            " (the default; --eval-fraction 0 trains on all)" if more is None and config.eval_fraction is None else ""
-        )
+        default = _default_words(config, groups) if more is None and config.eval_fraction is None else ""
         reporter.say(f"data: {len(train)} {data.noun} to train on, {len(held_out)} held out{default}")
     if shares:
         parts = (f"{s.size} of {len(s.groups)} from {name}" for s, name in zip(shares, config.data, strict=True))
@@ -197,7 +195,8 @@ def _held_out(
     """All groups, and the indices of training and held-out groups: a fraction of ``source``, or ``more``."""
     groups = source.groups
     if more is None and (fraction := _fraction(config, groups, reporter)):
-        return groups, *source.split(fraction, config.seed)
+        least = LEAST_HELD_OUT if config.eval_fraction is None else 1
+        return groups, *source.split(fraction, config.seed, least=least)
     if more is None:
         return groups, range(len(groups)), ()
     if both := len(np.intersect1d(groups.prompt_key_G, more.groups.prompt_key_G)):
@@ -211,8 +210,7 @@ def _fraction(config: MethodOptions, groups: GroupTable, reporter: Reporter) -> 
     if config.eval_fraction is not None:
         return config.eval_fraction
     prompts = len(np.unique(groups.prompt_key_G))
-    read = min(config.epochs * len(groups), (config.max_steps or math.inf) * config.batch_size)
-    if fraction := default_fraction(prompts, read=math.ceil(read)):
+    if fraction := default_fraction(prompts, read=_rows_read(config, groups)):
         return fraction
     few = f"{prompts} prompts are fewer than the {LEAST_PROMPTS} from which on some are held out by default"
     for name in ("eval_every", "early_stopping", "eval_dtype", "samples", "find_learning_rate"):
@@ -222,6 +220,18 @@ def _fraction(config: MethodOptions, groups: GroupTable, reporter: Reporter) -> 
             )
     reporter.say(f"data: nothing is held out: {few}; --eval-fraction 0.1 holds out a tenth")
     return 0.0
+
+
+def _rows_read(config: MethodOptions, groups: GroupTable) -> int:
+    """The rows that a run reads, one as often as it is read."""
+    return math.ceil(min(config.epochs * len(groups), (config.max_steps or math.inf) * config.batch_size))
+
+
+def _default_words(config: MethodOptions, groups: GroupTable) -> str:
+    """Where the number of prompts held out by default comes from."""
+    read = _rows_read(config, groups)
+    early = f", {HELD_OUT:.0%} of the {read:,} rows that are read, {LEAST_HELD_OUT} prompts at least"
+    return f" (the default{early if read < len(groups) else ''}; --eval-fraction 0 trains on all)"
 
 
 def _shares(config: DataOptions, groups: GroupTable, train: Sequence[int]) -> list[Share]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from prefopt.config.training import RunOptions
+from prefopt.core.hub import import_bitsandbytes
 from prefopt.errors import RunError
 from prefopt.model.costs import MEMORY_ERRORS, out_of_memory
 from prefopt.model.precision import MasterWeights
@@ -58,6 +59,7 @@ def adamw_8bit(
 ) -> torch.optim.Optimizer:
     """AdamW with blockwise 8-bit moments (Dettmers et al. 2021, arXiv 2110.02861) by bitsandbytes, else as
     :func:`adamw`. ``paged``: moments in memory that CUDA moves to the host where the device is full."""
+    import_bitsandbytes()
     from bitsandbytes.optim import AdamW
 
     options = {"betas": betas, "eps": epsilon, "optim_bits": 8, "min_8bit_size": MIN_8BIT, "is_paged": paged}

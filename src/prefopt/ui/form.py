@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,12 @@ VERBS: Mapping[str, type[Any]] = {name: method.config for name, method in METHOD
 HELPS = {name: method.help for name, method in METHODS.items()} | {CHAIN: "run the chain SFT, reward model, PPO"}
 OF_THE_PAGE = ("dry_run", "resume", "overwrite", "progress")
 """Options that its buttons give."""
+PATHS = (
+    *("model", "adapter", "reference", "reference_adapter", "teacher", "teacher_adapter", "reward", "true_reward"),
+    *("data", "eval_data", "prompts", "eval_prompts", "ptx_data", "chat_template", "judge_prompt", "rollout_folder"),
+    *("study", "sft", "ppo"),
+)
+"""Options that may name files or folders."""
 MAIN = (
     *("model", "data", "prompts", "reward", "teacher", "output", "loss", "beta", "lora", "learning_rate", "epochs"),
     *("batch_size", "max_steps", "eval_fraction", "max_length", "max_new_tokens"),
@@ -128,7 +135,8 @@ def document(found: Filled) -> str:
 
 def file_of(config: Any) -> Path:
     """Where the YAML file of a run goes: beside its output folder."""
-    return expanded(f"{config.output}.yaml")
+    folder = expanded(config.output)
+    return folder.with_name(f"{folder.name}.yaml")
 
 
 def write_file(found: Filled, *, replace: bool) -> Path:
@@ -144,10 +152,22 @@ def write_file(found: Filled, *, replace: bool) -> Path:
 
 
 def texts_of_run(run: History) -> dict[str, str]:
-    """A form with the options of a run, for another one like it. The output folder is left open."""
+    """A form with the options of a run, for another one like it: paths in full, since this server may have another
+    working folder. The output folder is left open."""
     required = {o.name for o in options(VERBS[run.method]) if o.required}
     values = {n: v for n, v in run.options.items() if n in required} | set_options(run)
+    if (here := run.working_folder) is not None:
+        values |= {n: _in_full(values[n], here) for n in PATHS if n in values}
     return {n: as_text(v) for n, v in values.items() if v is not None and n not in ("output", *OF_THE_PAGE)}
+
+
+def _in_full(value: Any, here: Path) -> Any:
+    """Names of files and folders that are there, in full; others, such as those of the Hub, as they are."""
+    if isinstance(value, list):
+        return [_in_full(one, here) for one in value]
+    if not isinstance(value, str) or not value or value.startswith("~"):
+        return value
+    return str(here / value) if os.path.exists(here / value) else value  # noqa: PTH110  # no error for a long text
 
 
 def as_text(value: Any) -> str:

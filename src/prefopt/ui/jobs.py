@@ -14,6 +14,7 @@ import re
 import secrets
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -78,38 +79,53 @@ class Jobs:
         config: str | None = None,
         run: str | None = None,
         apart: bool = False,
+        folder: Path | None = None,
         about: Any = None,
     ) -> Job:
-        """Start a command. ``config``: the text of a YAML file for it. ``apart``: its output goes to a file of its own,
-        for a program. Raises :class:`ConfigError` where it cannot be started."""
+        """Start a command, or find the one that trains into the folder ``run`` already. ``config``: the text of a YAML
+        file for it. ``apart``: its output goes to a file of its own, for a program. ``folder``: where its relative
+        paths are read from, else that of this server. Raises :class:`ConfigError` where it cannot be started."""
         if os.name != "posix":
             raise ConfigError("commands are started from the page on Linux and macOS alone; run them in a terminal")
-        job = Job(id=_new_id(), kind=kind, words=list(words), run=run, about=about or {})
-        job.started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        with self._turn:
+            live = self.live(run) if run is not None else None
+            if live is not None:
+                return live
+            job = Job(id=_new_id(), kind=kind, words=list(words), run=run, about=about or {})
+            job.started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            process = self._launch(job, config, apart, folder)
+            self._jobs[job.id] = job
+            self._tidy()
+        self._write(job)
+        threading.Thread(target=self._wait, args=(job, process), daemon=True).start()
+        return job
+
+    def live(self, run: str) -> Job | None:
+        """The job that trains into an output folder now."""
+        job = self.of_run(run)
+        return job if job is not None and self.alive(job) else None
+
+    def _launch(self, job: Job, config: str | None, apart: bool, folder: Path | None) -> subprocess.Popen[bytes]:
         place = self.place(job)
         private_folder(self.base)
         place.mkdir(parents=True)
         if config is not None:
             (place / "options.yaml").write_text(config, "utf-8")
-            job.words += ["--config", str(place / "options.yaml")]
+            job.words += ["--config", str((place / "options.yaml").resolve())]
         with (place / "log.txt").open("wb") as log, (place / "out.txt").open("wb") as out:
             process = subprocess.Popen(
                 [sys.executable, "-m", "prefopt", *job.words],
                 stdin=subprocess.DEVNULL,
                 stdout=out if apart else log,
                 stderr=log,
+                cwd=folder,
                 start_new_session=True,  # a signal to this server is none to the command
                 env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "100"},
             )
         job.pid = process.pid
         with contextlib.suppress(psutil.Error):
             job.born = psutil.Process(process.pid).create_time()
-        with self._turn:
-            self._jobs[job.id] = job
-            self._tidy()
-        self._write(job)
-        threading.Thread(target=self._wait, args=(job, process), daemon=True).start()
-        return job
+        return process
 
     def get(self, name: str) -> Job | None:
         return self._jobs.get(name)
@@ -190,9 +206,15 @@ class Jobs:
 
 
 def private_folder(base: Path) -> Path:
-    """The folder of the page below ``base``: nobody else may read logs, which hold links to voting pages."""
+    """The folder of the page below ``base``: nobody else may read logs, which hold links to voting pages. Raises
+    :class:`ConfigError` where it is there and somebody else's."""
     folder = base / FOLDER
     folder.mkdir(mode=0o700, exist_ok=True)
+    if os.name == "posix":
+        about = folder.lstat()
+        if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid():
+            raise ConfigError(f"{folder} is a link or another user's, who could read the logs: remove it")
+        folder.chmod(0o700)
     (folder / ".gitignore").write_text("*\n")
     return folder
 

@@ -86,8 +86,11 @@ class RunPages:
         kind = forms.VERBS[run.method]
         known = {o.name for o in options(kind)} - {"resume", "overwrite", "dry_run"}
         values = {n: v for n, v in run.options.items() if n in known and v is not None}
-        text = write_document(kind, values | {"output": str(run.folder)})
-        return redirect(_place_of(self.site.jobs.start("run", [run.method, "--resume"], config=text, run=name)))
+        text = write_document(kind, values | {"output": str(run.folder.resolve())})
+        started = self.site.jobs.start(
+            "run", [run.method, "--resume"], config=text, run=name, folder=run.working_folder
+        )
+        return redirect(_place_of(started))
 
     def report(self, request: Request) -> Response:
         """Write a report of some runs."""
@@ -138,10 +141,11 @@ class RunPages:
                 words, about = [verb, "--dry-run"], {"verb": verb, "texts": texts}
                 job = self.site.jobs.start("dry run", words, config=forms.document(found), about=about)
                 return redirect(f"/new?{urlencode({'job': job.id})}#check")
-            path = forms.write_file(found, replace=bool(value_of(form, "replace")))
+            name = str(expanded(found.config.output).resolve().relative_to(self.site.base.resolve()))
+            live = self.site.jobs.live(name) is not None
+            path = forms.write_file(found, replace=bool(value_of(form, "replace")) and not live)
             if action == "write":
                 return self._form(request, verb, texts, found=found, written=str(path))
-            name = str(expanded(found.config.output).resolve().relative_to(self.site.base.resolve()))
             return redirect(_place_of(self.site.jobs.start("run", [verb, "--config", str(path)], run=name)))
         except UserError as error:
             return self._form(request, verb, texts, found=found, status=422, problem=str(error))

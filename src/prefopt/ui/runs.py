@@ -30,12 +30,16 @@ MOST_POINTS = 400
 
 
 def files_below(base: Path, name_ends: Sequence[str]) -> Iterator[Path]:
-    """Files whose names end so, outside of checkpoints and hidden folders, in order."""
+    """Files whose names end so, outside of checkpoints and hidden folders, in order. Links that lead out of ``base``
+    are left out: those of a folder from elsewhere may name any file."""
+    inside = base.resolve()
     for place, folders, names in os.walk(base):
         deep = len(Path(place).relative_to(base).parts)
         kept = sorted(f for f in folders if not f.startswith(".") and f not in SKIPPED)
         folders[:] = kept if deep < DEEPEST else []
-        yield from (Path(place) / name for name in sorted(names) if name.endswith(tuple(name_ends)))
+        for path in (Path(place) / name for name in sorted(names) if name.endswith(tuple(name_ends))):
+            if not path.is_symlink() or path.resolve().is_relative_to(inside):
+                yield path
 
 
 @dataclass(slots=True)

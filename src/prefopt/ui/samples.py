@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from prefopt.records import Comparison, Message
 from prefopt.runs.history import METRICS
 from prefopt.ui.runs import files_below
 
+Stamp = tuple[int, int]
+"""Time of the last change, and bytes, of a file as it was read."""
 PAGE = 20
 """Rows on a page."""
 MOST_ROWS = 50_000
@@ -68,13 +71,17 @@ class Samples:
     """The files with responses below ``base``."""
 
     base: Path
-    _held: OrderedDict[tuple[str, int, int], tuple[list[Row], list[str]]] = field(default_factory=OrderedDict)
-    _sniffed: dict[tuple[str, int, int], bool] = field(default_factory=dict)
+    _held: OrderedDict[Path, tuple[Stamp, tuple[list[Row], list[str]]]] = field(default_factory=OrderedDict)
+    _sniffed: dict[Path, tuple[Stamp, bool]] = field(default_factory=dict)
+    _turn: threading.Lock = field(default_factory=threading.Lock)
 
     def files(self) -> list[str]:
         """Their paths from ``base``."""
-        paths = (path for path in files_below(self.base, [".jsonl"]) if path.name != METRICS)
-        return [str(path.relative_to(self.base)) for path in paths if self._has_responses(path)]
+        paths = [path for path in files_below(self.base, [".jsonl"]) if path.name != METRICS]
+        with self._turn:
+            for gone in self._sniffed.keys() - set(paths):
+                del self._sniffed[gone]
+            return [str(path.relative_to(self.base)) for path in paths if self._has_responses(path)]
 
     def page(self, names: Sequence[str], words: str, start: int) -> Page:
         """The rows that contain ``words``, from number ``start`` on. Two files are joined by prompt. Raises
@@ -97,25 +104,29 @@ class Samples:
     def _has_responses(self, path: Path) -> bool:
         """Whether the first row has responses, told by its keys."""
         try:
-            about = path.stat()
-            stamp = str(path), about.st_mtime_ns, about.st_size
-            if stamp not in self._sniffed:
+            stamp = _stamp(path)
+            if (known := self._sniffed.get(path)) is None or known[0] != stamp:
                 with path.open("rb") as file:
                     row = json.loads(file.readline(FIRST))
-                self._sniffed[stamp] = isinstance(row, dict) and bool(KEYS & row.keys())
-            return self._sniffed[stamp]
+                known = self._sniffed[path] = stamp, isinstance(row, dict) and bool(KEYS & row.keys())
+            return known[1]
         except (OSError, ValueError):
             return False
 
     def _read(self, path: Path) -> tuple[list[Row], list[str]]:
-        about = path.stat()
-        stamp = str(path), about.st_mtime_ns, about.st_size
-        if stamp not in self._held:
-            self._held[stamp] = _read_file(path)
-            while len(self._held) > HELD:
-                self._held.popitem(last=False)
-        self._held.move_to_end(stamp)
-        return self._held[stamp]
+        stamp = _stamp(path)
+        with self._turn:
+            if (known := self._held.get(path)) is None or known[0] != stamp:
+                known = self._held[path] = stamp, _read_file(path)
+                while len(self._held) > HELD:
+                    self._held.popitem(last=False)
+            self._held.move_to_end(path)
+            return known[1]
+
+
+def _stamp(path: Path) -> Stamp:
+    about = path.stat()
+    return about.st_mtime_ns, about.st_size
 
 
 KEYS = {"responses", "chosen", "rejected", "completion", "response", "output", "messages", "conversations"}
