@@ -38,7 +38,7 @@ def scorer_of(name: str, kind: str = "full") -> tuple[Scorer, MasterWeights]:
 
 def trainer_of(scorer: Any, weights: dict[str, MasterWeights], objective: Any, budget: int, **more: Any) -> Trainer:
     """What ``Trainer._update`` uses of a trainer."""
-    nothing: Any = SimpleNamespace(auxiliary=lambda *_: None)
+    nothing: Any = SimpleNamespace(auxiliary=lambda *_: None, applies=lambda *_: True)
     return Trainer(
         scorer=scorer,
         networks={name: Network.of(held, OPTIONS, 10, 1e-5) for name, held in weights.items()},

@@ -184,7 +184,7 @@ def test_a_registry_that_cannot_be_read_is_of_no_matter_where_the_layout_is_name
 
 def test_options_that_may_name_files_are_looked_into_or_known_to_name_none() -> None:
     """An option that is added some day must say which it is."""
-    named = {*rlhf.MODELS, *rlhf.DATA, *rlhf.FILES}
+    named = {*rlhf.MODELS, *rlhf.DATA, *rlhf.FILES, *rlhf.REWARDS}
     text = (str, str | None, list[str], list[str] | None)
     for stage in (SftConfig, RewardConfig, PpoConfig):
         assert {name for name, hint in get_type_hints(stage).items() if hint in text} <= named | NO_FILES

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.config.methods import METHODS, MethodConfig, RlhfConfig
+from prefopt.config.rewards import reward_term
 from prefopt.core.cache_folder import file_hashes
 from prefopt.core.files import output_errors, read_json, write_json
 from prefopt.core.model_folder import is_adapter
@@ -192,7 +193,7 @@ def _stages(found: Any) -> dict[str, dict[str, str]]:
     return stages
 
 
-MODELS, FILES = ("model", "reward", "reference"), ("chat_template", "judge_prompt")
+MODELS, FILES, REWARDS = ("model", "reward", "reference"), ("chat_template", "judge_prompt"), ("true_reward",)
 DATA = ("data", "prompts", "eval_data", "eval_prompts", "ptx_data")
 """Options that name models, data and files. Digests are of their contents, not their names."""
 
@@ -204,6 +205,9 @@ def _made_from(config: MethodConfig) -> str:
     options = {name: value for name, value in config.to_dict().items() if name not in free}
     named = {name: value for name in (*MODELS, *DATA, *FILES) if (value := options.pop(name, None))}
     contents: dict[str, Any] = {}
+    for name in REWARDS:  # with a name and a weight, which stay among the options
+        if options.get(name) and (term := reward_term(options[name])).is_model:
+            contents[name] = contents_of_name(term.source)
     for name, value in named.items():
         if name in MODELS:
             contents[name] = contents_of_name(value)
