@@ -238,6 +238,7 @@ def test_every_option_of_the_command_line_reaches_the_config(ran: list[dict[str,
         "loss": "ipo",
         "learning_rate": "1e-5",
         "find_learning_rate": "stop",
+        "vision": "full",
     }
     company = {
         "lora": ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "quantise", "reference_adapter"],

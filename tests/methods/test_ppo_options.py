@@ -85,7 +85,9 @@ SHOWN_ELSEWHERE = set(
     " header label_means ignore_columns chat_template"
     " judge_key template_variables output keep_last overwrite dry_run progress track track_project token_budget"
     " attention compile deterministic device threads shard optimizer offload"
-    " router_aux_loss_coef router_z_loss_coef".split()
+    " router_aux_loss_coef router_z_loss_coef vision"
+    " rollout_server rollout_model rollout_key rollout_folder server_concurrency server_timeout server_gap"
+    " stale importance_cap".split()
 )
 
 
