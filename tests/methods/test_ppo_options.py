@@ -74,7 +74,7 @@ SHOWN_HERE = {
     "judge_url": "test_a_run_learns_from_a_judge_and_resumes_with_it",
     "judge_model": "test_a_run_learns_from_a_judge_and_resumes_with_it",
     "judge_prompt": "test_a_run_learns_from_a_judge_and_resumes_with_it",
-    "judge_pattern": "test_a_judge_scores_once_retries_and_counts_what_it_did_not_score",
+    "judge_pattern": "test_a_judge_scores_once_retries_and_says_what_it_did_not_score",
     "true_reward": "test_a_reward_that_is_exploited_is_told_while_it_happens_and_by_diagnose",
     "eval_prompts": "test_a_reward_that_is_exploited_is_told_while_it_happens_and_by_diagnose",
     "eval_every": "test_a_reward_that_is_exploited_is_told_while_it_happens_and_by_diagnose",

@@ -39,6 +39,15 @@ COMMIT_SECONDS = 5.0
 NAMES = ("ids", "logps", "own")
 
 
+def whole(key: np.bytes_) -> bytes:
+    """All bytes of a key: numpy drops the zeros at the end of one.
+
+    >>> whole(np.array([b"ab"], "S4")[0])[:4]
+    b'ab\\x00\\x00'
+    """
+    return bytes(key).ljust(KEY.itemsize, b"\0")
+
+
 class TeacherCache:
     """The space of a server's present weights. ``values`` reads it, ``fill`` asks for what is missing."""
 
@@ -104,7 +113,7 @@ class TeacherCache:
     def values(self, groups: Sequence[Group]) -> dict[str, Array]:
         """``ids`` [M, K] (int32), ``logps`` [M, K] and ``own`` [M] (float32) of the trained tokens of ``groups``, which
         :meth:`fill` was called for."""
-        rows = [self._rows[key.tobytes()] for key in GroupTable.of(groups).key_N]
+        rows = [self._rows[whole(key)] for key in GroupTable.of(groups).key_N]
         with suppress(OSError):  # of a read-only cache
             used(self.folder)
         return {name: np.concatenate([row[name] for row in rows]) for name in NAMES}
@@ -114,7 +123,7 @@ class TeacherCache:
         self._refresh()
         table = GroupTable.of(groups)
         keys, first = np.unique(table.key_N, return_index=True)
-        there = np.array([key.tobytes() in self._rows for key in keys], np.bool_)
+        there = np.array([whole(key) in self._rows for key in keys], np.bool_)
         group_of = np.repeat(np.arange(len(table)), np.diff(table.response_starts))
         sequences = []
         for n in first[~there].tolist():
