@@ -29,7 +29,7 @@ RESULTS = {
     "CompareResult": "prefopt.evaluate.result",
     "ScoreResult": "prefopt.evaluate.score",
     "MergeReport": "prefopt.model.merge",
-    "Exported": "prefopt.export.serving",
+    "ExportedModel": "prefopt.export.serving",
     "RewardBenchReport": "prefopt.evaluate.reward_bench",
     "RunList": "prefopt.api.runs",
     "Frontier": "prefopt.sweeps.points",

@@ -12,7 +12,7 @@ import prefopt
 from prefopt.core.shown import Shown
 from prefopt.errors import ConfigError
 from prefopt.evaluate.reward_bench import RewardBenchReport
-from prefopt.export.serving import Exported
+from prefopt.export.serving import ExportedModel
 from prefopt.methods.rlhf import RlhfResult
 from prefopt.model.merge import MergeReport
 from prefopt.sweeps.methods import MethodsTable
@@ -20,7 +20,7 @@ from prefopt.sweeps.points import Frontier
 
 RESULTS: list[tuple[Any, str]] = [
     (RewardBenchReport("length", [], [], [], 0, ["no row"], "prefopt"), "note: no row"),
-    (Exported(Path("out"), "merged", "float32", {"vLLM": ["vllm", "serve", "out"]}), "vLLM: vllm serve out"),
+    (ExportedModel(Path("out"), "merged", "float32", {"vLLM": ["vllm", "serve", "out"]}), "vLLM: vllm serve out"),
     (MergeReport(Path("out"), torch.float32, 7, 1e-7, 0.1, 0.0, False, 9, None), "7 layers merged in float32"),
     (Frontier("m", "length", 4, 2, 8, finished=False), "the sweep is not finished"),
     (MethodsTable("m", "length", 4, 2, 3, "made", finished=True), "0 policies of m"),

@@ -11,7 +11,7 @@ from prefopt.api.types import Data, Model, Name, Names, Scores, Tokenizer
 from prefopt.evaluate.result import CompareResult
 from prefopt.evaluate.reward_bench import RewardBenchReport
 from prefopt.evaluate.score import ScoreResult
-from prefopt.export.serving import Exported
+from prefopt.export.serving import ExportedModel
 from prefopt.methods.online import OnlineResult
 from prefopt.methods.ppo import PpoResult
 from prefopt.methods.rlhf import RlhfResult
@@ -301,7 +301,7 @@ def export_model(
     converter: Name | None = None,
     prompts: Names | None = None,
     device: Name | None = None,
-) -> Exported:
+) -> ExportedModel:
     """Write a model for a server or another runtime, as ``prefopt export`` does. ``help(prefopt.export_model)`` lists all options."""
     ...
 

@@ -15,7 +15,7 @@ from prefopt.cli import main
 from prefopt.config.reward_bench import RewardBenchConfig
 from prefopt.core.statistics import rate_interval
 from prefopt.errors import ConfigError, DataError, RunError
-from prefopt.evaluate.bench_scores import SECTIONS, Measure
+from prefopt.evaluate.bench_scores import SECTIONS, BenchMeasure
 from prefopt.evaluate.reward_bench import RewardBenchReport, run
 
 
@@ -35,7 +35,7 @@ def bench(*data: Path, **options: Any) -> RewardBenchReport:
     return run(RewardBenchConfig(data=[str(path) for path in data], **{"reward": "length", **options}))
 
 
-def measures(report: RewardBenchReport) -> dict[str, Measure]:
+def measures(report: RewardBenchReport) -> dict[str, BenchMeasure]:
     (result,) = report.results
     return {m.name if m.kind != "overall" else "overall": m for m in result.measures}
 

@@ -24,7 +24,7 @@ from prefopt.data.tokenizer import PLAIN_TURNS, load_tokenizer
 from prefopt.errors import ConfigError, ModelError, RunError
 from prefopt.export.modelfile import Frames, frames_of, modelfile
 from prefopt.export.run import run
-from prefopt.export.serving import Exported, reward_commands
+from prefopt.export.serving import ExportedModel, reward_commands
 from prefopt.model.adapter import peft_warnings_off
 from prefopt.records import Message
 
@@ -51,7 +51,7 @@ def adapter(folder: Path, model: Path, **options: Any) -> Path:
     return folder
 
 
-def export(model: Path | str, output: Path, to: str, **options: Any) -> Exported:
+def export(model: Path | str, output: Path, to: str, **options: Any) -> ExportedModel:
     return run(ExportConfig(model=str(model), output=str(output), to=to, device="cpu", **options))
 
 

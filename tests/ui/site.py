@@ -16,7 +16,7 @@ import uvicorn
 
 from collect.site import FAST, Answer, Client, listening_socket, running
 from prefopt.ui.app import build_app
-from prefopt.ui.site import Site
+from prefopt.ui.site import Workspace
 from prefopt.web.server import settings_of
 
 
@@ -25,7 +25,7 @@ class Served:
     """An address, and the site behind it."""
 
     port: int
-    site: Site
+    site: Workspace
     closing: list[Callable[[], object]] = field(default_factory=list)
 
     @property
@@ -52,7 +52,7 @@ def served(base: Path) -> Iterator[Served]:
     """The application on a folder, behind a real server in a thread."""
     with listening_socket() as listening:
         port = listening.getsockname()[1]
-        site = Site(base, str(port))
+        site = Workspace(base, str(port))
         server = uvicorn.Server(settings_of(build_app(site, [f"http://127.0.0.1:{port}"], FAST), None))
         found = Served(port, site)
         with running(server, listening, found.closing):

@@ -25,7 +25,7 @@ from prefopt.errors import ConfigError, RunError
 from prefopt.studies.served import lock_of, note_address
 from prefopt.studies.study import Study, StudySettings
 from prefopt.ui.chats import ChatTopic, Room, Side
-from prefopt.ui.jobs import Job, Jobs
+from prefopt.ui.jobs import Jobs, RunJob
 from prefopt.ui.run_pages import PREFIX
 from prefopt.ui.runs import Runs, panels_of, rows_of
 from prefopt.ui.serve import _leading_to, serve
@@ -324,7 +324,7 @@ def test_a_command_outlives_its_server_and_is_found_again(jobs: Jobs, tmp_path: 
     assert ended is not None and ended.status == 0 and not again.alive(ended)
 
 
-def sleeping(jobs: Jobs) -> Job:
+def sleeping(jobs: Jobs) -> RunJob:
     """A command that runs until it is stopped."""
     Study.create(jobs.base / "s.db", StudySettings(title="T")).close()
     job = jobs.start("collect serve", ["collect", "serve", str(jobs.base / "s.db"), "--port", "0"])
@@ -335,7 +335,9 @@ def sleeping(jobs: Jobs) -> Job:
 def test_a_number_that_went_to_another_process_is_not_stopped(jobs: Jobs) -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
         try:
-            job = Job(id="x", kind="run", words=[], pid=other.pid, born=psutil.Process(other.pid).create_time() - 100)
+            job = RunJob(
+                id="x", kind="run", words=[], pid=other.pid, born=psutil.Process(other.pid).create_time() - 100
+            )
             assert not jobs.alive(job) and not jobs.stop(job) and other.poll() is None
         finally:
             other.kill()

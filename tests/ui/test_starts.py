@@ -18,7 +18,7 @@ from prefopt.errors import ConfigError
 from prefopt.runs.folder import RunFolder
 from prefopt.runs.history import read_history
 from prefopt.ui.form import file_of, texts_of_run
-from prefopt.ui.jobs import Job, Jobs, private_folder
+from prefopt.ui.jobs import Jobs, RunJob, private_folder
 from prefopt.ui.run_pages import PREFIX
 from prefopt.ui.runs import files_below
 from prefopt.ui.samples import Samples
@@ -41,7 +41,7 @@ def test_the_file_of_a_run_is_beside_its_folder(tmp_path: Path) -> None:
 
 
 def test_a_run_is_started_once(jobs: Jobs) -> None:
-    found: list[Job] = []
+    found: list[RunJob] = []
     start = threading.Barrier(4)
 
     def click() -> None:

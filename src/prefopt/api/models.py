@@ -172,7 +172,7 @@ COMMANDS = {
     "export_model": Command(
         ExportConfig,
         lambda config: imported("prefopt.export.run:run")(config),
-        "Exported",
+        "ExportedModel",
         "Write a model for a server or another runtime, as ``prefopt export`` does.",
     ),
     "reward_bench": Command(

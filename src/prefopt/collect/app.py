@@ -26,7 +26,7 @@ from prefopt.studies.quality import FAST_SECONDS, FAST_SHARE, FEWEST, ONE_SIDE
 from prefopt.studies.study import Study
 from prefopt.studies.votes import RefusedVote, latest_ticket, record, shown_order, undo
 from prefopt.web.language import language_of
-from prefopt.web.security import Buckets, Guard, RateLimit, Sessions, address_of, csrf_token, same_secret
+from prefopt.web.security import Buckets, Guard, RateLimit, Refusal, Sessions, address_of, csrf_token, same_secret
 from prefopt.web.static_files import StaticFiles
 
 log = logging.getLogger("prefopt.collect")
@@ -45,10 +45,6 @@ class Site:
     origins: Collection[str]
     secure: bool = False
     rate: RateLimit = RateLimit()
-
-
-class Refusal(HTTPException):
-    """A request that is answered by a message page: HTTP status and the name of its text."""
 
 
 def build_app(study: Study, site: Site) -> ASGIApp:

@@ -32,7 +32,7 @@ class NotebookDisplay:
         if not now and time_now - self._updated < EVERY:
             return
         self._updated = time_now
-        content = _Progress(what, done, total, unit, [part for part in note if part])
+        content = _NotebookBar(what, done, total, unit, [part for part in note if part])
         if self._handle is None:
             from IPython.display import display
 
@@ -41,7 +41,7 @@ class NotebookDisplay:
             self._handle.update(content)
 
 
-class _Progress:
+class _NotebookBar:
     """One state of a bar, as HTML and as text."""
 
     def __init__(self, what: str, done: int, total: int, unit: str, note: Sequence[str]) -> None:

@@ -64,7 +64,7 @@ BEYOND = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class Measure:
+class BenchMeasure:
     """One number of a benchmark. ``kind``: of a ``subset``, of a ``section`` of several, of a ``style`` of RM-Bench's
     comparisons, or ``overall``. ``ties``: the rows where a wrong answer has the best score beside a right one."""
 
@@ -80,11 +80,11 @@ class BenchResult:
 
     benchmark: str
     rows: int
-    measures: list[Measure]
+    measures: list[BenchMeasure]
     notes: list[str]
 
     @property
-    def overall(self) -> Measure | None:
+    def overall(self) -> BenchMeasure | None:
         """The number that the benchmark is known by."""
         return next((m for m in self.measures if m.kind == "overall"), None)
 
@@ -127,7 +127,7 @@ def _reward_bench(rows: Sequence[Scored]) -> BenchResult:
     known = [name for section in SECTIONS.values() for name in section]
     order = [name for name in known if name in subsets] + sorted(set(subsets) - set(known))
     wins = {name: _wins(subsets[name]) for name in order}
-    measures = [Measure("subset", n, rate_interval(wins[n]), _tied(subsets[n])) for n in order]
+    measures = [BenchMeasure("subset", n, rate_interval(wins[n]), _tied(subsets[n])) for n in order]
     groups: list[Floats] = []
     weights: list[float] = []
     sections = {name: [s for s in counts if s in wins] for name, counts in SECTIONS.items()}
@@ -135,11 +135,11 @@ def _reward_bench(rows: Sequence[Scored]) -> BenchResult:
     for name, there in sections.items():
         counts = np.array([SECTIONS[name][s] for s in there], np.float64)
         share = counts / counts.sum()
-        measures.append(Measure("section", name, weighted_interval([wins[s] for s in there], share)))
+        measures.append(BenchMeasure("section", name, weighted_interval([wins[s] for s in there], share)))
         groups += [wins[s] for s in there]
         weights += list(share / len(sections))
     if groups:
-        measures.append(Measure("overall", "RewardBench", weighted_interval(groups, weights)))
+        measures.append(BenchMeasure("overall", "RewardBench", weighted_interval(groups, weights)))
     notes = _absent("subset", [name for name in known if name not in subsets])
     if other := [name for name in order if name not in known]:
         notes.append(f"in no section, and not in the overall number: {', '.join(other)}")
@@ -165,9 +165,9 @@ def _reward_bench_2(rows: Sequence[Scored]) -> BenchResult:
     for name in order:
         found = subsets[name]
         if name.lower() != TIES:
-            measures.append(Measure("subset", name, rate_interval([best_of(one) for one in found]), _tied(found)))
+            measures.append(BenchMeasure("subset", name, rate_interval([best_of(one) for one in found]), _tied(found)))
         elif (interval := _ties_interval(found)) is not None:
-            measures.append(Measure("subset", name, interval))
+            measures.append(BenchMeasure("subset", name, interval))
         else:
             notes.append("Ties is not scored: it needs prompts with an id ref:N and tied:N of the same N")
     spread = [(m.interval.high - m.interval.low) / 2 for m in measures]
@@ -176,7 +176,7 @@ def _reward_bench_2(rows: Sequence[Scored]) -> BenchResult:
         most = 1.0 + any(m.name.lower() == TIES for m in measures) * BEYOND / len(measures)
         half = float(np.sqrt(np.square(spread).sum())) / len(measures)  # subsets are independent
         overall = Interval(mean, max(0.0, mean - half), max(mean, min(most, mean + half)), len(rows))
-        measures.append(Measure("overall", "RewardBench 2", overall))
+        measures.append(BenchMeasure("overall", "RewardBench 2", overall))
     return BenchResult(REWARD_BENCH_2, len(rows), measures, notes)
 
 
@@ -250,21 +250,21 @@ def _rm_bench(rows: Sequence[Scored]) -> BenchResult:
     values = {name: np.array([style_accuracies(one) for one in found]) for name, found in subsets.items()}
     domain = {name: HALVES.get(name, name) for name in values}
     order = [d for d in DOMAINS if d in domain.values()] + sorted(set(domain.values()) - set(DOMAINS))
-    measures: list[Measure] = []
+    measures: list[BenchMeasure] = []
     groups: list[tuple[str, float]] = []
     for name in order:
         inside = [n for n in values if domain[n] == name]
         groups += [(n, 1 / len(inside) / len(order)) for n in inside]
         if len(inside) > 1:
-            measures += [Measure("subset", n, rate_interval(values[n].mean(axis=1))) for n in sorted(inside)]
+            measures += [BenchMeasure("subset", n, rate_interval(values[n].mean(axis=1))) for n in sorted(inside)]
         whole = weighted_interval([values[n].mean(axis=1) for n in inside], [1 / len(inside)] * len(inside))
-        measures.append(Measure("subset" if len(inside) == 1 else "section", name, whole))
+        measures.append(BenchMeasure("subset" if len(inside) == 1 else "section", name, whole))
     weights = [weight for _, weight in groups]
     for column, name in enumerate(("easy", "normal", "hard")):
         of = weighted_interval([values[n][:, column] for n, _ in groups], weights)
-        measures.append(Measure("style", name, of))
+        measures.append(BenchMeasure("style", name, of))
     overall = weighted_interval([values[n].mean(axis=1) for n, _ in groups], weights)
-    measures.append(Measure("overall", "RM-Bench", overall))
+    measures.append(BenchMeasure("overall", "RM-Bench", overall))
     lacking = [d for d in DOMAINS if d not in order]
     lacking += [half for half in HALVES if "safety" in order and half not in values]
     return BenchResult(RM_BENCH, len(rows), measures, _absent("domain", lacking))
@@ -282,8 +282,8 @@ def _judge_bench(rows: Sequence[Scored]) -> BenchResult:
     subsets = _by_subset(rows, category)
     known = list(SOURCES.values())
     order = [n for n in known if n in subsets] + sorted(set(subsets) - set(known))
-    measures = [Measure("subset", n, rate_interval(_wins(subsets[n])), _tied(subsets[n])) for n in order]
-    measures.append(Measure("overall", "JudgeBench", rate_interval(_wins(rows)), _tied(rows)))
+    measures = [BenchMeasure("subset", n, rate_interval(_wins(subsets[n])), _tied(subsets[n])) for n in order]
+    measures.append(BenchMeasure("overall", "JudgeBench", rate_interval(_wins(rows)), _tied(rows)))
     return BenchResult(JUDGE_BENCH, len(rows), measures, _absent("category", [n for n in known if n not in subsets]))
 
 

@@ -16,7 +16,7 @@ from prefopt.core.options import command
 from prefopt.core.shown import ShownLines
 from prefopt.core.statistics import Interval
 from prefopt.evaluate.bench_rows import BenchRow, BenchRows, read_rows
-from prefopt.evaluate.bench_scores import BenchResult, Measure, results_of
+from prefopt.evaluate.bench_scores import BenchMeasure, BenchResult, results_of
 from prefopt.evaluate.score import BATCH, RowScorer, load_row_scorer
 from prefopt.runs.table import columns
 
@@ -71,7 +71,7 @@ class RewardBenchReport(ShownLines):
         return found
 
 
-def cells(measure: Measure) -> tuple[str, str, str, str, str]:
+def cells(measure: BenchMeasure) -> tuple[str, str, str, str, str]:
     """A number as the cells of a table with :data:`HEAD`."""
     found: Interval = measure.interval
     name = measure.name if measure.kind == "subset" else f"{measure.name} ({measure.kind})"

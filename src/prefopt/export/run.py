@@ -23,7 +23,7 @@ from prefopt.export.modelfile import Frames, frames_of, modelfile
 from prefopt.export.reward_folder import load_reward, reload, rewards, write_reward
 from prefopt.export.scores import Difference, Floats, Prompts, Scored, stored_prompts, token_logprobs
 from prefopt.export.serving import (
-    Exported,
+    ExportedModel,
     gguf_commands,
     lora_commands,
     merged_commands,
@@ -44,7 +44,7 @@ ORDER = 1e-3
 NOT_SCORED = "the file was not scored: install llama-cpp-python (pip install 'prefopt[llama-cpp]') and export again"
 
 
-def run(config: ExportConfig) -> Exported:
+def run(config: ExportConfig) -> ExportedModel:
     """Export a model as ``config`` says. Raises :class:`prefopt.errors.UserError`; :class:`RunError` where the export
     does not compute what the model does: its files stay, for a look at them."""
     check_export(config)
@@ -71,7 +71,7 @@ def _scored(by: str, before: list[Floats], after: list[Floats], rounded: list[Fl
 # -- folders ---------------------------------------------------------------------------------------------------
 
 
-def _merged(config: ExportConfig, output: Path, device: torch.device) -> Exported:
+def _merged(config: ExportConfig, output: Path, device: torch.device) -> ExportedModel:
     base, adapter = base_and_adapter(config.model, config.adapter)
     if adapter is None:
         raise ConfigError(
@@ -90,7 +90,7 @@ def _merged(config: ExportConfig, output: Path, device: torch.device) -> Exporte
     commands = merged_commands(str(output), config.dtype)
     rounding = "the commands serve it in bfloat16, and it was scored in float32, which --dtype float32 of vLLM keeps"
     notes = [*report.lines(), *([rounding] if config.dtype == "float32" else [])]
-    return Exported(output, config.to, config.dtype, commands, [score], notes)
+    return ExportedModel(output, config.to, config.dtype, commands, [score], notes)
 
 
 def _language_model(folder: str, adapter: str | None, device: torch.device) -> Any:
@@ -99,7 +99,7 @@ def _language_model(folder: str, adapter: str | None, device: torch.device) -> A
     return found.requires_grad_(False).eval()
 
 
-def _vllm_lora(config: ExportConfig, output: Path, device: torch.device) -> Exported:
+def _vllm_lora(config: ExportConfig, output: Path, device: torch.device) -> ExportedModel:
     base, adapter = base_and_adapter(config.model, config.adapter)
     if adapter is None:
         raise ConfigError(f"{config.model} is a whole model: vLLM serves it as it is; give an adapter, or --adapter")
@@ -123,7 +123,7 @@ def _vllm_lora(config: ExportConfig, output: Path, device: torch.device) -> Expo
     named = base if not config.adapter else config.model
     text = text_options(base, output, source.tokenizer)
     commands = lora_commands(named, str(output), max_rank(rank), ends=ends, text=text)
-    return Exported(output, config.to, None, commands, [_scored("transformers", before, after)], notes)
+    return ExportedModel(output, config.to, None, commands, [_scored("transformers", before, after)], notes)
 
 
 def _quantised_note(adapter: str | None) -> str | None:
@@ -131,7 +131,7 @@ def _quantised_note(adapter: str | None) -> str | None:
     return f"the adapter was trained on a base quantised to {how}; this is for the base as it is" if how else None
 
 
-def _reward_server(config: ExportConfig, output: Path, device: torch.device) -> Exported:
+def _reward_server(config: ExportConfig, output: Path, device: torch.device) -> ExportedModel:
     if config.adapter is not None:
         raise ConfigError(
             "--adapter is for language models: name the reward model's adapter itself, which names its base"
@@ -154,13 +154,13 @@ def _reward_server(config: ExportConfig, output: Path, device: torch.device) -> 
             "TGI serves no sequence classifiers",
         ]
     )
-    return Exported(output, config.to, config.dtype, reward_commands(str(output), config.dtype), [score], notes)
+    return ExportedModel(output, config.to, config.dtype, reward_commands(str(output), config.dtype), [score], notes)
 
 
 # -- GGUF ------------------------------------------------------------------------------------------------------
 
 
-def _gguf(config: ExportConfig, output: Path, device: torch.device) -> Exported:
+def _gguf(config: ExportConfig, output: Path, device: torch.device) -> ExportedModel:
     assert config.dtype is not None
     converter = find_converter(config.converter)
     source = SampledModel(config.model, adapter=config.adapter, dtype="float32", device=config.device)
@@ -191,7 +191,7 @@ def _gguf(config: ExportConfig, output: Path, device: torch.device) -> Exported:
     if config.to == "ollama":
         notes += _write_modelfile(output, path, source)
         commands = ollama_commands(str(output / "Modelfile"))
-    return Exported(output, config.to, config.dtype, commands, scored, notes)
+    return ExportedModel(output, config.to, config.dtype, commands, scored, notes)
 
 
 def _plan(model: Any, tokenizer: Tokenizer) -> tuple[GgufArchitecture, GgufVocabulary] | str:

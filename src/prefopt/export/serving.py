@@ -19,7 +19,7 @@ README = "README.md"
 
 
 @dataclass(frozen=True, repr=False)
-class Exported(ShownLines):
+class ExportedModel(ShownLines):
     """What an export wrote. ``files``: weights and what belongs to them. ``commands``: how each server is started, by
     its name. ``notes``: what differs from the model that was trained, or must be known to serve it."""
 
@@ -48,7 +48,7 @@ class Exported(ShownLines):
         path = self.output / README
         with output_errors(path):
             head = path.read_text("utf-8").rstrip() if path.is_file() else f"# {self.output.resolve().name}"
-            said = f"Exported from `{Path(model).name}` by prefopt {prefopt.__version__}."
+            said = f"ExportedModel from `{Path(model).name}` by prefopt {prefopt.__version__}."
             path.write_text(visible("\n".join([head, "", said, "", *body])).rstrip() + "\n", "utf-8")
         write_json(self.output / REPORT, self.to_dict(model))
 

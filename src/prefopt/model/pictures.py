@@ -22,7 +22,7 @@ from prefopt.data.chat.pictures import PictureProcessor
 from prefopt.data.tokenizer import load_tokenizer
 from prefopt.errors import ModelError
 from prefopt.model.architectures import body_of, takes_pictures, towers_of
-from prefopt.model.kernels.blocks import Block, Blocks
+from prefopt.model.kernels.blocks import Block, PictureBlocks
 from prefopt.model.packing import ForwardPass
 from prefopt.records import Picture
 
@@ -114,7 +114,7 @@ class VisionInputs:
             found[:, :, start:stop] = positions[:, :, prefix:]
         return found
 
-    def _blocks(self, row: ForwardPass, images: np.ndarray) -> Blocks | None:
+    def _blocks(self, row: ForwardPass, images: np.ndarray) -> PictureBlocks | None:
         """The runs of image tokens that see each other."""
         layers = BIDIRECTIONAL.get(self.model.config.model_type)
         text = self.model.config.get_text_config()
@@ -124,7 +124,7 @@ class VisionInputs:
         for start, stop, origin, prefix in row.segments:
             for first, last in _runs(images[start:stop]):
                 found.append(Block(start + first, start + last, start, origin, prefix))
-        return Blocks(tuple(found), layers == "sliding") if found else None
+        return PictureBlocks(tuple(found), layers == "sliding") if found else None
 
 
 def _runs(mask: np.ndarray) -> Iterator[tuple[int, int]]:

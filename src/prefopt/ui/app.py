@@ -21,8 +21,8 @@ from prefopt.ui.file_pages import FilePages
 from prefopt.ui.jobs import JobTopic
 from prefopt.ui.run_pages import RunPages
 from prefopt.ui.runs import CurvesTopic, TableTopic
-from prefopt.ui.site import PAGES, PREFERENCES, YEAR, Refusal, Site, redirect, value_of
-from prefopt.web.security import Guard, RateLimit
+from prefopt.ui.site import PAGES, PREFERENCES, YEAR, Workspace, redirect, value_of
+from prefopt.web.security import Guard, RateLimit, Refusal
 
 log = logging.getLogger("prefopt.ui")
 MOST_CURVES = 7
@@ -31,7 +31,7 @@ MOST_CURVES = 7
 Handler = Callable[[Request], Any]
 
 
-def build_app(site: Site, origins: Collection[str], rate: RateLimit | None = None) -> ASGIApp:
+def build_app(site: Workspace, origins: Collection[str], rate: RateLimit | None = None) -> ASGIApp:
     """The application inside its :class:`prefopt.web.security.Guard`."""
     entry, runs, files, chat = _Entry(site), RunPages(site), FilePages(site), ChatPages(site)
     get: dict[str, Handler] = {
@@ -60,7 +60,7 @@ def build_app(site: Site, origins: Collection[str], rate: RateLimit | None = Non
 class _Entry:
     """The handlers of no page: entering, settings, events, files and errors."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Workspace) -> None:
         self.site = site
 
     def enter(self, request: Request) -> Response:

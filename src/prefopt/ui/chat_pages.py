@@ -13,7 +13,7 @@ from prefopt.config.sample import ChatConfig
 from prefopt.core.options import options
 from prefopt.core.words import from_words
 from prefopt.errors import ConfigError, UserError
-from prefopt.ui.site import Form, Site, redirect, value_of
+from prefopt.ui.site import Form, Workspace, redirect, value_of
 
 OF_CHAT = ("model", "adapter", "against", "against_adapter", "system", "temperature", "top_p", "max_new_tokens", "seed")
 """Options of ``prefopt chat`` on the page."""
@@ -22,7 +22,7 @@ OF_CHAT = ("model", "adapter", "against", "against_adapter", "system", "temperat
 class ChatPages:
     """Handlers by path. Those of a script answer in JSON, with the problem if there is one."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Workspace) -> None:
         self.site = site
         self.get = {"/chat": self.chat}
         self.post: dict[str, Callable[[Request], Response]] = {"/chat": self.open}

@@ -16,10 +16,11 @@ from prefopt.errors import StudyError, UserError
 from prefopt.studies.served import address_of
 from prefopt.studies.study import Study
 from prefopt.studies.summary import summarise
-from prefopt.ui.jobs import Job
+from prefopt.ui.jobs import RunJob
 from prefopt.ui.runs import files_below
 from prefopt.ui.samples import PAGE, readable
-from prefopt.ui.site import Refusal, Site, redirect, value_of
+from prefopt.ui.site import Workspace, redirect, value_of
+from prefopt.web.security import Refusal
 
 OF_AUDIT = ("data", "eval_data", "model", "want", "format", "max_length", "show")
 """Options of ``prefopt data check`` on the page."""
@@ -31,7 +32,7 @@ FOREIGN = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox
 class FilePages:
     """Handlers by path."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Workspace) -> None:
         self.site = site
         self.get = {"/samples": self.samples, "/data": self.data, "/more": self.more, "/report": self.report}
         self.post = {"/data": self.check, "/serve": self.serve}
@@ -82,7 +83,13 @@ class FilePages:
         return redirect(f"/data?{urlencode({'job': job.id})}")
 
     def _audit(
-        self, request: Request, texts: dict[str, str], *, job: Job | None = None, status: int = 200, problem: str = ""
+        self,
+        request: Request,
+        texts: dict[str, str],
+        *,
+        job: RunJob | None = None,
+        status: int = 200,
+        problem: str = "",
     ) -> Response:
         found: dict[str, Any] | None = None
         state = None if job is None else self.site.jobs.state(job)

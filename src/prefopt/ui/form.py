@@ -60,7 +60,7 @@ class Field:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class OptionGroup:
     """Fields of one group of options; ``open``: unfolded at first."""
 
     name: str
@@ -78,7 +78,7 @@ class Filled:
     problems: Mapping[str, str]
 
 
-def groups_of(verb: str, texts: Mapping[str, str], problems: Mapping[str, str]) -> list[Group]:
+def groups_of(verb: str, texts: Mapping[str, str], problems: Mapping[str, str]) -> list[OptionGroup]:
     """The fields of a command by group, with their texts: first, in a group without a name, the main ones."""
     found: dict[str, list[Field]] = {"": []}
     for o in options(VERBS[verb]):
@@ -87,7 +87,8 @@ def groups_of(verb: str, texts: Mapping[str, str], problems: Mapping[str, str]) 
             found.setdefault(group, []).append(Field(o, texts.get(o.name, ""), problems.get(o.name, "")))
     found[""].sort(key=lambda f: (not f.option.required, MAIN.index(f.option.name) if f.option.name in MAIN else -1))
     return [
-        Group(name, tuple(many), not name or any(f.value or f.problem for f in many)) for name, many in found.items()
+        OptionGroup(name, tuple(many), not name or any(f.value or f.problem for f in many))
+        for name, many in found.items()
     ]
 
 

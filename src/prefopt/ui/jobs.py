@@ -38,7 +38,7 @@ LONGEST_LOG = 200_000
 
 
 @dataclass(slots=True, kw_only=True)
-class Job:
+class RunJob:
     """A command. ``words`` follow ``prefopt``; ``run`` is the output folder of a training; ``about`` is what the page
     needs to show it again. ``status`` is the exit status, None while it runs or where nobody saw the end."""
 
@@ -64,11 +64,11 @@ class Jobs:
 
     def __init__(self, base: Path, wake: Callable[[], None] = lambda: None) -> None:
         self.base, self.folder, self._wake = base, base / FOLDER / "jobs", wake
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, RunJob] = {}
         self._turn = threading.Lock()
         for path in sorted(self.folder.glob("*/job.json")):
             with contextlib.suppress(ValueError, TypeError, OSError):
-                job = Job(**json.loads(path.read_text("utf-8")))
+                job = RunJob(**json.loads(path.read_text("utf-8")))
                 self._jobs[job.id] = job
 
     def start(
@@ -81,7 +81,7 @@ class Jobs:
         apart: bool = False,
         folder: Path | None = None,
         about: Any = None,
-    ) -> Job:
+    ) -> RunJob:
         """Start a command, or find the one that trains into the folder ``run`` already. ``config``: the text of a YAML
         file for it. ``apart``: its output goes to a file of its own, for a program. ``folder``: where its relative
         paths are read from, else that of this server. Raises :class:`ConfigError` where it cannot be started."""
@@ -91,7 +91,7 @@ class Jobs:
             live = self.live(run) if run is not None else None
             if live is not None:
                 return live
-            job = Job(id=_new_id(), kind=kind, words=list(words), run=run, about=about or {})
+            job = RunJob(id=_new_id(), kind=kind, words=list(words), run=run, about=about or {})
             job.started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             process = self._launch(job, config, apart, folder)
             self._jobs[job.id] = job
@@ -100,12 +100,12 @@ class Jobs:
         threading.Thread(target=self._wait, args=(job, process), daemon=True).start()
         return job
 
-    def live(self, run: str) -> Job | None:
+    def live(self, run: str) -> RunJob | None:
         """The job that trains into an output folder now."""
         job = self.of_run(run)
         return job if job is not None and self.alive(job) else None
 
-    def _launch(self, job: Job, config: str | None, apart: bool, folder: Path | None) -> subprocess.Popen[bytes]:
+    def _launch(self, job: RunJob, config: str | None, apart: bool, folder: Path | None) -> subprocess.Popen[bytes]:
         place = self.place(job)
         private_folder(self.base)
         place.mkdir(parents=True)
@@ -127,18 +127,18 @@ class Jobs:
             job.born = psutil.Process(process.pid).create_time()
         return process
 
-    def get(self, name: str) -> Job | None:
+    def get(self, name: str) -> RunJob | None:
         return self._jobs.get(name)
 
-    def all(self) -> list[Job]:
+    def all(self) -> list[RunJob]:
         """All jobs, the latest first."""
         return sorted(self._jobs.values(), key=lambda job: job.id, reverse=True)
 
-    def of_run(self, run: str) -> Job | None:
+    def of_run(self, run: str) -> RunJob | None:
         """The last job that trained into an output folder."""
         return next((job for job in self.all() if job.run == run), None)
 
-    def alive(self, job: Job) -> bool:
+    def alive(self, job: RunJob) -> bool:
         """Whether its process runs: the number alone may have gone to another one."""
         if job.ended:
             return False
@@ -148,7 +148,7 @@ class Jobs:
         except psutil.Error:
             return False
 
-    def stop(self, job: Job) -> bool:
+    def stop(self, job: RunJob) -> bool:
         """Ask a job to stop, once: a training writes a checkpoint first, and a second signal would kill it. False
         where it does not run, or was asked before."""
         with self._turn:
@@ -160,7 +160,7 @@ class Jobs:
         self._wake()
         return True
 
-    def log(self, job: Job, start: int) -> tuple[int, str]:
+    def log(self, job: RunJob, start: int) -> tuple[int, str]:
         """What the log holds from a byte on, and where that ends: whole characters, the last part of a long log."""
         try:
             with (self.place(job) / "log.txt").open("rb") as file:
@@ -173,28 +173,28 @@ class Jobs:
         whole = data if size == 0 or self.alive(job) is False else data[: data.rfind(b"\n") + 1]
         return start + len(whole), whole.decode("utf-8", "replace")
 
-    def output(self, job: Job) -> str:
+    def output(self, job: RunJob) -> str:
         try:
             return (self.place(job) / "out.txt").read_text("utf-8", "replace")
         except OSError:
             return ""
 
-    def place(self, job: Job) -> Path:
+    def place(self, job: RunJob) -> Path:
         return self.folder / job.id
 
-    def state(self, job: Job) -> dict[str, Any]:
+    def state(self, job: RunJob) -> dict[str, Any]:
         """What a page shows of a job."""
         alive = self.alive(job)
         word = ("stopping" if job.stopping else "running") if alive else "ended"
         return {"id": job.id, "state": word, "status": job.status, "command": job.command, "run": job.run}
 
-    def _wait(self, job: Job, process: subprocess.Popen[bytes]) -> None:
+    def _wait(self, job: RunJob, process: subprocess.Popen[bytes]) -> None:
         job.status = process.wait()
         job.ended = True
         self._write(job)
         self._wake()
 
-    def _write(self, job: Job) -> None:
+    def _write(self, job: RunJob) -> None:
         if self.place(job).exists():
             write_json(self.place(job) / "job.json", asdict(job))
 
@@ -229,7 +229,7 @@ class JobTopic:
     """The log of a job as it grows, and its state when that changes."""
 
     jobs: Jobs
-    job: Job
+    job: RunJob
     _at: int = 0
     _state: dict[str, Any] | None = None
 

@@ -20,8 +20,9 @@ from prefopt.runs.samples import SAMPLES
 from prefopt.runs.settings import set_options, shown
 from prefopt.runs.table import summary
 from prefopt.ui import form as forms
-from prefopt.ui.jobs import Job
-from prefopt.ui.site import Refusal, Site, redirect, value_of
+from prefopt.ui.jobs import RunJob
+from prefopt.ui.site import Workspace, redirect, value_of
+from prefopt.web.security import Refusal
 
 RESUMABLE = ("interrupted", "failed", "stopped")
 PREFIX = "o."
@@ -31,7 +32,7 @@ PREFIX = "o."
 class RunPages:
     """Handlers by path."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Workspace) -> None:
         self.site = site
         self.get = {"/": self.table, "/run": self.run, "/new": self.new, "/job": self.job}
         self.post = {"/new": self.submit, "/run/stop": self.stop, "/run/resume": self.resume, "/report": self.report}
@@ -66,7 +67,7 @@ class RunPages:
         path = str(Path(name) / SAMPLES)
         return path if path in self.site.samples.files() else ""
 
-    def _shown(self, job: Job) -> dict[str, Any]:
+    def _shown(self, job: RunJob) -> dict[str, Any]:
         return self.site.jobs.state(job) | {"kind": job.kind, "report": job.about.get("report", "")}
 
     def stop(self, request: Request) -> Response:
@@ -157,7 +158,7 @@ class RunPages:
         texts: dict[str, str],
         *,
         found: forms.Filled | None = None,
-        job: Job | None = None,
+        job: RunJob | None = None,
         status: int = 200,
         **more: Any,
     ) -> Response:
@@ -177,7 +178,7 @@ class RunPages:
         return self.site.render(request, "new.html", status, **(values | more))
 
 
-def _place_of(job: Job) -> str:
+def _place_of(job: RunJob) -> str:
     return f"/run?{urlencode({'name': job.run})}" if job.run is not None else f"/job?{urlencode({'id': job.id})}"
 
 

@@ -43,7 +43,7 @@ def files_below(base: Path, name_ends: Sequence[str]) -> Iterator[Path]:
 
 
 @dataclass(slots=True)
-class _Known:
+class _KnownRun:
     """A run as last read. ``stamp`` is of its files, ``after``: when it may be read again."""
 
     stamp: tuple[object, ...]
@@ -58,7 +58,7 @@ class Runs:
     """All runs below ``base``, by their path from there (``.`` for a run in ``base`` itself)."""
 
     base: Path
-    _known: dict[str, _Known] = field(default_factory=dict)
+    _known: dict[str, _KnownRun] = field(default_factory=dict)
     _turn: threading.Lock = field(default_factory=threading.Lock)
     _looked: float = -PACE
     version: int = 0
@@ -115,7 +115,7 @@ class Runs:
         except RunError as error:
             facts, problem = None, str(error)
         ended = time.monotonic()
-        self._known[name] = _Known(stamp, running, facts, problem, ended + PATIENCE * (ended - now))
+        self._known[name] = _KnownRun(stamp, running, facts, problem, ended + PATIENCE * (ended - now))
         return True
 
 

@@ -15,7 +15,7 @@ from prefopt.errors import RunError
 from prefopt.ui.app import build_app
 from prefopt.ui.feed import Feed
 from prefopt.ui.jobs import private_folder
-from prefopt.ui.site import Site
+from prefopt.ui.site import Workspace
 from prefopt.web.server import listen, settings_of, stopping
 
 HOST = "127.0.0.1"
@@ -42,7 +42,7 @@ def serve(config: UiConfig) -> None:
         raise RunError(f"{base}: no such folder; name one with runs, or an empty one for new runs")
     with stopping("stopped; runs that were started go on"), listen(HOST, config.port) as listening:
         port = listening.getsockname()[1]
-        site = Site(base, str(port))
+        site = Workspace(base, str(port))
         origins = [f"http://{name}:{port}" for name in (HOST, "localhost")]
         link = f"http://{HOST}:{port}/enter/{site.key}"
         tell(f"{base}: open {link}")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
@@ -18,7 +17,7 @@ from prefopt.ui.jobs import Jobs
 from prefopt.ui.runs import Runs
 from prefopt.ui.samples import Samples, spans
 from prefopt.web.language import language_of, read_languages
-from prefopt.web.security import Sessions, csrf_token, same_secret
+from prefopt.web.security import Refusal, Sessions, csrf_token, same_secret
 from prefopt.web.static_files import StaticFiles
 
 LANGUAGES = read_languages("prefopt.ui")
@@ -36,11 +35,7 @@ LONGEST_FIELD = 60_000
 Form = Mapping[str, Sequence[str]]
 
 
-class Refusal(HTTPException):
-    """A request that is answered by a message page: HTTP status and the name of its text."""
-
-
-class Site:
+class Workspace:
     """A folder with all that its pages show. ``key`` is in the link that opens the first page."""
 
     def __init__(self, base: Path, name: str) -> None:

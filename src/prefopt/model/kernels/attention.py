@@ -24,7 +24,7 @@ from transformers import AttentionInterface
 from prefopt.data.table import ranges
 from prefopt.errors import ModelError
 from prefopt.model.kernels import flash_cpu, flex, plain, varlen
-from prefopt.model.kernels.blocks import Blocks, with_blocks
+from prefopt.model.kernels.blocks import PictureBlocks, with_blocks
 from prefopt.model.kernels.device import kind_of
 from prefopt.model.kernels.gather import occurrences
 from prefopt.model.kernels.plain import visible_keys
@@ -82,7 +82,7 @@ def shared_attention(
     prefix_segments: tuple[Segment, ...] | Tensor | None = None,
     prefix_kernel: str = "loop",
     prefix_gather: dict[str, Any] | None = None,
-    prefix_blocks: Blocks | None = None,
+    prefix_blocks: PictureBlocks | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,

@@ -1,4 +1,4 @@
-"""Blocks of tokens that see each other in a causal row: the image tokens of a picture (Gemma 3 and 4).
+"""PictureBlocks of tokens that see each other in a causal row: the image tokens of a picture (Gemma 3 and 4).
 
 A query of a block at position q sees the keys k with (k <= q or k in the block) and, under a window, q - k < window, as
 the masks of transformers say. All other rows are computed by the causal kernels; the rows of blocks are computed here
@@ -27,14 +27,14 @@ class Block(NamedTuple):
     prefix: int
 
 
-class Blocks(NamedTuple):
+class PictureBlocks(NamedTuple):
     """The blocks of a row; ``sliding``: only layers with a sliding window let them see each other."""
 
     blocks: tuple[Block, ...]
     sliding: bool = False
 
 
-def with_blocks(out: Tensor, query: Tensor, key: Tensor, value: Tensor, found: Blocks, how: How) -> Tensor:
+def with_blocks(out: Tensor, query: Tensor, key: Tensor, value: Tensor, found: PictureBlocks, how: How) -> Tensor:
     """Causal attention ``out`` [1, T, heads, D] with the rows of blocks computed again; query [1, Hq, T, D], key and
     value [1, Hk, T, D]. A layer with sinks has none of these."""
     if found.sliding and how.window is None:
