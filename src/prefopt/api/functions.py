@@ -37,7 +37,8 @@ def public(config: type[Config] | None = None, hidden: Collection[str] = ()) -> 
             described.__signature__ = signature_of(function, config, hidden)
             described.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\n{_options(config, hidden)}\n"
             described.config, described.hidden = config, frozenset(hidden)
-        return described  # type: ignore[no-any-return]
+        done: AnyFunction = described
+        return done
 
     return decorate
 
@@ -82,7 +83,8 @@ Raises ``prefopt.errors.UserError`` where the command prints one line.
     found: Any = public()(call)
     found.__signature__ = _signature(command, first)
     found.config, found.hidden = command.config, frozenset(command.hidden)
-    return found  # type: ignore[no-any-return]
+    done: Callable[..., Any] = found
+    return done
 
 
 def _values(given: Mapping[str, Any], command: Command) -> dict[str, Any]:

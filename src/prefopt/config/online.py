@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -320,6 +320,6 @@ class OnlineConfig(
 
 def _refuse(config: Any, names: Sequence[str], why: str) -> None:
     """Refuse options that the run would not read."""
-    given: Callable[[str], bool] = lambda name: getattr(config, name) is not None  # noqa: E731
-    for name in filter(given, names):
-        raise ConfigError(f"{flag(name)} {why}")
+    for name in names:
+        if getattr(config, name) is not None:
+            raise ConfigError(f"{flag(name)} {why}")

@@ -11,19 +11,21 @@ found: 2 rows
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from html import escape
 
 from prefopt.core.terminal import visible
 
 
-class Shown:
+class Shown(ABC):
     """Subclasses give a title and rows of a name and a value; a row without a name is a line of text."""
 
     __slots__ = ()
 
+    @abstractmethod
     def table(self) -> tuple[str, Sequence[tuple[str, str]]]:
-        raise NotImplementedError
+        """The title, and the rows."""
 
     def __repr__(self) -> str:
         title, rows = self.table()
@@ -46,8 +48,9 @@ class ShownLines(Shown):
 
     __slots__ = ()
 
+    @abstractmethod
     def lines(self) -> Iterable[str]:
-        raise NotImplementedError
+        """What the command prints."""
 
     def table(self) -> tuple[str, list[tuple[str, str]]]:
         """The lines, for a reader of Python."""

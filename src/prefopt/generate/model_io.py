@@ -86,6 +86,13 @@ class SampledModel:
                 self.generation_config = GenerationConfig.from_pretrained(self.source)
         self.context = context_length(config)
 
+    @classmethod
+    def of(cls, config: Any, *, given: Any = None, tokenizer: Any = None) -> SampledModel:
+        """The model that the options of a run name (``model``, ``adapter``, ``quantise``, ``device``, ``dtype``), or
+        ``given``. Raises as the constructor does."""
+        names = ("adapter", "quantise", "device", "dtype")
+        return cls(config.model, given=given, tokenizer=tokenizer, **{name: getattr(config, name) for name in names})
+
     pictures = False
     """Whether the model is loaded to take pictures."""
 

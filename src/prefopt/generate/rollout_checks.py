@@ -163,7 +163,8 @@ class RolloutChecks:
 def largest_bias(places: Sequence[Mapping[str, IndexArray]]) -> float:
     """The largest deviation of a server, from the ``places`` of several processes; 0 before any."""
     names = sorted({name for counts in places for name in counts})
-    return max((bias_of(sum(counts[n] for counts in places if n in counts)) for n in names), default=0.0)  # type: ignore[arg-type]
+    every = [np.sum([counts[name] for counts in places if name in counts], axis=0) for name in names]
+    return max(map(bias_of, every), default=0.0)
 
 
 def bias_of(counts: IndexArray) -> float:

@@ -10,14 +10,14 @@ import torch
 
 from prefopt.config.dpo import DpoConfig
 from prefopt.errors import ConfigError, RunError
-from prefopt.model.check import check_scoring
+from prefopt.model.check import CheckReport, check_scoring
 from prefopt.model.costs import MEMORY_ERRORS
 from prefopt.model.quantised import is_quantised
 from prefopt.rl.kl_guard import GuardedBatches, kl_guard
 from prefopt.runs.diagnose import diagnose, in_words
 from prefopt.runs.history import read_history
 from prefopt.runs.metrics import Record
-from prefopt.train.batch import Batch
+from prefopt.train.batch import Batch, Column
 from prefopt.train.columns import Values, columns_of
 from prefopt.train.data import DataBatches, load_data
 from prefopt.train.find_rate import find_rate
@@ -30,6 +30,7 @@ from prefopt.train.rate import settle_rate
 from prefopt.train.reference import ReferenceChoice, ReferencePlan, ReferenceRun, choose_reference
 from prefopt.train.result import TrainingResult
 from prefopt.train.run import Run, open_run, read_model
+from prefopt.train.trainer import Inspect
 
 
 def run(
@@ -67,10 +68,7 @@ def run(
         say(f"loss: {describe(terms)}")
         plan = _reference_plan(offline, terms, choice)
         objective = PreferenceObjective(terms, device=policy.device)
-        merge = any("label_P" in (*term.inputs, *term.loss.optional_inputs) for term in terms)
-        columns = partial(columns_of, kind=terms[0].loss.kind, which=which, merge=merge)
-        batches = partial(GuardedBatches, data, offline.sampler, columns, mismatched=plan.mismatched)
-
+        batches = partial(GuardedBatches, data, offline.sampler, _columns(terms, which), mismatched=plan.mismatched)
         if config.dry_run:
             offline.preview(objective, batches(reference=plan.placeholder()), plan=plan)
             return None
@@ -83,14 +81,7 @@ def run(
             return None
 
         source.guard = guard = kl_guard(offline, plan)
-
-        def inspect(step: int, update: int, record: Record, batch: Batch, values: Values) -> bool:
-            if step:
-                return False
-            same = check if choice and choice.is_start else None
-            say(line := inspect_first(objective, same, record, batch, values))
-            return line is not None
-
+        inspect = _first_look(run, objective, check if choice and choice.is_start else None)
         trainer = offline.fit(objective, source, plan=plan, inspect=inspect, precision=precision)
         measured = guard.measure_saved(trainer) if guard is not None else {}
         return offline.finish(
@@ -100,6 +91,25 @@ def run(
             tag=terms[0].loss.name.rpartition(":")[2],
             closing=lambda: in_words(diagnose(read_history(run.folder.path))),
         )
+
+
+def _columns(terms: Losses, which: str) -> partial[dict[str, Column]]:
+    """What makes the columns that the losses read, from groups."""
+    merge = any("label_P" in (*term.inputs, *term.loss.optional_inputs) for term in terms)
+    return partial(columns_of, kind=terms[0].loss.kind, which=which, merge=merge)
+
+
+def _first_look(run: Run, objective: PreferenceObjective, same: CheckReport | None) -> Inspect:
+    """Says whether the loss of the first step is what it must be. ``same``: the load check, where policy and reference
+    start as one model."""
+
+    def inspect(step: int, update: int, record: Record, batch: Batch, values: Values) -> bool:
+        if step:
+            return False
+        run.say(line := inspect_first(objective, same, record, batch, values))
+        return line is not None
+
+    return inspect
 
 
 def _reference_plan(offline: OfflineRun, terms: Losses, choice: ReferenceChoice | None) -> ReferencePlan:

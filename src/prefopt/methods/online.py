@@ -84,15 +84,7 @@ def run(
     function = _function(config, reward)
     with open_run(config, model=model, callbacks=callbacks) as run:
         config, say = run.config, run.say
-        start = SampledModel(
-            config.model,
-            adapter=config.adapter,
-            quantise=config.quantise,
-            device=config.device,
-            dtype=config.dtype,
-            given=model,
-            tokenizer=tokenizer,
-        )
+        start = SampledModel.of(config, given=model, tokenizer=tokenizer)
         prompts, settings = read_rollout_prompts(config, start, rows, run.reporter)
         _check_prompts(terms, prompts)
         comparer = _comparer(run)

@@ -85,15 +85,7 @@ def run(
     rewards = Rewards.of(config, reward)
     with open_run(config, model=model, callbacks=callbacks) as run:
         config, say = run.config, run.say
-        start = SampledModel(
-            config.model,
-            adapter=config.adapter,
-            quantise=config.quantise,
-            device=config.device,
-            dtype=config.dtype,
-            given=model,
-            tokenizer=tokenizer,
-        )
+        start = SampledModel.of(config, given=model, tokenizer=tokenizer)
         prompts, settings = read_rollout_prompts(config, start, rows, run.reporter)
         held_out = read_held_out(config, start, prompts, run.reporter)
         longest = max(map(len, [*prompts.ids, *(held_out.ids if held_out else ())])) + config.max_new_tokens

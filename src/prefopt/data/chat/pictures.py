@@ -132,7 +132,7 @@ def _load(folder: str, tokenizer: Tokenizer) -> Any:
             " model, or rows without pictures"
         )
     try:
-        import PIL  # noqa: F401
+        import PIL  # noqa: F401  (whether it is installed)
     except ImportError:
         raise ModelError(f"pictures need Pillow: {how_to_install('pictures')}") from None
     from transformers import AutoImageProcessor
