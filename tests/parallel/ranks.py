@@ -89,5 +89,7 @@ def on_ranks(
     found = results(started(size, function, *arguments, node=node))
     if not failing:
         wrong = [(rank, result) for rank, result in enumerate(found) if result is None or isinstance(result, Failure)]
-        assert not wrong, f"rank {wrong[0][0]}: {wrong[0][1]!r}"
+        # A rank that only says that another failed says least.
+        wrong.sort(key=lambda pair: getattr(pair[1], "kind", "") == "PeerFailed")
+        assert not wrong, "\n".join(f"rank {rank}: {'killed or late' if r is None else repr(r)}" for rank, r in wrong)
     return found

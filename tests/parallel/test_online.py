@@ -60,7 +60,7 @@ def rounds(output: Path) -> list[dict[str, Any]]:
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "dpo": {"ref_model_sync_steps": 2, "shard": "none"},
+    "dpo": {"ref_model_sync_steps": 2, "max_kl": None, "shard": "none"},
     "kto": {"loss": "kto", "shard": "none"},
     "dapo": {"loss": "dapo", "shard": "full"},
     "llm": {"reward": "llm", "judge_url": "http://localhost:1/v1", "judge_model": "big", "shard": "none"},
@@ -114,7 +114,7 @@ def _killed(phase: str, *arguments: Any) -> None:
 @pytest.mark.slow
 def test_a_run_killed_in_each_phase_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     base, data = prepared(tmp_path, "pairs")
-    options = CASES["llm"] | {"labels": "soft", "ref_model_sync_steps": 2, "save_every": 2}
+    options = CASES["llm"] | {"labels": "soft", "ref_model_sync_steps": 2, "max_kl": None, "save_every": 2}
     del options["shard"]
     on_ranks(1, train, options, base, data, str(tmp_path / "whole"))
     wanted = weights(tmp_path / "whole")
