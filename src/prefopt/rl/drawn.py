@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from prefopt.core.phases import phase
 from prefopt.data.sampler import BatchSampler
 from prefopt.model.costs import MEMORY_ERRORS, peak_memory
 from prefopt.rl.rollouts import Collector, Rollouts
@@ -31,6 +32,7 @@ class DrawnRounds(BatchSource):
         self._seed, self._passes, self._minibatches = seed, passes, minibatches
         self._batch: Batch | None = None
 
+    @phase("rollouts")
     def draw(self, trainer: Trainer) -> Rollouts:
         """The rollouts of the step at hand. Where memory is short they are drawn again with a smaller token budget."""
         step = trainer.state.step

@@ -92,8 +92,8 @@ class OnlineRounds(DrawnRounds):
         if not (math.isfinite(kl) and kl <= (math.inf if most is None else most)):
             limit = "" if most is None else f", more than --max-kl {most:g}"
             raise Diverged(
-                f"step {step + 1}: the divergence from the reference is {kl:.4g} nats per response{limit}: the policy"
-                " has run away from its reference"
+                f"step {step + 1}: the divergence from the reference is {kl:.4g} nats per response{limit}: the"
+                " policy has diverged from its reference"
             )
 
     def _judged(self, trainer: Trainer, drawn: Round) -> Round:

@@ -20,6 +20,7 @@ import torch
 from prefopt.config.online import OnlineConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.core.dispatch import ServersLost
+from prefopt.core.phases import phase
 from prefopt.core.terminal import Reporter
 from prefopt.data.sampler import BatchSampler
 from prefopt.data.tokenizer import Tokenizer
@@ -104,7 +105,7 @@ class Rounds(BatchSource):
             if not (math.isfinite(kl) and kl <= self.config.max_kl):
                 raise Diverged(
                     f"step {step + 1}: the divergence from the reference is {kl:.4g} nats per response, more than"
-                    f" --max-kl {self.config.max_kl:g}: the policy has run away from its reference"
+                    f" --max-kl {self.config.max_kl:g}: the policy has diverged from its reference"
                 )
             _refuse_not_finite(step, rollouts, targets)
         self._batch = targets.batch(rollouts)
@@ -113,6 +114,7 @@ class Rounds(BatchSource):
         self.updates, self._skipped = self.config.ppo_epochs * self._parts, 0
         return fresh
 
+    @phase("rollouts")
     def _collect(self, trainer: Trainer) -> Rollouts:
         step = trainer.state.step
         try:

@@ -21,8 +21,8 @@ Row = Callable[..., str]  # a conversation of one row as text; each is rendered 
 
 REMEMBERED = 8  # frames of one template; most have one
 LONGEST_TAG = 32  # characters
-NO_END = "the template does not end an answer with anything that could be told from its words"
-ELSEWHERE = "the chat template shows the answer behind something else than its generation prompt"
+NO_END = "the template does not end an answer with anything that can be told from its words"
+ELSEWHERE = "the chat template puts something other than its generation prompt before the answer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class SpanFinder:
         find = self._end_of_calls if turn.tool_calls else self._end_of_words
         end, frame = find(row, turns, j, full, probe)
         if start >= end - frame.close:
-            raise Unrenderable("the template leaves no text of an answer that could be told from its prompt")
+            raise Unrenderable("the template leaves no text of an answer that can be told from its prompt")
         if simple and len(self._frames) < REMEMBERED:
             framed = full[start : end - frame.close]
             known = replace(frame, lead=framed.removesuffix(turn.content))
