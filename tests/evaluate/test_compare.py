@@ -223,7 +223,7 @@ def test_what_does_not_compare_is_refused(tmp_path: Path, model: str) -> None:
     for texts, prompts, said in (
         ([["x"]] * 16, others, r"b\.jsonl, row 5: .*prompt"),
         ([["x"]] * 5, PROMPTS[:5], "16 prompts.* 5: "),
-        ([["x", "y"]] * 16, PROMPTS, "has 2 samples, and .* 1: draw equally many"),
+        ([["x", "y"]] * 16, PROMPTS, "has 2 samples, and .* 1: draw the same number"),
     ):
         b = samples(tmp_path / "b.jsonl", texts, prompts)
         with pytest.raises(DataError, match=said):

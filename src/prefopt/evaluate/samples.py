@@ -172,7 +172,7 @@ def check_same_prompts(samples: Mapping[str, Rows]) -> None:
                 what = f"its prompt differs from that of {first}: compare samples of the same prompts"
                 raise DataError(what, file=name, row=b.row)
             if len(a.responses) != len(b.responses):
-                what = f"has {len(b.responses)} samples, and {first} {len(a.responses)}: draw equally many"
+                what = f"has {len(b.responses)} samples, and {first} {len(a.responses)}: draw the same number"
                 raise DataError(what, file=name, row=b.row)
 
 

@@ -142,7 +142,7 @@ def _probe(texts: Sequence[str]) -> str:
 
 
 def behind_cue(row: Row, turns: Turns, full: str, before: str) -> int:
-    """Where the answer of the last turn starts in ``full``, which shows earlier turns otherwise than ``before`` does
+    """Where the answer of the last turn starts in ``full``, which shows earlier turns differently from ``before``
     (gpt-oss drops the reasoning of a chain of calls once the answer is there): behind the same generation prompt. 0
     where that is not found."""
     finished = row(turns[:-1])
