@@ -29,7 +29,7 @@ class ServerRefusal(RunError):
 
     def __init__(self, url: str, status: int, what: str) -> None:
         self.status, self.what = status, what
-        super().__init__(f"{url}: the server answered {status} ({what})")
+        super().__init__(f"{url}: the server answers {status} ({what})")
 
 
 class Unreachable(RunError):
