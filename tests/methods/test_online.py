@@ -22,9 +22,9 @@ from prefopt.errors import ConfigError, Diverged, Interrupted, RunError, StudyEr
 from prefopt.generate.chat_model import RemoteChatModel
 from prefopt.methods.online import OnlineResult
 from prefopt.rl import comparers
-from prefopt.rl.drawn import DrawnRounds
 from prefopt.rl.last_good import going_on
 from prefopt.rl.rollouts import Collector
+from prefopt.rl.rounds import Rounds
 from prefopt.rl.sampled import SampledCollector
 from prefopt.studies.annotators import invite
 from prefopt.studies.items import next_item
@@ -179,14 +179,14 @@ def test_dynamic_sampling_leaves_out_what_is_equal(small: str, tmp_path: Path) -
         return [0.0 if p.startswith("a") else r for p, r in zip(prompts, found, strict=True)]
 
     seen: list[int] = []
-    learn = DrawnRounds.learn_from
+    learn = Rounds.learn_from
 
-    def kept(self: DrawnRounds, batch: Any) -> None:
+    def kept(self: Rounds, batch: Any) -> None:
         seen.append(len(batch))
         learn(self, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DrawnRounds, "learn_from", kept)
+        patch.setattr(Rounds, "learn_from", kept)
         online(small, tmp_path / "out", reward=reward, loss="dapo", batch_size=8, num=6)
     equal = sum(len(set(row["scores"])) == 1 for row in rounds(tmp_path / "out"))
     assert equal >= 2 and seen == [8 - equal]
@@ -414,14 +414,14 @@ def test_people_judge_while_the_run_waits(small: str, tmp_path: Path, monkeypatc
         with pytest.raises(Interrupted):
             online(small, tmp_path / "parts", study=str(tmp_path / "parts.db"), **options)
     with pytest.MonkeyPatch.context() as patch:  # what was drawn is in the checkpoint
-        draw = DrawnRounds.draw
+        draw = Rounds.draw
         steps: list[int] = []
 
-        def drawn(self: DrawnRounds, trainer: Trainer) -> Any:
+        def drawn(self: Rounds, trainer: Trainer) -> Any:
             steps.append(trainer.state.step)
             return draw(self, trainer)
 
-        patch.setattr(DrawnRounds, "draw", drawn)
+        patch.setattr(Rounds, "draw", drawn)
         with_anna(tmp_path / "parts", tmp_path / "parts.db", resume=True)
     assert steps == [1]
     assert same_bits(tmp_path / "parts", tmp_path / "whole")

@@ -22,7 +22,7 @@ from prefopt.methods.ppo import PpoResult
 from prefopt.model.packing import pack
 from prefopt.model.scalar import ScalarScorer, scalar_from
 from prefopt.model.scorer import Scorer
-from prefopt.rl import rounds
+from prefopt.rl import ppo as rl_ppo
 from prefopt.rl.critic import Critic
 from prefopt.rl.objective import PpoObjective
 from prefopt.rl.rollouts import Collector, Rollouts
@@ -199,7 +199,7 @@ def test_a_run_stopped_while_it_samples_goes_on(small: str, tmp_path: Path, monk
 
     def wrapped(self: Any) -> None:
         count[0] += 1
-        if self.state.step == 2 and self.source.rollouts is None and self.stop.signal is None and count[0] > 8:
+        if self.state.step == 2 and self.source.round is None and self.stop.signal is None and count[0] > 8:
             signal.raise_signal(signal.SIGTERM)
         pause(self)
 
@@ -249,8 +249,8 @@ def test_with_lora_one_base_serves_actor_and_reference(small: str, tmp_path: Pat
 def kept_rollouts(patch: pytest.MonkeyPatch) -> list[Rollouts]:
     """Where the rollouts of every step will be found."""
     kept: list[Rollouts] = []
-    targets = rounds.targets_of
-    patch.setattr(rounds, "targets_of", lambda config, r, beta: kept.append(r) or targets(config, r, beta))
+    targets = rl_ppo.targets_of
+    patch.setattr(rl_ppo, "targets_of", lambda config, r, beta: kept.append(r) or targets(config, r, beta))
     return kept
 
 

@@ -27,6 +27,7 @@ from prefopt.reference.identity import identity_of_name
 from prefopt.reference.in_memory import TrDpoUpdate
 from prefopt.rewards import Reward, load_reward
 from prefopt.rl.comparers import Comparer, LanguageComparer, PeopleComparer, Unscored
+from prefopt.rl.last_good import keep_last_good
 from prefopt.rl.lessons import TemperedLikelihood, TemperedPreferences, lesson_maker
 from prefopt.rl.models import PpoModels, cut_frozen, reference_of, weights_in_files
 from prefopt.rl.online import FirstLook, OnlineRounds
@@ -34,7 +35,6 @@ from prefopt.rl.policy_gradient import PolicyGradient
 from prefopt.rl.prompts import order_of, read_rollout_prompts, too_few, updates_of
 from prefopt.rl.rollouts import Collector
 from prefopt.rl.round_file import ROUNDS, RoundFiles
-from prefopt.rl.rounds import keep_last_good
 from prefopt.rl.sampled import SampledCollector
 from prefopt.rl.stages import check_samples, largest_update, memory_of, sampler_of, token_budget_of
 from prefopt.runs.folder import digest_of

@@ -25,8 +25,10 @@ from prefopt.model.check import CheckReport, check_scoring
 from prefopt.model.costs import peak_memory
 from prefopt.model.scorer import Scorer
 from prefopt.reference.identity import identity_of_name
+from prefopt.rl.last_good import keep_last_good
 from prefopt.rl.models import PpoModels, build_models, bytes_of_others
 from prefopt.rl.objective import PpoObjective
+from prefopt.rl.ppo import PpoRounds
 from prefopt.rl.prompts import (
     PtxTerm,
     ends_of,
@@ -40,7 +42,6 @@ from prefopt.rl.prompts import (
 )
 from prefopt.rl.rewards import Rewards
 from prefopt.rl.rollouts import Collector
-from prefopt.rl.rounds import Rounds, keep_last_good
 from prefopt.rl.sample_log import SAMPLES, SampleLog
 from prefopt.rl.samplers import LocalSampler, policy_sampler
 from prefopt.rl.watch import Watch, with_true_reward
@@ -129,7 +130,7 @@ def _rounds(
     settings: SamplingParams,
     check: CheckReport,
     ptx: PtxTerm | None,
-) -> Rounds:
+) -> PpoRounds:
     """The sampler, and the rounds that are learned from."""
     config, scorer = run.config, models.actor.apart
     longest = max(map(len, [*prompts.ids, *(held_out.ids if held_out else ())])) + config.max_new_tokens
@@ -140,7 +141,7 @@ def _rounds(
         prompts, sampler, settings, config.num, models.judge, scorer, critic, models.reference, run.world
     )
     other, steps = models.reference.scorer, steps_of(config, order.steps_per_epoch)
-    return Rounds(
+    return PpoRounds(
         config,
         collector,
         order,
@@ -176,7 +177,7 @@ def _sampler_of(scorer: Scorer) -> LocalSampler:
 
 
 def _train(
-    run: Run, models: PpoModels, rounds: Rounds, token_budget: int, tokenizer: Tokenizer, ends: Sequence[int]
+    run: Run, models: PpoModels, rounds: PpoRounds, token_budget: int, tokenizer: Tokenizer, ends: Sequence[int]
 ) -> TrainerState:
     """Train to the end. If the run diverges, its last good weights are kept as a model."""
     config, policy, critic = run.config, models.actor, models.critic
