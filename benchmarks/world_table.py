@@ -1,4 +1,4 @@
-"""What PPO, RLOO and DPO reach where everything can be listed: python benchmarks/world_table.py [--seeds 3]
+"""What PPO, RLOO, DPO and online losses reach in a world that can be listed: benchmarks/world_table.py [--seeds 3]
 
 The world of the tests (tests/methods/small_world.py): eight tokens, responses of at most three, a reward for each, and
 so the optimum pi* = ref exp(r / beta) / Z in closed form. Told is the fraction of the gain that can be had,
@@ -9,6 +9,9 @@ so the optimum pi* = ref exp(r / beta) / Z in closed form. Told is the fraction 
   samples.
 - PPO and RLOO draw their samples from the policy. DPO learns from pairs of samples of the reference, each pair with one
   label that is drawn by Bradley-Terry: as many samples in all, so half as many labels.
+- ``online:LOSS`` (``--methods online:dpo online:grpo``) is prefopt online: its samples are the policy's, its labels the
+  order of their rewards. With hard labels, and with k3 in the loss, the limit is another one than pi*
+  (docs/guide/online.md): the total variation says how far from pi* a run ended, not how near its limit.
 - ``--labels 10000 3200`` trains DPO, tuned, on these numbers of labels instead of ``--tuned``; ``exact`` stands for
   every pair of different responses with its probability. What prefopt.runs.diagnose says of each is printed: it does
   not know the optimum.
@@ -31,6 +34,7 @@ import torch
 import prefopt
 from prefopt import theory
 from prefopt.config.dpo import LEARNING_RATE as DPO_RATE
+from prefopt.config.online import OnlineConfig
 from prefopt.config.ppo import LEARNING_RATE as PPO_RATE
 from prefopt.model.load import load_model
 from prefopt.model.scorer import Scorer
@@ -70,6 +74,17 @@ def sampled(start: str, output: str, algorithm: str, samples: int, seed: int, **
     prefopt.ppo(
         start, prompts, reward=world.reward, output=output, algorithm=algorithm, seed=seed, **MACHINE, **options
     )
+
+
+def online(start: str, output: str, loss: str, samples: int, seed: int, **options: Any) -> None:
+    """A run of prefopt online with so many samples, 64 a round."""
+    config = OnlineConfig(model="m", prompts=["p"], reward="length", output="o", loss=loss)
+    batch = 64 // config.num
+    more: dict[str, Any] = {"batch_size": batch, "epochs": float(max(1, samples // (config.num * batch)))}
+    more |= {"max_new_tokens": world.LONGEST, "token_budget": 8192}
+    prompts = [{"prompt": world.PROMPT}] * batch
+    given = {**MACHINE, **more, **options}
+    prefopt.online(start, prompts, reward=world.reward, output=output, loss=loss, seed=seed, **given)
 
 
 def row_of(first: int, second: int, share: float) -> dict[str, Any]:
@@ -123,6 +138,8 @@ def main() -> None:
         named = [f"dpo:{n}" for n in asked.labels] if asked.labels else asked.methods
         for method in named:
             for kind in ["tuned"] if asked.labels else asked.kinds:
+                if method.startswith("online:") and kind == "tuned":
+                    parser.error("--methods online:LOSS has no tuned options here; give --kinds defaults published")
                 found = []
                 for seed in range(asked.seeds):
                     output = f"{folder}/{method}-{kind}-{seed}".replace(":", "-")
@@ -149,6 +166,12 @@ def train(start: str, output: str, method: str, kind: str, ref: Any, asked: argp
     method, _, labels = method.partition(":")
     options: dict[str, Any] = {}
     samples = asked.tuned if kind == "tuned" else asked.samples
+    if method == "online":
+        if kind == "published":
+            given = OnlineConfig(model="m", prompts=["p"], reward="length", output="o", loss=labels)
+            options["learning_rate"] = given.published_rate
+        online(start, output, labels, samples, seed, **options | asked.options)
+        return
     if kind == "published":
         options["learning_rate"] = (DPO_RATE if method == "dpo" else PPO_RATE)[False]
     if kind == "tuned":

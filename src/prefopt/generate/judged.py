@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from prefopt.config.rewards import JUDGE_PATTERN, LLM, RewardOptions
+from prefopt.config.judges import LLM
+from prefopt.config.rewards import JUDGE_PATTERN, RewardOptions
 from prefopt.core.cache_folder import cache_root
 from prefopt.core.endpoint import Flags
 from prefopt.core.files import expanded, write_json

@@ -25,6 +25,7 @@ from prefopt.generate.sampler import ROUNDING
 from prefopt.losses.rl import per_response
 from prefopt.model.check import CheckReport
 from prefopt.rl.comparers import Answered, Comparer
+from prefopt.rl.importance import importance_metrics
 from prefopt.rl.judgement import Round
 from prefopt.rl.lessons import Lesson, MakeLesson
 from prefopt.rl.objective import Targets, rollout_metrics
@@ -118,6 +119,8 @@ class OnlineRounds(Rounds):
         rollouts, beta = final.rollouts, self.config.beta or 0.0
         nothing = Targets(torch.zeros(0), None)
         found = rollout_metrics(rollouts, rollouts.score_N, nothing, beta)
+        if (cap := self.config.importance_cap) is not None:
+            found |= importance_metrics(rollouts, cap, whole=self.config.average is None)
         found |= {"round/prompts": float(len(rollouts.groups)), "round/skipped": float(lesson.skipped)}
         if final.outcomes is None:
             best = [max(scores) for scores in final.scores()]
