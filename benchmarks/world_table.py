@@ -2,7 +2,8 @@
 
 The world of the tests (tests/methods/small_world.py): eight tokens, responses of at most three, a reward for each, and
 so the optimum pi* = ref exp(r / beta) / Z in closed form. Told is the fraction of the gain that can be had,
-(J(pi) - J(ref)) / (J(pi*) - J(ref)), and the total variation from pi*, over seeds that draw other samples.
+(J(pi) - J(ref)) / (J(pi*) - J(ref)), the total variation from pi*, the expected reward, and the KL from the reference,
+over seeds that draw other samples.
 
 - ``defaults``: no options but beta and what makes ``--samples`` samples in all. ``published``: the same at the learning
   rate that is published for models of billions of weights. ``tuned``: the options of ``TUNED``, and ``--tuned``
@@ -134,6 +135,8 @@ def main() -> None:
         best = theory.optimal_logp(ref, world.REWARD, BETA)
         least, most = (float(theory.objective(x, ref, world.REWARD, BETA)) for x in (ref, best))
         print(f"reference: {theory.total_variation(ref, best):.3f} from the optimum, J from {least:.4f} to {most:.4f}")
+        earned, nats = float(theory.expected(best, world.REWARD)), float(theory.kl(best, ref))
+        print(f"reward {float(theory.expected(ref, world.REWARD)):.3f}, at the optimum {earned:.3f} at {nats:.3f} nats")
         rows = []
         named = [f"dpo:{n}" for n in asked.labels] if asked.labels else asked.methods
         for method in named:
@@ -146,12 +149,23 @@ def main() -> None:
                     train(start, output, method, kind, ref, asked, seed)
                     logp = logp_of(output)
                     gain = (float(theory.objective(logp, ref, world.REWARD, BETA)) - least) / (most - least)
-                    found.append((gain, float(theory.total_variation(logp, best))))
-                gains, far = [g for g, _ in found], [tv for _, tv in found]
-                rows.append({"method": method, "kind": kind, "gains": gains, "total_variation": far})
+                    reward, kl = float(theory.expected(logp, world.REWARD)), float(theory.kl(logp, ref))
+                    found.append((gain, float(theory.total_variation(logp, best)), reward, kl))
+                gains, far, earned, nats = (list(column) for column in zip(*found, strict=True))
+                rows.append(
+                    {
+                        "method": method,
+                        "kind": kind,
+                        "gains": gains,
+                        "total_variation": far,
+                        "reward": earned,
+                        "kl": nats,
+                    }
+                )
                 print(
                     f"| {method} | {kind} | {statistics.fmean(gains):.1%} ({min(gains):.1%} to {max(gains):.1%})"
-                    f" | {statistics.fmean(far):.3f} ({max(far):.3f} at most) |",
+                    f" | {statistics.fmean(far):.3f} ({max(far):.3f} at most)"
+                    f" | {statistics.fmean(earned):.3f} | {statistics.fmean(nats):.3f} |",
                     flush=True,
                 )
                 if asked.labels:

@@ -204,7 +204,8 @@ def test_a_stop_is_seen_while_a_judge_is_asked(small: str, tmp_path: Path, monke
         return "[[2]]"
 
     monkeypatch.setattr(CachedJudge, "__call__", stops)
-    monkeypatch.setattr(judged, "WAVE", 1)
+    monkeypatch.setattr(judged, "WAVES", 1)
+    monkeypatch.setattr(judged, "AT_ONCE", 1)
     with pytest.raises(Interrupted, match=r"after step 0 of \d+;"):
         ppo(small, tmp_path / "out", **options)
     assert len(asked) in (3, 4)

@@ -74,29 +74,35 @@ class Rounds(BatchSource):
     def begin(self, trainer: Trainer) -> bool:
         """Draw responses and have them judged, unless a checkpoint held those of the step.
 
-        Raises :class:`Diverged` where the policy is too far from its reference.
+        Raises :class:`Diverged` where the policy is too far from its reference, and :class:`ServersLost`, after a
+        checkpoint, where no server is left that draws or judges: the run can go on from there.
         """
-        step, kept = trainer.state.step, self.round is not None and self.round.judged
+        kept = self.round is not None and self.round.judged
+        try:
+            if not kept:
+                self.round = self.judge(trainer, self._drawn(trainer))
+        except ServersLost:
+            trainer.keep()
+            raise
+        assert self.round is not None
+        batch, self._measured = self.learn(trainer, self.round, fresh=not kept)
+        self.learn_from(batch)
+        return not kept
+
+    def _drawn(self, trainer: Trainer) -> Round:
+        """The responses of a checkpoint, that a judge has not seen yet, or new ones."""
+        step = trainer.state.step
         if self.round is None:
             if step == 0:
                 self.before(trainer)
             self.round = self.draw(trainer)
             self._refuse_far(step, self.round.rollouts)
-        if not kept:
-            self.round = self.judge(trainer, self.round)
-        batch, self._measured = self.learn(trainer, self.round, fresh=not kept)
-        self.learn_from(batch)
-        return not kept
+        return self.round
 
     def draw(self, trainer: Trainer) -> Round:
-        """The round of the step at hand, as the collector's reward scored it. Raises :class:`ServersLost` after a
-        checkpoint: rollout servers may be started again, and the run goes on from there."""
+        """The round of the step at hand, as the collector's reward scored it."""
         step = trainer.state.step
-        try:
-            rollouts, trainer.state.times = collect(trainer, self.collector, step, self.order.batch(step).tolist())
-        except ServersLost:
-            trainer.keep()
-            raise
+        rollouts, trainer.state.times = collect(trainer, self.collector, step, self.order.batch(step).tolist())
         return Round(rollouts)
 
     def _refuse_far(self, step: int, rollouts: Rollouts) -> None:
