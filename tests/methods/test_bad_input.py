@@ -192,7 +192,9 @@ def test_a_loss_that_is_no_number_stops_the_run(
         (1_001, "run.json: cannot be written"),
         (12_500, "/reference/"),
         (60_000, "checkpoints/step-00000002"),
-        (200_000, "checkpoints/step-00000002"),  # the optimiser is larger than the weights
+        pytest.param(
+            200_000, "checkpoints/step-00000002", marks=pytest.mark.slow
+        ),  # the optimiser is larger than the weights
         (None, "checkpoints/step-00000004"),  # the one that stands in for a model that cannot be saved
     ],
 )
