@@ -29,7 +29,7 @@ def test_fifty_steps_in_bfloat16_move_the_weights_as_float32_does(
     options: dict[str, Any], model: str, tmp_path: Path
 ) -> None:
     moved = []
-    given = {"learning_rate": 1e-6, "epochs": 5, "keep_last": 2, "callbacks": [Saved()], **options}
+    given = {"learning_rate": 1e-6, "epochs": 5, "save_every": 50, "keep_last": 2, "callbacks": [Saved()], **options}
     # One pair at a time in bfloat16: gradients of four micro-batches are added up.
     for dtype, token_budget in (("float32", 10_000), ("bfloat16", 1)):
         output = tmp_path / dtype
