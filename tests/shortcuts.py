@@ -13,8 +13,8 @@ import pytest
 
 
 def quick_runs(patch: pytest.MonkeyPatch) -> None:
-    """Runs of this process do not measure the machine, check the same architecture by its tiny model once, and try the
-    largest batch of the same architecture and objective once. What a process installs, describes and writes as YAML
+    """Runs of this process do not measure the machine, draw held-out answers of a few tokens, check the same
+    architecture by its tiny model once, and try the largest batch of the same architecture and objective once. What a process installs, describes and writes as YAML
     again and again is found once."""
     import yaml
 
@@ -22,6 +22,7 @@ def quick_runs(patch: pytest.MonkeyPatch) -> None:
     from prefopt.model import load
 
     patch.setattr("prefopt.train.budget.matmul_peak", lambda *_: 1e10)
+    patch.setattr("prefopt.train.samples.MAX_NEW_TOKENS", 4)
     patch.setattr("prefopt.model.check._checked_clone", checked_once())
     patch.setattr("prefopt.train.budget.try_largest", tried_once())
     patch.setattr(plugins, "version", once(plugins.version, lambda name: (name, *sys.path)))
