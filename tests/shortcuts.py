@@ -13,9 +13,9 @@ import pytest
 
 
 def quick_runs(patch: pytest.MonkeyPatch) -> None:
-    """Runs of this process do not measure the machine, draw held-out answers of a few tokens, check the same
-    architecture by its tiny model once, and try the largest batch of the same architecture and objective once. What a process installs, describes and writes as YAML
-    again and again is found once."""
+    """Runs of this process do not measure the machine, draw held-out answers of four tokens, check the same
+    architecture by its tiny model once, and try the largest batch of the same architecture and objective once.
+    Versions of packages, entry points, counts of parameters and YAML texts are found once too."""
     import yaml
 
     from prefopt.core import plugins
