@@ -168,8 +168,10 @@ def stopped(number: int, model: str, output: Path, **options: Any) -> None:
         ({"minibatches": 2, "ppo_epochs": 2, "kl_target": 2.0, "kl_horizon": 20.0}, 6),  # within a step
         ({"minibatches": 2, "ppo_epochs": 2, "critic": "head"}, 4),  # at its end
         ({"algorithm": "rloo", "lora": True, "minibatches": 2}, 3),
-        ({"lora": True, "minibatches": 2, "ppo_epochs": 2}, 6),
-        ({"dtype": "bfloat16", "minibatches": 2, "ppo_epochs": 1, "save_every": 1}, 3),
+        pytest.param({"lora": True, "minibatches": 2, "ppo_epochs": 2}, 6, marks=pytest.mark.slow),
+        pytest.param(
+            {"dtype": "bfloat16", "minibatches": 2, "ppo_epochs": 1, "save_every": 1}, 3, marks=pytest.mark.slow
+        ),
     ],
     ids=["within", "end", "rloo-lora", "lora", "bfloat16"],
 )
@@ -290,7 +292,9 @@ def test_what_a_critic_computes_in_and_what_trains_of_it(
     assert (many < 0.6 * sum(p.numel() for p in own.values())) == lora
 
 
-@pytest.mark.parametrize("critic", ["actor", "actor lora", "reward", "head"])
+@pytest.mark.parametrize(
+    "critic", ["actor", "head", *(pytest.param(c, marks=pytest.mark.slow) for c in ("actor lora", "reward"))]
+)
 def test_the_critic_learns_what_will_be_earned(critic: str, small: str, reward_model: str, tmp_path: Path) -> None:
     critic, _, lora = critic.partition(" ")
     company: dict[str, Any] = {"reward": reward_model} if critic == "reward" else {"lora": bool(lora)}
