@@ -313,7 +313,7 @@ def test_cells_are_decoded_where_a_whole_column_is_json(tmp_path: Path) -> None:
     assert rows("[" * 5000 + "]" * 5000, "[{1: set()}]") == ["[" * 5000 + "]" * 5000, "[{1: set()}]"]
     # A list of messages that was cut off is no text.
     cut = json.dumps(chat)[:-9]
-    with pytest.raises(DataError, match=r"row 2: the cell of column 'x' at line 3 is no JSON \("):
+    with pytest.raises(DataError, match=r"row 2: the cell of column 'x' at line 3 is not JSON \("):
         rows(json.dumps(chat), cut)
     one, two, three = rows(json.dumps(chat), cut, json.dumps(chat), keep_going=True)
     assert one == three == chat and isinstance(two, DataError) and two.row == 2

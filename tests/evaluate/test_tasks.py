@@ -124,7 +124,7 @@ def test_results_that_lm_eval_wrote_are_read(tmp_path: Path) -> None:
     assert not change.paired and change.difference == pytest.approx(np.mean(after) - np.mean(before))
     spread = [np.std(x, ddof=1) / 20 for x in (after, before)]
     assert change.error == pytest.approx(np.hypot(*spread)) and change.verdict == "worse"
-    for text, said in (("{", "is no JSON"), ("{}", "holds no results of tasks"), ('{"results": {}}', "no metric")):
+    for text, said in (("{", "is not JSON"), ("{}", "holds no results of tasks"), ('{"results": {}}', "no metric")):
         Path(files[0]).write_text(text)
         with pytest.raises(DataError, match=said):
             read_task_results(files[0])

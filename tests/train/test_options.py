@@ -212,7 +212,7 @@ def on_bad_row(place: Place) -> None:
 
 def layout_by_name(place: Place) -> None:
     assert metrics(Path(place.run(format="preference text", beta=0.1))) == metrics(Path(place.run()))
-    with pytest.raises(ConfigError, match="'preference-tex' is no layout; did you mean preference-text"):
+    with pytest.raises(ConfigError, match="'preference-tex' is not a layout; did you mean preference-text"):
         place.run(format="preference-tex")
     with pytest.raises(DataError, match=r"data\.jsonl"):
         place.run(format="preference-chat")

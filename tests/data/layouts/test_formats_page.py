@@ -49,4 +49,4 @@ def test_the_verb_lists_layouts_and_tells_of_one(capsys: pytest.CaptureFixture[s
     assert json.loads(told[told.index("{") :]) == LAYOUTS["alpaca-kto"].example
     assert "also called: kto_tag for label" in told
     assert cli.main(["data", "layouts", "alpaka"]) == 2
-    assert capsys.readouterr().err == "prefopt: error: 'alpaka' is no layout; did you mean alpaca?\n"
+    assert capsys.readouterr().err == "prefopt: error: 'alpaka' is not a layout; did you mean alpaca?\n"

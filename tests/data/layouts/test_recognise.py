@@ -116,7 +116,7 @@ def test_a_named_layout_is_taken_at_its_word() -> None:
         with pytest.raises(ConfigError, match=f"no layout {gone} any more; {re.escape(remedy)}"):
             named_layout(gone)
     assert all(any(name in remedy.split() for name in LAYOUTS) for remedy in REPLACED.values())
-    with pytest.raises(ConfigError, match=r"'preference-txt' is no layout; did you mean preference-text\?"):
+    with pytest.raises(ConfigError, match=r"'preference-txt' is not a layout; did you mean preference-text\?"):
         layout_of(row, format="preference-txt")
     with pytest.raises(DataError, match="hh needs chosen, rejected as well"):
         layout_of(ROWS["alpaca"], format="hh")
