@@ -35,7 +35,7 @@ def test_points_that_were_kept_are_those_of_the_sweep_that_goes_on(
     assert count == len(first.points) + 5, "two rates of two methods, and the reference on the prompts for that"
     assert (tmp_path / "kept.json").stat().st_size < 30_000 and "token_ids" not in (tmp_path / "kept.json").read_text()
 
-    assert script().restore(tmp_path / "kept.json", tmp_path / "second") == count
+    assert script().restore(tmp_path / "kept.json", tmp_path / "second", [str(place / "p.txt")]) == count
     monkeypatch.setattr(frontier, "train_once", lambda c, *_: pytest.fail(f"{c.output} is trained again"))
     config = frontier_config(place, tmp_path / "second", **given)
     second = frontier.run(config)
