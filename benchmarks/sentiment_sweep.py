@@ -5,10 +5,10 @@
 
 ``imdb_test.txt`` is made as docs/results.md says. First all methods but RLOO are trained at the learning rates of the
 recipe, seed after seed: 27 trainings, the matrix that says most. Then RLOO and all other rates of the recipe follow,
-and the trainings at the rates that are chosen. Stopped after ``--minutes``, or with Ctrl-C, the sweep writes its points to
-``--points``: numbers of prompts, no texts and no weights. An empty ``--output`` begins with those, on any machine; one
-that is still there goes on with the training that was at work. ``--report`` trains nothing: it tells what the points
-say so far, and what is missing.
+and the trainings at the rates that are chosen. Stopped after ``--minutes``, or with Ctrl-C, the sweep writes its points
+to ``--points``: numbers of prompts, no texts and no weights. An empty ``--output`` begins with those, on any machine;
+one that is still there goes on with the training that was at work. ``--report`` trains nothing: it tells what the
+points say so far, and what is missing.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def test_a_task_is_compared_at_equal_kl_by_question() -> None:
 
 def test_an_unfinished_sweep_says_what_is_missing(tmp_path: Path) -> None:
     done = (Done("dpo", 9, 9, 3, 9), Done("ppo-true", 4, 9, 0, 9), Done("best-of", 0, 0, 3, 3))
-    trials = tuple(Trial("dpo", f, 1.0, f == 1) for f in (0.5, 1.0)) + (Trial("ppo-true", 0.5, 2.0, False),)
+    trials = (Trial("dpo", 0.5, 1.0, False), Trial("dpo", 1.0, 1.0, True), Trial("ppo-true", 0.5, 2.0, False))
     found = sweep(points("dpo", 0.3, 1), tuning=trials, tune=24, done=done, finished=False)
     by, told = by_title(found), "\n".join(lines(found))
     assert by["Finished so far"].rows == (
