@@ -58,8 +58,8 @@ def test_ties_and_several_right_answers_count_by_their_share() -> None:
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"prompt": "a", "responses": ["b", "c"]}, "order"),
-        ({"prompt": "a", "responses": ["b", "c"], "tiers": [[0, 1]]}, "tied"),
+        ({"prompt": "a", "responses": ["b", "c"]}, "no preference: 1"),
+        ({"prompt": "a", "responses": ["b", "c"], "tiers": [[0, 1]]}, "only ties: 1"),
         ({"prompt": "a", "chosen": "b " * 3000, "rejected": "c"}, "--task: 1 of 1 rows are longer than the model's"),
     ],
 )

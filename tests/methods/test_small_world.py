@@ -237,6 +237,7 @@ def test_dpo_on_exact_labels_raises_no_such_alarm(ref: Any, best: Any, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_without_held_out_rows_it_says_that_labels_are_memorised(ref: Any, tmp_path: Path) -> None:
     """3,200 rows of a label each, four passes; not where as many steps have rows of their own."""
     start = world.write_world(tmp_path / "m")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from prefopt.data.load import load_groups
+from prefopt.data.validate import refuse
 from prefopt.errors import DataError
 from prefopt.evaluate.score import response_logprobs
 from prefopt.generate.model_io import SampledModel
@@ -33,6 +34,8 @@ class ChoiceTask:
         the model's context: a part of a task is another task."""
         limit = context or MAX_LENGTH
         found = load_groups(names, tokenizer, max_length=limit, kind="ranking", on_bad_row="refuse")
+        if found.problems:  # rows of ties alone, which a run leaves out
+            raise refuse(found.problems, found.read)
         if found.truncated:
             what = f"--task: {found.truncated} of {found.read} rows are longer than the model's {limit} tokens"
             raise DataError(f"{what}: leave them out")
