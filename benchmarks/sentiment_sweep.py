@@ -25,10 +25,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prefopt.config.frontier import FrontierConfig
 from prefopt.core.files import expanded, write_json
 from prefopt.core.yaml_file import read_document
+from prefopt.sweeps import frontier
 from prefopt.sweeps.finished import POINTS
-from prefopt.sweeps.points import FILE, LISTS
+from prefopt.sweeps.points import FILE, LISTS, Frontier
 
 DIGITS = 6
 
@@ -89,16 +91,16 @@ def stages(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [first | {"rate_factors": ["1"]}, dict(recipe)]
 
 
-def report(file: Path, config: str) -> int:
-    """Tell what the points of ``file`` say, and what is missing."""
+def report(file: Path, config: str) -> Frontier:
+    """What the points of ``file`` say, and what is missing."""
     with tempfile.TemporaryDirectory() as folder:
         restore(file, Path(folder) / "sweep")
         options = json.loads((Path(folder) / "sweep/sweep.json").read_text("utf-8"))["options"]
         whole = read_document(config) | options | {"output": f"{folder}/sweep", "report_only": True}
-        return run(whole, folder, None, [])
+        return frontier.run(FrontierConfig.from_dict(whole))
 
 
-def run(options: Mapping[str, Any], folder: str, seconds: float | None, rest: Sequence[str]) -> int:
+def run(options: Mapping[str, Any], folder: str, seconds: float, rest: Sequence[str]) -> int:
     """``prefopt frontier`` for so many seconds at most; its exit status."""
     config = Path(folder) / "config.yaml"
     config.write_text(json.dumps(dict(options)), "utf-8")
@@ -121,7 +123,8 @@ def main() -> int:
     parser.add_argument("rest", nargs="*", help="further options of prefopt frontier, after --")
     given = parser.parse_args()
     if given.report:
-        return report(given.points, given.config)
+        print(*report(given.points, given.config).lines(), sep="\n")
+        return 0
     recipe, end = read_document(given.config) | {"output": str(given.output)}, time.monotonic() + 60 * given.minutes
     if given.prompts:
         recipe |= {"prompts": [given.prompts], "held_out": 128, "tune": 64, "rounds": 1, "num": 8}

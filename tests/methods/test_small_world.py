@@ -237,22 +237,6 @@ def test_dpo_on_exact_labels_raises_no_such_alarm(ref: Any, best: Any, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_without_held_out_rows_it_says_that_labels_are_memorised(ref: Any, tmp_path: Path) -> None:
-    """3,200 rows of a label each, four passes; not where as many steps have rows of their own."""
-    start = world.write_world(tmp_path / "m")
-    found = {}
-    for labels, epochs in ((3_200, 4.0), (12_800, 1.0)):
-        options = {**FITTED, "learning_rate": 1e-3, "batch_size": 64, "epochs": epochs}
-        prefopt.dpo(start, world.pairs(ref, labels, seed=0), output=tmp_path / f"{labels}", **options)
-        logp = logp_of(Scorer(load_model(str(tmp_path / f"{labels}"), dtype=torch.float64, device=torch.device("cpu"))))
-        gain = theory.objective(logp, ref, world.REWARD, BETA) - theory.objective(ref, ref, world.REWARD, BETA)
-        found[labels] = {finding.name for finding in diagnose(read_history(tmp_path / f"{labels}"))}
-        print(f"\n{labels} labels, {epochs:g} passes: objective {gain:+.3f} against the reference, {found[labels]}")
-    assert "memorised" in found[3_200] and "memorised" not in found[12_800]
-
-
-@pytest.mark.slow
 def test_few_labels_contradict_one_another_which_the_check_of_data_counts(ref: Any, tmp_path: Path) -> None:
     rows = world.pairs(ref, 3_200, seed=0)
     found = audit([write_rows(tmp_path / "rows.jsonl", rows)], AuditOptions())

@@ -331,6 +331,23 @@ def test_a_planted_fault_is_found_in_a_real_run(name: str, model: str, tmp_path:
         assert name in {f.name for f in found if f.look}, found
 
 
+@pytest.mark.slow
+def test_labels_by_chance_can_only_be_memorised_which_a_run_says_without_held_out_rows(
+    model: str, tmp_path: Path
+) -> None:
+    """And does not say of as many rows with a rule to learn."""
+    chance = random.Random(0)
+    turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in pairs(128)]
+    by_chance = [chance.choice(both) for both in zip(pairs(128), turned, strict=True)]
+    found = {}
+    for name, rows in {"chance": by_chance, "rule": pairs(128)}.items():
+        options = {"learning_rate": 3e-3, "epochs": 6, "batch_size": 8, "eval_fraction": 0.0}
+        dpo(model, rows, tmp_path / name, **options)
+        found[name] = {f.name: f.text for f in diagnose(read_history(tmp_path / name))}
+        print(f"\n{name}: {found[name]}")
+    assert "rows are memorised" in found["chance"]["memorised"] and "memorised" not in found["rule"]
+
+
 def test_a_run_without_steps_has_nothing_to_tell(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
