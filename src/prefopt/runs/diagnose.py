@@ -280,8 +280,10 @@ def _reward(run: History) -> Iterator[Finding]:
     yield from hacking(run)
 
 
-CHECKS = (_length, _loss, _moved, _held_out, _memorised, _accuracy, _chosen, _gradients, _clipped, _rows)
-CHECKS += (_reference, _reward)
+CHECKS = (
+    *(_length, _loss, _moved, _held_out, _memorised, _accuracy, _chosen),
+    *(_gradients, _clipped, _rows, _reference, _reward),
+)
 
 
 def _rate(run: History) -> str:
