@@ -82,6 +82,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--stop", action="store_true", help="samples end at EOS")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="prefopt's steps are compiled, in the round to warm up")
     parser.add_argument("--only", choices=("generate", "prefopt"))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -106,11 +107,14 @@ def read_prompts(args: argparse.Namespace, tokenizer: Any) -> Prompts:
 
 def by_prefopt(model: Any, prompts: Prompts, args: argparse.Namespace) -> int:
     scorer = Scorer(model)
+    if args.compile:
+        scorer.compile_layers()
     try:
         sampler = TransformersSampler(scorer, rows=args.batch_size)
         found = sampler.sample(prompts, args.num, SamplingParams(args.tokens, () if args.eos is None else (args.eos,)))
+        assert scorer.compiled is None or scorer.compiled.step_failure is None
     finally:
-        scorer.detach_hook()
+        scorer.release()
     return sum(sample.tokens for many in found for sample in many)
 
 
