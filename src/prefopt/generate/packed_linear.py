@@ -43,9 +43,11 @@ _LIBRARY.define("packed_linear(Tensor x, Tensor weight, Tensor? bias, int output
 _LIBRARY.impl("packed_linear", _product, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("prefopt::packed_linear")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+def _without_numbers(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], outputs)
+
+
+torch.library.register_fake("prefopt::packed_linear", _without_numbers)
 
 
 def _packed_forward(self: Any, x: Tensor) -> Tensor:
