@@ -160,3 +160,16 @@ def test_so_are_those_of_a_models_own_cache(name: str, monkeypatch: pytest.Monke
         expected = torch.stack([own_logits(scorer, [*p, t]) for p, t in zip(prompts, (5, 6), strict=True)]).float()
     assert (found != found.bfloat16().float()).any(), "rounded to bfloat16"
     assert float((found - expected).abs().max() / expected.abs().max()) < 0.05
+
+
+def test_a_bfloat16_models_keys_are_cached_in_float32_on_the_cpu() -> None:
+    """Attention over the cache rounds no score, and the estimate of rows counts the wider cache."""
+    scorer = Scorer(build("llama", torch.bfloat16))
+    decoder = SlotDecoder(scorer)
+    with torch.no_grad(), scorer.attention_by(decoder.hook):
+        decoder.start(draw(3, 7))
+        found = decoder.step(torch.tensor([5, 6]))
+    assert found.dtype == torch.bfloat16
+    assert {x.dtype for pair in decoder.slots.layers.values() for x in pair} == {torch.float32}
+    assert slots.cache_dtype(torch.float64, torch.device("cpu")) == torch.float64
+    assert slots.cache_dtype(torch.bfloat16, torch.device("cuda")) == torch.bfloat16
