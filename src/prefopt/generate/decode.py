@@ -154,8 +154,11 @@ class SlotDecoder(Decoder):
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         head, how = self.model.get_output_embeddings(), self.scorer.head
         rows = rows.to(self.scorer.dtype)
-        if how.kind == "fused" and is_packed(head):
-            return transformed(head(rows), how.scale, how.softcap)
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        if (
+            how.kind == "fused" and is_packed(head) and (rows.dtype == wide or head.bias is None)
+        ):  # added to wide logits
+            return transformed(head(rows).to(wide), how.scale, how.softcap)
         return self.scorer.logits(rows)
 
 
