@@ -30,8 +30,6 @@ FAMILIES = frozenset(
     "gemma3 gemma4 idefics3 internvl llava qwen2_5_vl qwen2_vl qwen3_5 qwen3_vl qwen3_vl_moe smolvlm".split()
 )
 """Types of models that are given pictures: those that tests show to equal their class's own forward."""
-SAMPLED = FAMILIES - {"qwen3_5"}
-"""Those of :data:`FAMILIES` that are sampled from with pictures: a cache of the class's own takes none."""
 BIDIRECTIONAL = {"gemma3": "all", "gemma4": "sliding"}
 """Types in which the image tokens of a picture see each other, and in which layers."""
 
@@ -81,6 +79,21 @@ class VisionInputs:
             found["position_ids"] = self._positions(row, images, grid).to(device)
         if (blocks := self._blocks(row, images)) is not None:
             found["prefix_blocks"] = blocks
+        return found
+
+    def of_prompts(self, ids_NL: np.ndarray, pictures: Sequence[Picture], device: torch.device) -> dict[str, Any]:
+        """Arguments of the class's own forward pass for N prompts of one length, of which one has a picture at least;
+        ``pictures``: of all of them, in order. Positions [3, N, L], where the class counts them so, are among them."""
+        pixels, images = self.processor.pixels(pictures), ids_NL == self.token_id
+        named = (
+            inspect.signature(self.model.forward).parameters.keys() & inspect.signature(self.body.forward).parameters
+        )
+        types = torch.from_numpy(images.astype(np.int64))
+        found: dict[str, Any] = {"mm_encoder_outputs": {"image": self.features(pixels, device)}}
+        found |= {name: types.to(device) for name in ("mm_token_type_ids", "token_type_ids") if name in named}
+        if hasattr(self.body, "get_rope_index"):
+            given = {"mm_token_type_ids": types, "image_grid_thw": pixels.get("image_grid_thw")}
+            found["position_ids"] = self.body.get_rope_index(torch.from_numpy(ids_NL), **given)[0].to(device)
         return found
 
     def own_arguments(self, ids: torch.Tensor, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
