@@ -223,9 +223,8 @@ class CacheDecoder(_OwnForward):
         given = self.scorer.vision.of_prompts(ids.cpu().numpy(), pictures, self.device) if pictures else {}
         if hasattr(body_of(self.model), "get_rope_index"):
             # Left out, they would be those of the prompts that the class was given last.
-            positions = given.setdefault(
-                "position_ids", torch.arange(ids.shape[1], device=self.device).expand(3, *ids.shape)
-            )
+            counted = torch.arange(ids.shape[1], device=self.device).expand(3, *ids.shape)
+            positions = given.setdefault("position_ids", counted)
             self._next_N = positions.amax((0, 2)) + 1
         return self._take(self._forward(ids, use_cache=True, **given))
 

@@ -27,7 +27,7 @@ from prefopt.model.packing import ForwardPass
 from prefopt.records import Picture
 
 FAMILIES = frozenset(
-    "gemma3 gemma4 idefics3 internvl llava qwen2_5_vl qwen2_vl qwen3_5 qwen3_vl qwen3_vl_moe smolvlm".split()
+    "gemma3 gemma4 idefics3 internvl llava mistral3 qwen2_5_vl qwen2_vl qwen3_5 qwen3_vl qwen3_vl_moe smolvlm".split()
 )
 """Types of models that are given pictures: those that tests show to equal their class's own forward."""
 BIDIRECTIONAL = {"gemma3": "all", "gemma4": "sliding"}
@@ -85,9 +85,8 @@ class VisionInputs:
         """Arguments of the class's own forward pass for N prompts of one length, of which one has a picture at least;
         ``pictures``: of all of them, in order. Positions [3, N, L], where the class counts them so, are among them."""
         pixels, images = self.processor.pixels(pictures), ids_NL == self.token_id
-        named = (
-            inspect.signature(self.model.forward).parameters.keys() & inspect.signature(self.body.forward).parameters
-        )
+        both = (inspect.signature(module.forward).parameters for module in (self.model, self.body))
+        named = set.intersection(*map(set, both))
         types = torch.from_numpy(images.astype(np.int64))
         found: dict[str, Any] = {"mm_encoder_outputs": {"image": self.features(pixels, device)}}
         found |= {name: types.to(device) for name in ("mm_token_type_ids", "token_type_ids") if name in named}
