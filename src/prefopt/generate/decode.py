@@ -219,8 +219,8 @@ class CacheDecoder(_OwnForward):
 
     def start(self, prompts: Sequence[Ids]) -> torch.Tensor:
         ids = self._ids(prompts)
-        pictures = [p.picture for prompt in prompts for p in pictures_in(prompt)]
-        given = self.scorer.vision.of_prompts(ids.cpu().numpy(), pictures, self.device) if pictures else {}
+        pictures = [pictures_in(prompt) for prompt in prompts]
+        given = self.scorer.vision.of_prompts(ids.cpu().numpy(), pictures, self.device) if any(pictures) else {}
         if hasattr(body_of(self.model), "get_rope_index"):
             # Left out, they would be those of the prompts that the class was given last.
             counted = torch.arange(ids.shape[1], device=self.device).expand(3, *ids.shape)

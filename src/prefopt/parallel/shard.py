@@ -18,7 +18,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from prefopt.core.terminal import size
-from prefopt.errors import ConfigError
 from prefopt.model.architectures import causal_model, layers_of, towers_of
 from prefopt.model.costs import memory_of
 from prefopt.model.placeholders import take_unread
@@ -77,16 +76,7 @@ def shard(
     hybrid: bool,
     device: torch.device | None = None,
 ) -> ShardedWeights:
-    """Cut the weights of a scorer's model into shards over all ranks, on its device or another.
-
-    Raises :class:`ConfigError` where a vision tower trains.
-    """
-    tower = {id(p) for tower in towers_of(causal_model(scorer.model)) for p in tower.parameters()}
-    if scorer.pictures and any(n in weights.masters for n, p in weights.model.named_parameters() if id(p) in tower):
-        raise ConfigError(
-            "weights in shards leave a vision tower as it is, which --vision lora and full do not: use --vision frozen,"
-            " or --shard none"
-        )
+    """Cut the weights of a scorer's model into shards over all ranks, on its device or another."""
     device = device or next(scorer.model.parameters()).device
     scorer.most_passes = world.largest
     return ShardedWeights(scorer, weights, mesh_of(world, device, hybrid=hybrid), dtype)
@@ -96,8 +86,8 @@ class ShardedWeights(MasterWeights):
     """Trainable weights of which a rank holds a part. ``masters`` are DTensors, by the names of the model's parameters.
 
     It takes the place of ``weights``, which are released: the scorer's model computes in the same dtype as before, but
-    holds its shards of the masters. Weights that the class keeps in float32, and those of a vision tower, stay whole on
-    every rank.
+    holds its shards of the masters. Weights that the class keeps in float32, and those of vision towers that do not
+    train, stay whole on every rank. Where a weight of one trains, towers are cut, each as one layer.
     """
 
     def __init__(self, scorer: PackedModel, weights: MasterWeights, mesh: Mesh, dtype: torch.dtype) -> None:
@@ -114,14 +104,17 @@ class ShardedWeights(MasterWeights):
         causal = causal_model(scorer.model)
         kept = kept_in_float32(causal) if dtype.itemsize < 4 else lambda name: False
         whole = {p for n, p in self.model.named_parameters() if kept(n)}
-        # A rank whose rows have no pictures would not gather a tower together with the others.
-        whole |= {p for tower in towers_of(causal) for p in tower.parameters()}
+        # Frozen towers cost less memory than a pass for nothing of a rank whose rows have no pictures costs time.
+        towers = towers_of(causal)
+        masters = {id(p) for n, p in self.model.named_parameters() if n in weights.masters}
+        scorer.cut_towers = scorer.pictures and any(id(p) in masters for t in towers for p in t.parameters())
+        whole |= set() if scorer.cut_towers else {p for tower in towers for p in tower.parameters()}
         # Frozen weights have the dtype of computation already; those that train are float32 until they are gathered.
         # Inputs of layers keep their dtype: a class may add what a float32 router weighs to a residual in bfloat16.
         wide = torch.promote_types(dtype, torch.float32)
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
         options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": whole}
-        for layer in layers_of(scorer.model):
+        for layer in (*layers_of(scorer.model), *(towers if scorer.cut_towers else ())):
             fully_shard(layer, **options)
         fully_shard(scorer, **options)
         for module in _sharded(scorer):
