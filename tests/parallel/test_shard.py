@@ -216,7 +216,8 @@ def _with_pictures(folder: str, vision: str, sharded: bool, split: bool) -> dict
         found["logp"].append(logp_M.detach().numpy())
         (logp_M * torch.linspace(-1, 1, len(logp_M))).sum().backward()
     sum_gradients(world, weights.masters.values())
-    found["gradients"] = {n: whole_of(p.grad).numpy().copy() for n, p in weights.masters.items()}
+    given = {n: p.grad for n, p in weights.masters.items() if p.grad is not None}  # LLaVA passes over a tower's end
+    found["gradients"] = {n: whole_of(grad).numpy().copy() for n, grad in given.items()}
     inside = {id(p) for tower in towers_of(causal_model(made)) for p in tower.parameters()}
     found["towers"] = {n for n, p in made.named_parameters() if id(p) in inside}
     found["held"] = {type(p).__name__ for n, p in made.named_parameters() if n in found["towers"]}

@@ -139,25 +139,31 @@ class VisionInputs:
         return Encoded(self.features(pixels, device), pixels.get("image_grid_thw"), tokens, places)
 
     @contextmanager
-    def encoding(
-        self, passes: Sequence[ForwardPass], most: Callable[[int], int] | None
-    ) -> Iterator[list[torch.Tensor]]:
-        """In this block :meth:`arguments` finds the features of all passes computed. ``most``, where all ranks must
-        call towers together: the largest of their numbers. A rank without pictures then encodes one for nothing, and
-        gets zeros that belong into its sum."""
+    def encoding(self, passes: Sequence[ForwardPass], most: Callable[[int], int] | None) -> Iterator[None]:
+        """In this block :meth:`arguments` finds the features of all passes computed.
+
+        ``most``, where all ranks must call towers together: the largest of their numbers. A rank without pictures then
+        encodes one for nothing, and all passes of all ranks depend on features, so that each goes backward alike.
+        """
         rows = [(row.host_ids, row.pictures) for row in passes if row.host_ids is not None and row.pictures]
-        device, nothing = passes[0].ids.device, []
-        wanted = most(len(rows)) if most is not None else len(rows)
+        device = passes[0].ids.device
+        together = most is not None and most(len(rows)) > 0
+        hook = None
         try:
             if rows:
                 self._encoded = self.encode(rows, device)
-            elif wanted:
-                output = self.features(self.processor.pixels([_blank()]), device)
-                several = (output.pooler_output, getattr(output, "deepstack_features", None))
-                nothing = [0 * x.sum() for x in tree_leaves(several) if isinstance(x, torch.Tensor)]
-            yield nothing
+            if together:
+                encoded = self._encoded
+                output = encoded.output if encoded else self.features(self.processor.pixels([_blank()]), device)
+                used = tree_leaves((output.pooler_output, getattr(output, "deepstack_features", None)))
+                zero = torch.stack([0 * x.sum() for x in used if isinstance(x, torch.Tensor)]).sum()
+                words: Any = self.model.get_input_embeddings()
+                hook = words.register_forward_hook(lambda module, given, out: out + zero.to(out.dtype))
+            yield
         finally:
             self._encoded = None
+            if hook is not None:
+                hook.remove()
 
     def of_prompts(self, ids_NL: np.ndarray, pictures: Sequence[Pictures], device: torch.device) -> dict[str, Any]:
         """Arguments of the class's own forward pass for N prompts of one length, each with its pictures, of which there

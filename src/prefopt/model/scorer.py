@@ -250,13 +250,12 @@ class PackedModel(torch.nn.Module):
     def _of_passes(self, batch: PackedBatch, compute: Callable[[ForwardPass], torch.Tensor]) -> torch.Tensor:
         """``compute`` of all passes of a batch, end to end; more passes, for nothing, where another rank has more."""
         several = not self.layout.share or self.layout.rope_limit is not None
-        most = self.most_passes if several else None
-        idle = 0 if most is None else most(len(batch.passes)) - len(batch.passes)
+        idle = self.most_passes(len(batch.passes)) - len(batch.passes) if self.most_passes and several else 0
         pictured = any(row.pictures for row in batch.passes) and not batch.passes[0].ids.is_meta
         cut = self.most_passes if self.cut_towers else None
-        with self.vision.encoding(batch.passes, cut) if pictured or cut else nullcontext([]) as nothing:
-            # Before the others, since routers are read from the last passes.
-            nothing += [0 * compute(batch.passes[0]).sum() for _ in range(idle)]
+        with self.vision.encoding(batch.passes, cut) if pictured or cut else nullcontext():
+            # First, since routers are read from the last passes.
+            nothing = [0 * compute(batch.passes[0]).sum() for _ in range(idle)]
             return sum(nothing, torch.cat([compute(row) for row in batch.passes]))
 
     def count(self, row: ForwardPass) -> None:

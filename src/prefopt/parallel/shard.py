@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import PreTrainedModel
 
 from prefopt.core.terminal import size
 from prefopt.model.architectures import causal_model, layers_of, towers_of
@@ -87,7 +88,7 @@ class ShardedWeights(MasterWeights):
 
     It takes the place of ``weights``, which are released: the scorer's model computes in the same dtype as before, but
     holds its shards of the masters. Weights that the class keeps in float32, and those of vision towers that do not
-    train, stay whole on every rank. Where a weight of one trains, towers are cut, each as one layer.
+    train, stay whole on every rank. Where a weight of one trains, the blocks of towers are cut as layers are.
     """
 
     def __init__(self, scorer: PackedModel, weights: MasterWeights, mesh: Mesh, dtype: torch.dtype) -> None:
@@ -114,7 +115,8 @@ class ShardedWeights(MasterWeights):
         wide = torch.promote_types(dtype, torch.float32)
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
         options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": whole}
-        for layer in (*layers_of(scorer.model), *(towers if scorer.cut_towers else ())):
+        blocks = [block for tower in towers for block in _blocks(tower)] if scorer.cut_towers else []
+        for layer in (*layers_of(scorer.model), *blocks):
             fully_shard(layer, **options)
         fully_shard(scorer, **options)
         for module in _sharded(scorer):
@@ -169,6 +171,16 @@ class ShardedWeights(MasterWeights):
         """Forget what was gathered, so that shards may be changed."""
         for module in _sharded(self.scorer):
             module.reshard()
+
+
+def _blocks(tower: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The parts of a tower that are called as one, below its models, whose classes transformers looks up, and below
+    lists: hidden states of each block in a list may be what is read of the tower."""
+    if any(isinstance(module, (PreTrainedModel, torch.nn.ModuleList)) for module in tower.modules()):
+        for child in tower.children():
+            yield from _blocks(child)
+    elif any(True for _ in tower.parameters()):
+        yield tower
 
 
 def _sharded(scorer: torch.nn.Module) -> Iterator[FSDPModule]:
