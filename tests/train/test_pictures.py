@@ -21,7 +21,7 @@ from prefopt.data.chat.pictures import token_of_pictures
 from prefopt.data.comparisons import read_comparisons
 from prefopt.data.load import load_groups
 from prefopt.data.tokenizer import load_tokenizer
-from prefopt.errors import ConfigError, DataError, ModelError, UserError
+from prefopt.errors import ConfigError, DataError, ModelError
 from prefopt.evaluate.samples import kl_to_reference
 from prefopt.generate.chat_model import LocalChatModel
 from prefopt.generate.model_io import SampledModel
@@ -140,9 +140,57 @@ def test_vllm_refuses_pictures(model: Path, data: Path) -> None:
         prefopt.sample(model=str(model), prompts=[str(data)], engine="vllm", progress="none")
 
 
-def test_ppo_refuses_pictures(model: Path, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="pictures"):
-        prefopt.ppo(model=str(model), prompts=[str(data)], reward="length", output=str(tmp_path / "out"))
+DRAWN: dict[str, Any] = {
+    **{"num": 2, "max_new_tokens": 6, "batch_size": 4, "max_steps": 2, "learning_rate": 1e-3, "dtype": "float32"},
+    **{"progress": "none", "max_kl": 1e6},
+}
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
+def test_ppo_learns_on_prompts_with_pictures(model: Path, data: Path, tmp_path: Path, algorithm: str) -> None:
+    """Features of a picture are computed once for all responses to a prompt; the tower stays as it is."""
+    out = tmp_path / "out"
+    more = {"critic": "head"} if algorithm == "ppo" else {}
+    found = prefopt.ppo(
+        model=str(model), prompts=[str(data)], reward="length", output=str(out), algorithm=algorithm, **DRAWN, **more
+    )
+    assert found is not None
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, out))
+    assert any(not torch.equal(v, after[n]) for n, v in before.items())
+    assert all(torch.equal(v, after[n]) for n, v in before.items() if "visual" in n)
+    assert (out / "preprocessor_config.json").is_file()
+
+
+def test_online_dpo_keeps_rows_with_pictures(model: Path, data: Path, tmp_path: Path) -> None:
+    """Its rounds hold the pictures, and train another run."""
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"model": str(model), "prompts": [str(data)], "reward": "length", **DRAWN}
+    prefopt.online(output=str(out), **options)
+    kept = sorted((out / "rounds").glob("*.jsonl"))
+    rows = [c for path in kept for c in read_comparisons(path).comparisons]
+    assert rows and any(c.pictures for c in rows)
+    prefopt.dpo(model=str(model), data=[str(kept[0])], output=str(tmp_path / "next"), **{**QUICK, "epochs": 1})
+    assert (tmp_path / "next" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_reward_model_and_a_critic_see_pictures(data: Path, tmp_path: Path) -> None:
+    """Of one family: scores depend on the pictures, and the critic learns."""
+    model = write_folder("gemma3", tmp_path / "gemma3")
+    prefopt.reward(model=str(model), data=[str(data)], output=str(tmp_path / "reward"), dtype="float32", **QUICK)
+    given = {"prompts": [str(data)], "reward": str(tmp_path / "reward"), **DRAWN}
+    assert prefopt.ppo(model=str(model), output=str(tmp_path / "out"), **given) is not None
+    other = write_folder("gemma3", tmp_path / "other")
+    settings = other / "preprocessor_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "do_normalize": False}))
+    with pytest.raises(ModelError, match="reads pictures in another way"):
+        prefopt.ppo(model=str(other), output=str(tmp_path / "none"), **given)
+
+
+def test_judges_are_not_shown_pictures(model: Path, data: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"model": str(model), "prompts": [str(data)], "output": str(tmp_path / "out")}
+    with pytest.raises(DataError, match="judges are not shown"):
+        prefopt.online(reward="people", study=str(tmp_path / "study"), **given, **DRAWN)
 
 
 @pytest.mark.parametrize("family", FAMILY_PARAMS)

@@ -88,7 +88,7 @@ def run(
         prompts, settings = read_rollout_prompts(config, start, rows, run.reporter)
         _check_prompts(terms, prompts)
         comparer = _comparer(run)
-        policy = run.loading(Policy(config, start.source, run.dtype, run.device, model))
+        policy = run.loading(Policy(config, start.source, run.dtype, run.device, model, pictures=start.pictures))
         settle_rate(run, policy.scorer, updates=updates_of(config, len(prompts.ids)))
         config = run.config
         check = check_samples(policy, prompts, settings)
@@ -200,7 +200,8 @@ def _models(
     elif function is not None:
         judge = TextRewardScorer(function, tokenizer, settings.stop)
     else:
-        how = {"dtype": run.dtype, "device": run.device, "attention": config.attention, "longest": longest}
+        how: dict[str, Any] = {"dtype": run.dtype, "device": run.device, "attention": config.attention}
+        how |= {"longest": longest, "pictures": policy.pictures}
         judge = load_reward_scorer(config.reward, tokenizer, settings.stop, **how)
     if isinstance(judge, RewardModelScorer):
         cut_frozen(judge.scorer, policy, run.world)

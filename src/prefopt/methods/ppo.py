@@ -13,7 +13,7 @@ import numpy as np
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.rewards import WATCH_TIMES
 from prefopt.core.terminal import size
-from prefopt.data.group import Group, shortened
+from prefopt.data.group import Group, pictures_in, shortened
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import Diverged
 from prefopt.generate.model_io import PromptSet, SampledModel
@@ -89,7 +89,7 @@ def run(
         prompts, settings = read_rollout_prompts(config, start, rows, run.reporter)
         held_out = read_held_out(config, start, prompts, run.reporter)
         longest = max(map(len, [*prompts.ids, *(held_out.ids if held_out else ())])) + config.max_new_tokens
-        policy = run.loading(Policy(config, start.source, run.dtype, run.device, model))
+        policy = run.loading(Policy(config, start.source, run.dtype, run.device, model, pictures=start.pictures))
         settle_rate(run, policy.scorer, updates=updates_of(config, len(prompts.ids)))
         config = run.config
         check = _check(policy, prompts, settings)
@@ -261,7 +261,8 @@ def _largest(run: Run, prompts: PromptSet, ptx: PtxTerm | None) -> list[Group]:
     prompt = max(prompts.ids, key=len)
     ids = np.concatenate([prompt, np.zeros(config.max_new_tokens, np.int32)])
     sequence = (ids, np.arange(len(ids)) >= len(prompt))
-    largest = Group.from_sequences([sequence] * config.num, row=0, pairs=())
+    pictures = [pictures_in(prompt)] * config.num if pictures_in(prompt) else ()
+    largest = Group.from_sequences([sequence] * config.num, row=0, pairs=(), pictures=pictures)
     per_update = -(-config.batch_size // config.minibatches)
     return [largest] * per_update + ([ptx.groups[int(ptx.groups.tokens_G.argmax())]] if ptx is not None else [])
 

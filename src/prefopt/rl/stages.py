@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from prefopt.data.group import Group
+from prefopt.data.group import Group, pictures_in
 from prefopt.generate.model_io import PromptSet
 from prefopt.generate.sampler import SamplingParams, group_of
 from prefopt.generate.transformers_sampler import TransformersSampler
@@ -34,7 +34,8 @@ def largest_update(run: Run, prompts: PromptSet) -> list[Group]:
     prompt = max(prompts.ids, key=len)
     ids = np.concatenate([prompt, np.zeros(config.max_new_tokens, np.int32)])
     sequence = (ids, np.arange(len(ids)) >= len(prompt))
-    largest = Group.from_sequences([sequence] * config.num, row=0, pairs=())
+    pictures = [pictures_in(prompt)] * config.num if pictures_in(prompt) else ()
+    largest = Group.from_sequences([sequence] * config.num, row=0, pairs=(), pictures=pictures)
     return [largest] * -(-config.batch_size // config.minibatches)
 
 

@@ -121,6 +121,15 @@ def processor_digest(source: str) -> str:
     return hashlib.blake2b(json.dumps([held, libraries], sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
+def same_processor(source: str, other: str, name: str) -> None:
+    """Raise :class:`ModelError` unless the folder ``source``, of what ``name`` gave, turns pictures into the tokens and
+    pixels of ``other``: tokens are handed on from the one model to the other."""
+    found = [processor_digest(folder) for folder in (source, other)]
+    if not found[0] or found[0] != found[1]:
+        what = "reads pictures in another way than the model" if found[0] else "has no processor of pictures"
+        raise ModelError(f"{name} {what}; take a model of the same family, with the same {FILES[1]}")
+
+
 def token_of_pictures(source: str) -> int | None:
     """The token in whose place a model puts features of pictures, by its ``config.json``."""
     path = processor_file(source, "config.json")
