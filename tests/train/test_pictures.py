@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,16 +21,19 @@ from prefopt.config.sample import ChatConfig
 from prefopt.core.terminal import Reporter
 from prefopt.data.chat.pictures import token_of_pictures
 from prefopt.data.comparisons import read_comparisons
+from prefopt.data.group import PicturedIds, Placed
 from prefopt.data.load import load_groups
 from prefopt.data.tokenizer import load_tokenizer
 from prefopt.errors import ConfigError, DataError, ModelError
 from prefopt.evaluate.samples import kl_to_reference
 from prefopt.generate.chat_model import LocalChatModel
 from prefopt.generate.model_io import SampledModel
+from prefopt.generate.sampler import Sample, group_of
 from prefopt.model.architectures import causal_model, takes_pictures
 from prefopt.model.load import load_model
 from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer
+from prefopt.rl.rollouts import Rollouts
 
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 4, "learning_rate": 3e-3, "progress": "none"}
 
@@ -171,6 +176,41 @@ def test_online_dpo_keeps_rows_with_pictures(model: Path, data: Path, tmp_path: 
     assert rows and any(c.pictures for c in rows)
     prefopt.dpo(model=str(model), data=[str(kept[0])], output=str(tmp_path / "next"), **{**QUICK, "epochs": 1})
     assert (tmp_path / "next" / "model.safetensors").is_file()
+
+
+def test_rollouts_keep_their_pictures() -> None:
+    """For a checkpoint and for other ranks: files by path and digest, others by their bytes."""
+    file, held = replace(picture(), source="/somewhere/\udcff.png", data=b""), picture(seed=1)
+    prompts = [
+        PicturedIds(np.array([1, 9, 9, 2], np.int32), (Placed(file, 1, 3),)),
+        np.array([1, 2], np.int32),
+        PicturedIds(np.array([9, 9], np.int32), (Placed(held, 0, 1), Placed(file, 1, 2))),
+    ]
+    sample = Sample(np.array([4, 5], np.int32), np.zeros(2), np.zeros(2), True)
+    groups = tuple(group_of(prompt, [sample, sample]) for prompt in prompts)
+    zero_M, zero_N = torch.zeros(12), torch.zeros(6)
+    found = Rollouts.from_tensors(Rollouts(groups, zero_M, zero_M, zero_M, None, zero_N, zero_N > 0).tensors())
+    assert [g.pictures for g in found.groups] == [g.pictures for g in groups]
+    assert found.groups[2].pictures[0].picture.data == held.data
+    assert [g.prompt.tobytes() for g in found.groups] == [g.prompt.tobytes() for g in groups]
+
+
+@pytest.mark.parametrize("on_policy", [0.0, 1.0])
+def test_distillation_and_the_kl_guard_draw_for_pictures(
+    model: Path, data: Path, tmp_path: Path, on_policy: float
+) -> None:
+    """A student on its own responses, and a run of DPO that measures its KL on some."""
+    given: dict[str, Any] = {**QUICK, "model": str(model), "data": [str(data)], "output": str(tmp_path / "out")}
+    given |= {"dtype": "float32", "max_steps": 2, "max_new_tokens": 6}
+    if on_policy:
+        teacher = write_folder("qwen3_vl", tmp_path / "teacher", seed=1)
+        found: Any = prefopt.distil(teacher=str(teacher), on_policy=on_policy, **given)
+    else:
+        found = prefopt.dpo(max_kl=1e6, kl_every=1, kl_samples=4, **given)
+    assert found is not None and (tmp_path / "out" / "model.safetensors").is_file()
+    if not on_policy:
+        lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+        assert any("kl" in name for line in lines for name in json.loads(line))
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from prefopt.config.online import OnlineConfig
-from prefopt.data.group import Group, PicturedIds
+from prefopt.data.group import Group
 from prefopt.data.table import GroupTable
 from prefopt.losses.rl import group_relative, k1, leave_one_out, overlong_penalty, per_response
 from prefopt.model.kernels.head import Distributions
@@ -134,8 +134,7 @@ def _listed(table: GroupTable) -> list[Group]:
 
 
 def _prompts(batch: Batch) -> int:
-    shown = (PicturedIds(group.prefix, group.pictures) for group in batch.groups)
-    return len({prompt.tobytes() for prompt in shown})
+    return len({group.prompt.tobytes() for group in batch.groups})
 
 
 def _with_judgement(
