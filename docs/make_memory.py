@@ -173,10 +173,10 @@ def full_8b() -> str:
         "`--optimizer adamw-8bit`": Way(eight_bits=True),
         "`--offload optimizer`": Way(offload=("optimizer",)),
         "`--offload optimizer activations`": Way(offload=("optimizer", "activations")),
-        "in shards on 2 cards": Way(cards=2),
-        "in shards on 4 cards": Way(cards=4),
+        "shards on 2 GPUs": Way(cards=2),
+        "shards on 4 GPUs": Way(cards=4),
     }
-    rows = [["", "weights", "gradients and state", f"pass of {pairs * (PROMPT + 2 * RESPONSE):,} tokens", "in all"]]
+    rows = [["", "weights", "gradients and state", f"pass of {pairs * (PROMPT + 2 * RESPONSE):,} tokens", "total"]]
     for label, way in ways.items():
         weights, to_come, extra = state(name, way)
         passing = of_pass(name, way, True, pairs) + extra
@@ -186,13 +186,13 @@ def full_8b() -> str:
 
 
 def tables() -> Iterator[str]:
-    yield "## All weights of 8 billion, activations checkpointed\n\n" + full_8b()
+    yield "## All weights of an 8 B model, activations checkpointed\n\n" + full_8b()
     sections: dict[str, Callable[[], str]] = {
-        "All weights, one card": partial(table, Way()),
-        "All weights, one card, `--offload optimizer`": partial(table, Way(offload=("optimizer",))),
-        "LoRA, one card": partial(table, Way(lora=True)),
-        "QLoRA, one card": partial(table, Way(lora=True, four_bits=True)),
-        **{f"All weights, in shards on {n} cards": partial(table, Way(cards=n)) for n in (2, 4, 8)},
+        "All weights, one GPU": partial(table, Way()),
+        "All weights, one GPU, `--offload optimizer`": partial(table, Way(offload=("optimizer",))),
+        "LoRA, one GPU": partial(table, Way(lora=True)),
+        "QLoRA, one GPU": partial(table, Way(lora=True, four_bits=True)),
+        **{f"All weights, shards on {n} GPUs": partial(table, Way(cards=n)) for n in (2, 4, 8)},
     }
     for title, made in sections.items():
         yield f"## {title}\n\n{made()}"

@@ -1,19 +1,20 @@
 """Is a served model the one that was trained? python examples/check_server.py OUTPUT http://localhost:8000/v1
 
-Asks a server with OpenAI's interface (vLLM, Ollama, llama.cpp and more) and the folder itself the same questions, and
-compares: how many tokens the server made of each prompt (and which, where it has vLLM's /tokenize), then what it
-answers at temperature 0. A count that differs is another chat template, or one beginning-of-text token more or less.
+Sends the same prompts to a server with OpenAI's interface (vLLM, Ollama, llama.cpp and others) and to the model in the
+folder. Compares the number of tokens of each prompt (and their ids, if the server has vLLM's /tokenize), then the
+responses at temperature 0. If the numbers differ, the cause is another chat template, or a duplicate or missing
+beginning-of-text token.
 
-The folder computes in the precision of the server (--dtype: what the server was started with). Answers may still part
-where two tokens are about equally likely, since kernels add in different orders. So where they part, the folder's model
-is asked how much less likely the server's word is: a difference that rounding can make is a near tie, a larger one is
-other weights, or a coarse quantisation.
+The folder's model computes in the precision of the server (--dtype: as the server was started). Responses may still
+differ after a token that is about as likely as another, since kernels add in different orders. So at the first token
+that differs, the folder's model gives the probabilities of both tokens: a difference within rounding passes, a larger
+one means other weights, or a coarse quantisation.
 
-Where the server gives log-probabilities, they are compared too: of every token of 32 prompts where it echoes prompts
-(vLLM), else of the tokens of its answers. The largest and the mean difference are printed, beside what rounding to the
-server's precision explains. Exit status 0: nothing differs that should not; 1: something does.
+If the server gives log-probabilities, they are compared too: of every token of 32 prompts if it echoes prompts (vLLM),
+otherwise of the tokens of its responses. The largest and the mean difference are printed, beside the difference that
+rounding to the server's precision explains. Exit status 0: the same model; 1: something differs.
 
-A folder without a chat template is asked to continue text.
+Without a chat template, text is continued instead.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python examples/flat_dpo.py --model MODEL --data PAIRS.jsonl --output OUTPUT --dtype float64
 
-It does what `prefopt dpo --eval-fraction 0` does with the same words and the same defaults, and its losses are the same
-to 1e-6 (a test runs both). What prefopt adds is speed, memory and care: here every response is encoded with its prompt,
-whole logits are held, nothing is cached or resumed, and a row that is too long or unclear is refused.
+It does the same as `prefopt dpo --eval-fraction 0`, with the same options and defaults; its losses are equal to 1e-6 (a
+test runs both). It is simpler: every response is encoded together with its prompt, whole logits are held, nothing is
+cached or resumed, and a row that is too long is refused.
 
 PAIRS.jsonl holds rows of {"prompt": ..., "chosen": ..., "rejected": ...}, all text or all lists of messages.
 """
@@ -56,8 +56,8 @@ def encode(prompt, response):
         before = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         text, end = tokenizer.apply_chat_template(prompt + response, tokenize=False).rstrip(), []
         if not text.startswith(before) or not text.endswith(tokenizer.eos_token):
-            raise SystemExit("this template is more than a flat file should have to understand")
-    # A model that answers sees the prompt tokenized by itself. Some tokenizers would join its end to the answer.
+            raise SystemExit("this chat template is not supported in this example: use prefopt dpo")
+    # In generation the prompt is tokenized alone. Some tokenizers would merge its end with the response.
     asked, ids, rest = (
         tokenizer(t, add_special_tokens=False)["input_ids"] for t in (before, text, text[len(before) :])
     )

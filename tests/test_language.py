@@ -30,6 +30,20 @@ BANNED = {
     r"roads?": "method",
     r"the first there is of": "the first available of",
 }
+BANNED_ON_PAGES = {
+    r"once, ever": "once",
+    r"(go|goes|going|went|gone) on (with|by|from|to|until|where)": "continue",
+    r"likel(ier|iest)": "more likely, most likely",
+    r"in the place of": "instead of",
+    r"folded in": "merged",
+    r"made-up": "generated",
+    r"pulls? (most|hardly|to)": "has the largest weight",
+    r"what (moves|breaks|trains|fits)": "a heading that names the subject",
+    r"which model fits": "GPU memory by model",
+    r"by us|of our own": "the passive, or the tests' own",
+    r"beside what": "and",
+}
+"""Words of documentation pages; ``src`` and the pages made from it have them in other meanings."""
 KEPT = {"src/prefopt/sweeps/points.py", "src/prefopt/core/options.py"}
 """Files that read the names of earlier versions."""
 FILES = [
@@ -48,6 +62,25 @@ def test_usual_words_are_used(phrase: str) -> None:
         text = (ROOT / name).read_text("utf-8")
         found += [f"{name}: {match[0]}" for match in re.finditer(rf"\b{phrase}\b", text, re.IGNORECASE)]
     assert not found, f"write {BANNED[phrase]}: {found}"
+
+
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md")),
+    *(path for path in sorted((ROOT / "docs").glob("*.md")) if path.stem not in ("architecture", "cli", "methods")),
+    *sorted((ROOT / "docs/guide").glob("*.md")),
+]
+
+
+def test_pages_are_in_plain_words() -> None:
+    found = []
+    for path in PAGES:
+        text = re.sub(r"`[^`\n]*`", "", re.sub(r"```.*?```", "", path.read_text("utf-8"), flags=re.S))
+        for phrase, better in BANNED_ON_PAGES.items():
+            found += [
+                f"{path.name}: {match[0]!r}, write {better}"
+                for match in re.finditer(rf"\b({phrase})\b", text, re.IGNORECASE)
+            ]
+    assert not found, "\n".join(found)
 
 
 def test_help_has_no_full_stop_and_is_no_paragraph() -> None:

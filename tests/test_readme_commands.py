@@ -23,10 +23,11 @@ pytestmark = [
 QUICK = {
     **{verb: ["--max-length", "64", "--batch-size", "4"] for verb in ("dpo", "sft", "distil", "reward")},
     "ppo": ["--max-new-tokens", "4", "--batch-size", "4", "--max-kl", "1e6"],
+    "online": ["--max-new-tokens", "4", "--batch-size", "4"],
     "rlhf": ["--max-new-tokens", "4", "--max-length", "64", *("--ppo", "batch_size=4", "max_kl=1e6")],
     **{verb: ["--max-new-tokens", "4"] for verb in ("sample", "compare")},
 }
-"""What makes a command short, beside what stands there."""
+"""Options that make a command short, in addition to those of the page."""
 ELSEWHERE = {"collect serve": "waits for people", "ui": "as well", "frontier": "hours", "methods": "hours"}
 """Commands that tests of their own run."""
 
@@ -73,4 +74,4 @@ def test_every_command_of_readme_and_tour(
                 Path(into).write_text(out)
             done.append(verb)
     assert {"dpo", "data check", "losses", "collect new", "runs", "plot", "sample", "chat", "merge"} <= set(done)
-    assert {"compare", "report", "sft", "distil", "reward", "ppo", "rlhf"} <= set(done)
+    assert {"compare", "report", "sft", "distil", "reward", "ppo", "online", "rlhf"} <= set(done)

@@ -1,4 +1,4 @@
-"""``prefopt.data.audit``, ``convert`` and ``split``: the commands of ``prefopt data`` as functions."""
+"""``prefopt.data.check``, ``convert`` and ``split``: the commands of ``prefopt data`` as functions."""
 
 from __future__ import annotations
 
