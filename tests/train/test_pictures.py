@@ -151,7 +151,7 @@ DRAWN: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
+@pytest.mark.parametrize("algorithm", ["ppo", pytest.param("rloo", marks=pytest.mark.slow)])
 def test_ppo_learns_on_prompts_with_pictures(model: Path, data: Path, tmp_path: Path, algorithm: str) -> None:
     """Features of a picture are computed once for all responses to a prompt; the tower stays as it is."""
     out = tmp_path / "out"
@@ -195,6 +195,7 @@ def test_rollouts_keep_their_pictures() -> None:
     assert [g.prompt.tobytes() for g in found.groups] == [g.prompt.tobytes() for g in groups]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_policy", [0.0, 1.0])
 def test_distillation_and_the_kl_guard_draw_for_pictures(
     model: Path, data: Path, tmp_path: Path, on_policy: float
