@@ -1,14 +1,18 @@
-"""What PPO, RLOO and DPO reach where everything can be listed: python benchmarks/world_table.py [--seeds 3]
+"""What PPO, RLOO, DPO and online losses reach in a world that can be listed: benchmarks/world_table.py [--seeds 3]
 
 The world of the tests (tests/methods/small_world.py): eight tokens, responses of at most three, a reward for each, and
 so the optimum pi* = ref exp(r / beta) / Z in closed form. Told is the fraction of the gain that can be had,
-(J(pi) - J(ref)) / (J(pi*) - J(ref)), and the total variation from pi*, over seeds that draw other samples.
+(J(pi) - J(ref)) / (J(pi*) - J(ref)), the total variation from pi*, the expected reward, and the KL from the reference,
+over seeds that draw other samples.
 
 - ``defaults``: no options but beta and what makes ``--samples`` samples in all. ``published``: the same at the learning
   rate that is published for models of billions of weights. ``tuned``: the options of ``TUNED``, and ``--tuned``
   samples.
 - PPO and RLOO draw their samples from the policy. DPO learns from pairs of samples of the reference, each pair with one
   label that is drawn by Bradley-Terry: as many samples in all, so half as many labels.
+- ``online:LOSS`` (``--methods online:dpo online:grpo``) is prefopt online: its samples are the policy's, its labels the
+  order of their rewards. With hard labels, and with k3 in the loss, the limit is another one than pi*
+  (docs/guide/online.md): the total variation says how far from pi* a run ended, not how near its limit.
 - ``--labels 10000 3200`` trains DPO, tuned, on these numbers of labels instead of ``--tuned``; ``exact`` stands for
   every pair of different responses with its probability. What prefopt.runs.diagnose says of each is printed: it does
   not know the optimum.
@@ -31,6 +35,7 @@ import torch
 import prefopt
 from prefopt import theory
 from prefopt.config.dpo import LEARNING_RATE as DPO_RATE
+from prefopt.config.online import OnlineConfig
 from prefopt.config.ppo import LEARNING_RATE as PPO_RATE
 from prefopt.model.load import load_model
 from prefopt.model.scorer import Scorer
@@ -70,6 +75,17 @@ def sampled(start: str, output: str, algorithm: str, samples: int, seed: int, **
     prefopt.ppo(
         start, prompts, reward=world.reward, output=output, algorithm=algorithm, seed=seed, **MACHINE, **options
     )
+
+
+def online(start: str, output: str, loss: str, samples: int, seed: int, **options: Any) -> None:
+    """A run of prefopt online with so many samples, 64 a round."""
+    config = OnlineConfig(model="m", prompts=["p"], reward="length", output="o", loss=loss)
+    batch = 64 // config.num
+    more: dict[str, Any] = {"batch_size": batch, "epochs": float(max(1, samples // (config.num * batch)))}
+    more |= {"max_new_tokens": world.LONGEST, "token_budget": 8192}
+    prompts = [{"prompt": world.PROMPT}] * batch
+    given = {**MACHINE, **more, **options}
+    prefopt.online(start, prompts, reward=world.reward, output=output, loss=loss, seed=seed, **given)
 
 
 def row_of(first: int, second: int, share: float) -> dict[str, Any]:
@@ -119,22 +135,37 @@ def main() -> None:
         best = theory.optimal_logp(ref, world.REWARD, BETA)
         least, most = (float(theory.objective(x, ref, world.REWARD, BETA)) for x in (ref, best))
         print(f"reference: {theory.total_variation(ref, best):.3f} from the optimum, J from {least:.4f} to {most:.4f}")
+        earned, nats = float(theory.expected(best, world.REWARD)), float(theory.kl(best, ref))
+        print(f"reward {float(theory.expected(ref, world.REWARD)):.3f}, at the optimum {earned:.3f} at {nats:.3f} nats")
         rows = []
         named = [f"dpo:{n}" for n in asked.labels] if asked.labels else asked.methods
         for method in named:
             for kind in ["tuned"] if asked.labels else asked.kinds:
+                if method.startswith("online:") and kind == "tuned":
+                    parser.error("--methods online:LOSS has no tuned options here; give --kinds defaults published")
                 found = []
                 for seed in range(asked.seeds):
                     output = f"{folder}/{method}-{kind}-{seed}".replace(":", "-")
                     train(start, output, method, kind, ref, asked, seed)
                     logp = logp_of(output)
                     gain = (float(theory.objective(logp, ref, world.REWARD, BETA)) - least) / (most - least)
-                    found.append((gain, float(theory.total_variation(logp, best))))
-                gains, far = [g for g, _ in found], [tv for _, tv in found]
-                rows.append({"method": method, "kind": kind, "gains": gains, "total_variation": far})
+                    reward, kl = float(theory.expected(logp, world.REWARD)), float(theory.kl(logp, ref))
+                    found.append((gain, float(theory.total_variation(logp, best)), reward, kl))
+                gains, far, earned, nats = (list(column) for column in zip(*found, strict=True))
+                rows.append(
+                    {
+                        "method": method,
+                        "kind": kind,
+                        "gains": gains,
+                        "total_variation": far,
+                        "reward": earned,
+                        "kl": nats,
+                    }
+                )
                 print(
                     f"| {method} | {kind} | {statistics.fmean(gains):.1%} ({min(gains):.1%} to {max(gains):.1%})"
-                    f" | {statistics.fmean(far):.3f} ({max(far):.3f} at most) |",
+                    f" | {statistics.fmean(far):.3f} ({max(far):.3f} at most)"
+                    f" | {statistics.fmean(earned):.3f} | {statistics.fmean(nats):.3f} |",
                     flush=True,
                 )
                 if asked.labels:
@@ -149,6 +180,12 @@ def train(start: str, output: str, method: str, kind: str, ref: Any, asked: argp
     method, _, labels = method.partition(":")
     options: dict[str, Any] = {}
     samples = asked.tuned if kind == "tuned" else asked.samples
+    if method == "online":
+        if kind == "published":
+            given = OnlineConfig(model="m", prompts=["p"], reward="length", output="o", loss=labels)
+            options["learning_rate"] = given.published_rate
+        online(start, output, labels, samples, seed, **options | asked.options)
+        return
     if kind == "published":
         options["learning_rate"] = (DPO_RATE if method == "dpo" else PPO_RATE)[False]
     if kind == "tuned":

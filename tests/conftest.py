@@ -30,7 +30,16 @@ hypothesis.settings.register_profile("prefopt", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("prefopt")
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAINING = {"evaluate", "methods", "pipeline", "train", "test_api", "test_readme_commands"}
+TRAINING = {
+    "evaluate",
+    "methods",
+    "pipeline",
+    "train",
+    "test_adapter_folders",
+    "test_api",
+    "test_card",
+    "test_readme_commands",
+}
 """Folders and modules whose tests train small models by the hundred."""
 
 

@@ -90,11 +90,12 @@ assert_type(found, TrainingResult)
 assert_type(prefopt.dpo("m", "d", output="o", dry_run=True), TrainingResult | None)
 assert_type(prefopt.data.check("d").ok, bool)
 prefopt.ppo("m", prompts="p", output="o", reward=lambda prompts, responses: [0.0])
+prefopt.online("m", prompts="p", output="o", reward=["brief=length*-0.1", "vader"])
 prefopt.dpo("m", "d", output="o", betaa=0.1)
 prefopt.dpo("m", "d", output="o", schedule="steep")
 prefopt.score("s.jsonl", reward="length")
 """
-WRONG = (11, 12, 13)
+WRONG = (12, 13, 14)
 """Lines of it with a misspelt option, a value that is none, and without what is required."""
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -308,9 +307,10 @@ def test_a_killed_process_leaves_nothing_half_used(tmp_path: Path) -> None:
     file, other = (write(tmp_path / f"{n}.jsonl", chat_rows(60, seed=n)) for n in range(2))
     root = cache_folder.tokens_folder()
     for path in (file, other):
-        process = start(path, seconds=0.2)
-        wait_for(lambda: any((p / "ids_T.bin").exists() for p in root.glob("*.building")), process)
-        time.sleep(0.3)
+        log = path.with_suffix(".log")
+        process = start(path, log=log, hold_at=3)
+        wait_for(lambda log=log: log.exists() and log.read_text().count("\n") == 4, process)
+        assert any((p / "ids_T.bin").exists() for p in root.glob("*.building"))
         process.kill()
         process.communicate()
         assert list(root.glob("*.building")) and not [p for p in root.iterdir() if p.is_dir() and "." not in p.name]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,9 +59,13 @@ def contents(data: GroupSet) -> dict[str, Any]:
     return columns | {"read": data.read, "problems": data.problems, "notes": data.notes, "template": data.template}
 
 
-def start(file: Path, *, seconds: float = 0.0, workers: int = 1, log: Path | None = None) -> Any:
-    """Tokenise ``file`` in a process that waits so long before each chunk of ten rows; it prints what it summed up."""
-    command = [sys.executable, __file__, str(file), str(seconds), str(workers), str(log or "")]
+def start(
+    file: Path, *, seconds: float = 0.0, workers: int = 1, log: Path | None = None, hold_at: int | None = None
+) -> Any:
+    """Tokenise ``file`` in a process that waits so long before each chunk of ten rows, and without end before the one
+    of number ``hold_at``, from 0; it prints what it summed up."""
+    held = "" if hold_at is None else str(hold_at)
+    command = [sys.executable, __file__, str(file), str(seconds), str(workers), str(log or ""), held]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -71,18 +77,20 @@ def wait_for(condition: Callable[[], bool], process: Any) -> None:
         time.sleep(0.005)
 
 
-def child(file: str, seconds: float, workers: int, log: str) -> None:
+def child(file: str, seconds: float, workers: int, log: str, hold_at: str) -> None:
     from prefopt.core.terminal import StopRequest
     from prefopt.errors import Interrupted, UserError
 
     prepare.CHUNK_ROWS, load.PARALLEL_ROWS = 10, 20
-    prepared = prepare.Preparer.__call__
+    prepared, chunks = prepare.Preparer.__call__, itertools.count()
 
     def slow(self: prepare.Preparer, rows: Any) -> prepare.Chunk:
         time.sleep(seconds)
         if log:
             with Path(log).open("a") as handle:
                 handle.write(f"{os.getpid()} {len(rows)}\n")
+        if next(chunks) == int(hold_at or -1):
+            threading.Event().wait()
         return prepared(self, rows)
 
     prepare.Preparer.__call__ = slow  # type: ignore[method-assign]
@@ -96,4 +104,4 @@ def child(file: str, seconds: float, workers: int, log: str) -> None:
 
 
 if __name__ == "__main__":
-    child(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    child(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5])

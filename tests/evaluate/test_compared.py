@@ -120,10 +120,9 @@ def test_sweeps_of_earlier_versions_have_no_such_tables(tmp_path: Path) -> None:
     found = sweep(points("dpo", 0.3, 2), points("sft", 0.2, 2), tuning=trials, tune=24)
     assert read_frontier(found.write(tmp_path)) == found
     page = str(frontier_section(tmp_path))
+    said = "\n".join(lines(found))
     for table in tables(found):
-        assert table.title.split(",")[0] in page and all(
-            cell in "\n".join(lines(found)) for row in table.rows for cell in row
-        )
+        assert table.title.split(",")[0] in page and all(cell in said for row in table.rows for cell in row)
     file = tmp_path / "frontier.json"
     old = json.loads(file.read_text())
     for name in ("kl_at", "tune", "tuning"):

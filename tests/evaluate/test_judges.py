@@ -169,7 +169,8 @@ def test_a_language_model_is_asked_in_both_orders_and_once(monkeypatch: pytest.M
         assert asked("[[1]]", "good", "bad") == (0.5, 2), "whichever stands first wins: a tie"
         assert asked("[[2]]", "good", "bad") == (0.5, 0), "kept on disk"
         assert asked("[[tie]]", "one", "two") == (0.5, 2)
-        first, second = (r[2]["messages"][1]["content"] for r in server.requests[:2])
+        both = [r[2]["messages"][1]["content"] for r in server.requests[:2]]
+        first, second = sorted(both, key=lambda text: text.index("good"))  # they are asked at once
         assert first.index("good") < first.index("bad") and second.index("bad") < second.index("good")
         assert server.requests[0][2]["temperature"] == 0
         score, tries = asked("I cannot say.", "x", "y")
@@ -199,6 +200,20 @@ def test_a_judge_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPa
     with pytest.raises(RunError, match="cannot be reached") as caught:
         votes(judge("llm", judge_url=url, judge_model="big"), ("a", "b"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_judge_that_refuses_is_not_asked_again_and_one_that_fails_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prefopt.generate.judged.PAUSE", 0.0)
+    for status, tries, said in (
+        (401, 1, "^--judge-url http.* answers 401 .wrong key."),
+        (503, 4, "^no server of --judge-url is left .* 503 .*; start it again and repeat the command"),
+    ):
+        with serving(status=status, message="wrong key") as server:
+            asked = judge("llm", judge_url=server.url, judge_model="big")
+            monkeypatch.setattr("prefopt.generate.judged.AT_ONCE", 1)
+            with pytest.raises(RunError, match=said):
+                votes(asked, (f"a {status}", "b"))
+            assert len(server.requests) == tries
 
 
 def test_votes_of_people_are_counted_with_their_weights(tmp_path: Path) -> None:

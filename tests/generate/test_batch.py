@@ -90,7 +90,7 @@ def test_rows_stay_full_and_a_prompt_is_encoded_once(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
-@pytest.mark.parametrize("read_every", [3, 8, 100])
+@pytest.mark.parametrize("read_every", [3, pytest.param(8, marks=pytest.mark.slow), 100])
 def test_the_host_may_look_at_tokens_late(name: str, read_every: int) -> None:
     """Rows that have ended draw on for nothing; none goes beyond its context."""
     scorer = Scorer(build(name))

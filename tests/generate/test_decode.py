@@ -64,7 +64,12 @@ def check_decoder(scorer: Scorer, decoder: Decoder, prompts: list[list[int]]) ->
                 compare(rows)
 
 
-@pytest.mark.parametrize("name", [*SHARED, *HYBRIDS, *SEPARATE])
+KINDS = ["llama", "gpt_oss", "gemma2", "latent attention"]
+"""Plain attention, sliding windows with sinks, soft-caps, and keys of another width: the others are slow."""
+OF_SHARED = [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in SHARED]
+
+
+@pytest.mark.parametrize("name", [*OF_SHARED, *HYBRIDS, *SEPARATE])
 def test_logits_are_those_of_the_models_own_forward(name: str) -> None:
     scorer = Scorer(build(name))
     kind, note = decoder_of(scorer)
@@ -73,7 +78,7 @@ def test_logits_are_those_of_the_models_own_forward(name: str) -> None:
     check_decoder(scorer, kind(scorer), draw(*lengths))
 
 
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("name", OF_SHARED)
 @pytest.mark.parametrize("part_rows", [1, 8])
 def test_prompts_that_take_the_place_of_ended_rows_get_the_models_own_logits(
     name: str, part_rows: int, monkeypatch: pytest.MonkeyPatch

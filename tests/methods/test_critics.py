@@ -38,7 +38,7 @@ def test_with_an_adapter_the_critic_starts_from_the_model_with_it(
     ppo(start, tmp_path / "adapter", lora=True, learning_rate=1e-2)
     cpu = torch.device("cpu")
     merge_adapter(str(tmp_path / "adapter"), tmp_path / "merged", model=start, dtype=torch.float32, device=cpu)
-    monkeypatch.setattr("prefopt.rl.rounds.rollout_metrics", noted)
+    monkeypatch.setattr("prefopt.rl.ppo.rollout_metrics", noted)
     models = {start: {"adapter": str(tmp_path / "adapter")}, str(tmp_path / "merged"): {"lora": True}}
     for name, options in models.items():
         ppo(name, tmp_path / f"on{len(values)}", rows=ROWS[:4], critic="actor", max_steps=1, num=8, **options)

@@ -43,7 +43,9 @@ def ran_away(start: str, output: Path, **options: Any) -> str:
 RATES = {"": 1e-3, "lora": 4e-3, "an adapter as --model": 1.5e-3, "an adapter as --adapter": 1.5e-3}
 
 
-@pytest.mark.parametrize("kind", RATES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=() if k in ("", "an adapter as --adapter") else pytest.mark.slow) for k in RATES]
+)
 def test_a_run_that_ran_away_leaves_a_model_to_go_on_from(kind: str, start: str, tmp_path: Path) -> None:
     output, first, options = tmp_path / "out", start, {"lora": kind == "lora", "learning_rate": RATES[kind]}
     if "adapter" in kind:

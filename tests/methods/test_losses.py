@@ -56,7 +56,7 @@ def token_values(model: str, rows: list[dict[str, str]]) -> list[tuple[torch.Ten
     return [tuple(x.split([int(c.trained.sum()) for c in g.continuations])) for x, g in zip(found, groups, strict=True)]
 
 
-@pytest.mark.parametrize("name", FREE)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if i else ()) for i, n in enumerate(FREE)])
 def test_a_loss_without_a_reference_touches_none(
     name: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,7 +129,7 @@ def test_held_out_rows_are_not_all_in_memory(model: str, tmp_path: Path, monkeyp
 
     for module in ("batch", "data", "objective"):
         monkeypatch.setattr(f"prefopt.train.{module}.AT_ONCE", 16)
-    held_out = write_rows(tmp_path / "eval.jsonl", pairs(150, seed=3))
+    held_out = write_rows(tmp_path / "eval.jsonl", pairs(90, seed=3))
     told = {}
     for name in ("dpo", "aot", "kto"):
         options: dict[str, Any] = {"loss": name, "max_steps": 1, "token_budget": 100, "dtype": "float64"}

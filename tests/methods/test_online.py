@@ -18,13 +18,15 @@ import prefopt
 from methods import small_world as world
 from methods.test_ppo import ROWS, metrics, same_bits
 from prefopt.config.online import OnlineConfig
+from prefopt.core.dispatch import ServersLost
+from prefopt.core.endpoint import Unreachable
 from prefopt.errors import ConfigError, Diverged, Interrupted, RunError, StudyError
 from prefopt.generate.chat_model import RemoteChatModel
 from prefopt.methods.online import OnlineResult
 from prefopt.rl import comparers
-from prefopt.rl.drawn import DrawnRounds
 from prefopt.rl.last_good import going_on
 from prefopt.rl.rollouts import Collector
+from prefopt.rl.rounds import Rounds
 from prefopt.rl.sampled import SampledCollector
 from prefopt.studies.annotators import invite
 from prefopt.studies.items import next_item
@@ -179,14 +181,14 @@ def test_dynamic_sampling_leaves_out_what_is_equal(small: str, tmp_path: Path) -
         return [0.0 if p.startswith("a") else r for p, r in zip(prompts, found, strict=True)]
 
     seen: list[int] = []
-    learn = DrawnRounds.learn_from
+    learn = Rounds.learn_from
 
-    def kept(self: DrawnRounds, batch: Any) -> None:
+    def kept(self: Rounds, batch: Any) -> None:
         seen.append(len(batch))
         learn(self, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DrawnRounds, "learn_from", kept)
+        patch.setattr(Rounds, "learn_from", kept)
         online(small, tmp_path / "out", reward=reward, loss="dapo", batch_size=8, num=6)
     equal = sum(len(set(row["scores"])) == 1 for row in rounds(tmp_path / "out"))
     assert equal >= 2 and seen == [8 - equal]
@@ -367,10 +369,39 @@ def test_a_language_model_judges_in_both_orders(small: str, tmp_path: Path, monk
 
 def test_a_judge_without_verdicts_ends_the_run(small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RemoteChatModel, "answer", lambda self, asked, attempt: iter(["I cannot say."]))
-    monkeypatch.setattr("prefopt.generate.judged.time.sleep", lambda seconds: None)
     options: dict[str, Any] = {"reward": "llm", "judge_url": "http://localhost:1/v1", "judge_model": "mute", "num": 3}
     with pytest.raises(RunError, match=r"round 1: the judge .*mute.* gave no verdict on (\d+) of \1 pairs"):
         online(small, tmp_path / "out", **options)
+
+
+def test_a_judge_that_is_lost_leaves_a_checkpoint(small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the second round, with answers that were paid for; the run goes on to the same bits."""
+    asked: list[str] = []
+    most = [10**9]
+
+    def answer(self: Any, messages: Any, attempt: int) -> Any:
+        asked.append(messages[1].content)
+        if len(asked) > most[0]:
+            raise Unreachable("http://localhost:1/v1 cannot be reached (refused); is the server running?")
+        first, second = (asked[-1].split(f"# {n} answer\n\n")[1].split("\n\n# ")[0] for n in ("First", "Second"))
+        yield "[[1]]" if first > second else "[[2]]"
+
+    monkeypatch.setattr(RemoteChatModel, "answer", answer)
+    monkeypatch.setattr("prefopt.generate.judged.PAUSE", 0.0)
+    options: dict[str, Any] = {"reward": "llm", "judge_url": "http://localhost:1/v1", "judge_model": "big"}
+    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "one"))
+    online(small, tmp_path / "whole", **options)
+    whole, most[0] = len(asked), len(asked) - 2
+    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "other"))
+    asked.clear()
+    with pytest.raises(ServersLost, match=r"no server of --judge-url is left .*refused.* continue with --resume"):
+        online(small, tmp_path / "parts", judge_parallel=1, **options)
+    assert len(metrics(tmp_path / "parts")) == 1 and list((tmp_path / "parts" / "checkpoints").glob("step-*"))
+    most[0] = 10**9
+    asked.clear()
+    online(small, tmp_path / "parts", judge_parallel=1, resume=True, **options)
+    assert len(asked) == 2 < whole, "what was answered is not asked again"
+    assert same_bits(tmp_path / "parts", tmp_path / "whole")
 
 
 def vote_on_all(path: Path, done: threading.Event, prefer: Callable[[list[str]], int]) -> None:
@@ -414,14 +445,14 @@ def test_people_judge_while_the_run_waits(small: str, tmp_path: Path, monkeypatc
         with pytest.raises(Interrupted):
             online(small, tmp_path / "parts", study=str(tmp_path / "parts.db"), **options)
     with pytest.MonkeyPatch.context() as patch:  # what was drawn is in the checkpoint
-        draw = DrawnRounds.draw
+        draw = Rounds.draw
         steps: list[int] = []
 
-        def drawn(self: DrawnRounds, trainer: Trainer) -> Any:
+        def drawn(self: Rounds, trainer: Trainer) -> Any:
             steps.append(trainer.state.step)
             return draw(self, trainer)
 
-        patch.setattr(DrawnRounds, "draw", drawn)
+        patch.setattr(Rounds, "draw", drawn)
         with_anna(tmp_path / "parts", tmp_path / "parts.db", resume=True)
     assert steps == [1]
     assert same_bits(tmp_path / "parts", tmp_path / "whole")

@@ -101,7 +101,14 @@ def listed(logp: Any, ref: Any) -> Round:
 
 def options(**more: Any) -> Any:
     plain = {"overlong_buffer": None, "dynamic_sampling": False, "kl": "reward", "beta": BETA, "advantage_std": False}
-    plain |= {"labels": "soft", "pairs": "all", "desirable_above": None, "max_new_tokens": world.LONGEST}
+    plain |= {
+        "importance_cap": None,
+        "average": None,
+        "labels": "soft",
+        "pairs": "all",
+        "desirable_above": None,
+        "max_new_tokens": world.LONGEST,
+    }
     return SimpleNamespace(**{**plain, **more})
 
 

@@ -22,7 +22,7 @@ from prefopt.methods.ppo import PpoResult
 from prefopt.model.packing import pack
 from prefopt.model.scalar import ScalarScorer, scalar_from
 from prefopt.model.scorer import Scorer
-from prefopt.rl import rounds
+from prefopt.rl import ppo as rl_ppo
 from prefopt.rl.critic import Critic
 from prefopt.rl.objective import PpoObjective
 from prefopt.rl.rollouts import Collector, Rollouts
@@ -168,8 +168,10 @@ def stopped(number: int, model: str, output: Path, **options: Any) -> None:
         ({"minibatches": 2, "ppo_epochs": 2, "kl_target": 2.0, "kl_horizon": 20.0}, 6),  # within a step
         ({"minibatches": 2, "ppo_epochs": 2, "critic": "head"}, 4),  # at its end
         ({"algorithm": "rloo", "lora": True, "minibatches": 2}, 3),
-        ({"lora": True, "minibatches": 2, "ppo_epochs": 2}, 6),
-        ({"dtype": "bfloat16", "minibatches": 2, "ppo_epochs": 1, "save_every": 1}, 3),
+        pytest.param({"lora": True, "minibatches": 2, "ppo_epochs": 2}, 6, marks=pytest.mark.slow),
+        pytest.param(
+            {"dtype": "bfloat16", "minibatches": 2, "ppo_epochs": 1, "save_every": 1}, 3, marks=pytest.mark.slow
+        ),
     ],
     ids=["within", "end", "rloo-lora", "lora", "bfloat16"],
 )
@@ -199,7 +201,7 @@ def test_a_run_stopped_while_it_samples_goes_on(small: str, tmp_path: Path, monk
 
     def wrapped(self: Any) -> None:
         count[0] += 1
-        if self.state.step == 2 and self.source.rollouts is None and self.stop.signal is None and count[0] > 8:
+        if self.state.step == 2 and self.source.round is None and self.stop.signal is None and count[0] > 8:
             signal.raise_signal(signal.SIGTERM)
         pause(self)
 
@@ -249,8 +251,8 @@ def test_with_lora_one_base_serves_actor_and_reference(small: str, tmp_path: Pat
 def kept_rollouts(patch: pytest.MonkeyPatch) -> list[Rollouts]:
     """Where the rollouts of every step will be found."""
     kept: list[Rollouts] = []
-    targets = rounds.targets_of
-    patch.setattr(rounds, "targets_of", lambda config, r, beta: kept.append(r) or targets(config, r, beta))
+    targets = rl_ppo.targets_of
+    patch.setattr(rl_ppo, "targets_of", lambda config, r, beta: kept.append(r) or targets(config, r, beta))
     return kept
 
 
@@ -290,7 +292,9 @@ def test_what_a_critic_computes_in_and_what_trains_of_it(
     assert (many < 0.6 * sum(p.numel() for p in own.values())) == lora
 
 
-@pytest.mark.parametrize("critic", ["actor", "actor lora", "reward", "head"])
+@pytest.mark.parametrize(
+    "critic", ["actor", "head", *(pytest.param(c, marks=pytest.mark.slow) for c in ("actor lora", "reward"))]
+)
 def test_the_critic_learns_what_will_be_earned(critic: str, small: str, reward_model: str, tmp_path: Path) -> None:
     critic, _, lora = critic.partition(" ")
     company: dict[str, Any] = {"reward": reward_model} if critic == "reward" else {"lora": bool(lora)}

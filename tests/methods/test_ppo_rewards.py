@@ -31,8 +31,8 @@ from prefopt.model.scalar import scalar_from
 from prefopt.records import Comparison
 from prefopt.rewards import Reward
 from prefopt.rl.objective import PpoObjective, distinct
+from prefopt.rl.ppo import PpoRounds
 from prefopt.rl.rollouts import Collector, Rollouts, completed, in_order
-from prefopt.rl.rounds import Rounds
 from prefopt.rl.scores import ScoreScale
 from prefopt.rl.watch import NO_STEP
 from prefopt.runs.diagnose import diagnose
@@ -204,7 +204,8 @@ def test_a_stop_is_seen_while_a_judge_is_asked(small: str, tmp_path: Path, monke
         return "[[2]]"
 
     monkeypatch.setattr(CachedJudge, "__call__", stops)
-    monkeypatch.setattr(judged, "WAVE", 1)
+    monkeypatch.setattr(judged, "WAVES", 1)
+    monkeypatch.setattr(judged, "AT_ONCE", 1)
     with pytest.raises(Interrupted, match=r"after step 0 of \d+;"):
         ppo(small, tmp_path / "out", **options)
     assert len(asked) in (3, 4)
@@ -312,14 +313,14 @@ def test_updates_end_where_the_policy_has_moved_too_far(
     small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, float, bool]] = []
-    applies = Rounds.applies
+    applies = PpoRounds.applies
 
-    def watched(self: Rounds, update: int, record: dict[str, float]) -> bool:
+    def watched(self: PpoRounds, update: int, record: dict[str, float]) -> bool:
         found = applies(self, update, record)
         seen.append((update, record["policy/approxkl_avg"], found))
         return found
 
-    monkeypatch.setattr(Rounds, "applies", watched)
+    monkeypatch.setattr(PpoRounds, "applies", watched)
     limit, options = 2e-3, {"ppo_epochs": 8, "minibatches": 2, "max_steps": 1, "learning_rate": 5e-3}
     ppo(small, tmp_path / "all", **options)
     assert [update for update, *_ in seen] == list(range(16)) and max(kl for _, kl, _ in seen) > limit
@@ -331,7 +332,7 @@ def test_updates_end_where_the_policy_has_moved_too_far(
     assert metrics(tmp_path / "few")[0]["policy/updates_skipped"] == 16 - over
     # The refused update has not moved the weights: they are those of the updates before it.
     monkeypatch.setattr(
-        Rounds, "applies", lambda self, update, record: update < over or setattr(self, "updates", over + 1)
+        PpoRounds, "applies", lambda self, update, record: update < over or setattr(self, "updates", over + 1)
     )
     ppo(small, tmp_path / "cut", **options)
     from train.small import weights

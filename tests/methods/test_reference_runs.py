@@ -83,7 +83,9 @@ def test_nothing_is_scored_twice(model: str, tmp_path: Path, reports: list[FillR
     assert reports[-1].scored_responses == 0
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto", "dpo,nll", "ld_dpo"])
+@pytest.mark.parametrize(
+    "loss", ["kto", "ld_dpo", *(pytest.param(loss, marks=pytest.mark.slow) for loss in ("dpo", "dpo,nll"))]
+)
 def test_a_few_steps_score_what_they_read(
     loss: str, model: str, tmp_path: Path, reports: list[FillReport], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,16 +7,17 @@ scores in a process of its own, to be killed and raced.
 from __future__ import annotations
 
 import hashlib
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from dying import Death, die_at
 from prefopt.data.group import Group
 from prefopt.errors import CacheError, Interrupted
 from prefopt.reference import cache
@@ -102,12 +103,13 @@ class Once:
             raise Interrupted("stopped", signal.SIGTERM)
 
 
-def child(root: Path, n: int, name: str, delay: float, fill_disk_after: int) -> None:
+def child(root: Path, n: int, name: str, delay: float, fill_disk_after: int, death: Death | None = None) -> None:
+    """``death``: where it dies. Then its clock counts batches, so that every third commits."""
     import resource
 
     cache.COMMIT_SECONDS = 0.01 if not fill_disk_after else 0.0
     cache.COMMIT_SHARE = 0.0
-    log = os.open(root / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = root / f"{name}.log"
     calls = 0
 
     def score(batch: list[Group]) -> list[list[ResponseScore]]:
@@ -116,11 +118,15 @@ def child(root: Path, n: int, name: str, delay: float, fill_disk_after: int) -> 
         if fill_disk_after and calls > fill_disk_after:
             resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.RLIM_INFINITY))
         else:
-            os.write(log, (" ".join(key.hex() for key in keys_of(batch)) + "\n").encode())
+            with log.open("a") as handle:
+                handle.write(" ".join(key.hex() for key in keys_of(batch)) + "\n")
         time.sleep(delay)
         return Fake().score(batch)
 
     groups = make_groups(n)
+    if death:
+        cache.time = SimpleNamespace(monotonic=lambda: calls * 0.004)  # type: ignore[assignment]
+        die_at(death)
     try:
         report = ReferenceCache(SPACE, root).fill(groups, lambda: score, token_budget=BUDGET)
     except CacheError as error:
@@ -130,4 +136,6 @@ def child(root: Path, n: int, name: str, delay: float, fill_disk_after: int) -> 
 
 
 if __name__ == "__main__":
-    child(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float(sys.argv[4]), int(sys.argv[5]))
+    _, folder, count, name, delay, fill, *given = sys.argv
+    death = Death(given[0], int(given[1]), int(given[2])) if given else None
+    child(Path(folder), int(count), name, float(delay), int(fill), death)

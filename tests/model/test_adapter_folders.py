@@ -291,7 +291,9 @@ def grown_adapter(base: str, folder: Path, kind: str) -> Any:
 
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*", "ignore:.*tied.*", "ignore:.*save_embedding_layers.*")
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
-@pytest.mark.parametrize("kind", GROWN)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow if i % 2 else ()) for i, k in enumerate(GROWN)]
+)
 def test_a_grown_vocabulary_loads_merges_and_trains_on(kind: str, tied: bool, tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", tie_word_embeddings=tied)
     wrapped = grown_adapter(base, tmp_path / "a", kind)

@@ -87,6 +87,7 @@ def lora(model: Any) -> Any:
     return new_lora(model.requires_grad_(False), rank=2, alpha=4, dropout=0.0, targets=["all-linear"], task="CAUSAL_LM")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_checkpointing_with_an_adapter_through_aot_autograd() -> None:
     """Recomputed activations, symbolic shapes, and a frozen model with weights that train."""
@@ -162,7 +163,7 @@ def failing(how: str) -> Callable[..., Any]:
     return aot_autograd(fw_compiler=lambda graph, _: graph.forward, bw_compiler=at_once)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("how", ["forward", "backward"])
+@pytest.mark.parametrize("how", ["forward", pytest.param("backward", marks=pytest.mark.slow)])
 def test_a_compiler_that_fails_costs_one_line(how: str, caplog: pytest.LogCaptureFixture) -> None:
     scorer = Scorer(build("llama", torch.float32).train())
     rows = [packed(scorer, seed) for seed in range(3)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import Any
 
@@ -18,6 +19,9 @@ from prefopt.model.packing import pack
 
 GROUPS = [Draw(3).group(300, 280, 90), Draw(4).group(1, 257, 130, 64), *groups_of_every_kind()]
 """Whole blocks of prompts and of responses, and rows that end within a block."""
+
+TOGETHER = [(None, None, False), (8, 1.5, True), (200, None, True)]
+"""Each window, and each of soft-caps and sinks with and without the other."""
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +50,13 @@ def attended(groups: list[Group], heads: Any, kernel: str, **options: Any) -> to
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("window", [None, 8, 200])
-@pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize(
+    ("window", "softcap", "sinks"),
+    [
+        pytest.param(*given, marks=() if given in TOGETHER else pytest.mark.slow)
+        for given in itertools.product((None, 8, 200), (None, 1.5), (False, True))
+    ],
+)
 def test_values_and_gradients(window: int | None, softcap: float | None, sinks: bool) -> None:
     heads = random_heads(sum(g.tokens for g in GROUPS), 4, 2, 12, sinks=sinks)
     expected = dense_attention(*heads[:3], who_sees_whom(GROUPS, window), scale=0.4, softcap=softcap, sinks=heads[3])

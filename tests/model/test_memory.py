@@ -71,10 +71,18 @@ def peak_of_allocator(scorer: PackedModel, groups: list[Group]) -> int:
     return int(np.cumsum(changes).max())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("shape", "way"),
-    [*(("deep", way) for way in WAYS), ("large vocabulary", "full"), ("long", "full"), ("long", "lora, checkpointed")],
+    ("shape", "way", "dtype"),
+    [
+        pytest.param(shape, way, dtype, marks=() if dtype == torch.bfloat16 else pytest.mark.slow)
+        for shape, way in (
+            *(("deep", way) for way in WAYS),
+            ("large vocabulary", "full"),
+            ("long", "full"),
+            ("long", "lora, checkpointed"),
+        )
+        for dtype in DTYPES
+    ],
 )
 def test_a_pass_takes_what_was_counted(shape: str, way: str, dtype: torch.dtype) -> None:
     changes, sizes = SHAPES[shape]

@@ -52,7 +52,10 @@ def trained(scorer: Scorer, weights: MasterWeights, steps: int = 3) -> dict[str,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("lora", "checkpointed"), [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("lora", "checkpointed"),
+    [(False, False), (True, True), *(pytest.param(x, not x, marks=pytest.mark.slow) for x in (False, True))],
+)
 def test_training_ends_with_the_same_bits(dtype: torch.dtype, lora: bool, checkpointed: bool) -> None:
     expected = trained(*scorer_of(dtype, lora=lora, checkpointed=checkpointed))
     for what in ("optimizer", "activations"):

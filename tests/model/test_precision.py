@@ -28,7 +28,9 @@ def rms(x: torch.Tensor) -> float:
     return float(x.float().square().mean().sqrt())
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "qwen3", "gpt_oss"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt_oss", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mistral", "gemma2", "qwen3"))]
+)
 def test_in_bfloat16_sharing_is_within_the_rounding_of_separate_runs(name: str) -> None:
     groups = groups_of_every_kind()
     differences = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from dying import Death
 from model import fake_reference
 from model.fake_reference import BUDGET, SPACE, Once, committed, fill, make_groups, sums
 from prefopt.core.cache_folder import clear
@@ -21,15 +23,18 @@ from prefopt.reference.blocks import list_spaces, verify
 from prefopt.reference.cache import ReferenceCache
 
 
-def start(root: Path, n: int, *, name: str = "child", delay: float = 0.0, fill_disk_after: int = 0) -> Any:
+def start(
+    root: Path, n: int, *, name: str = "child", delay: float = 0.0, fill_disk_after: int = 0, death: Death | None = None
+) -> Any:
     """Score ``n`` groups in a process of its own; what it scores is appended to ``<name>.log`` in ``root``."""
     command = [sys.executable, str(fake_reference.__file__), str(root), str(n), name, str(delay), str(fill_disk_after)]
+    command += [str(value) for value in death or ()]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def scored(root: Path, name: str) -> list[list[str]]:
-    """Batches that a child scored, the last possibly half written."""
+    """Batches that a child scored."""
     path = root / f"{name}.log"
     return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -47,29 +52,27 @@ def kill(process: Any) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_the_end_is_the_same(tmp_path: Path) -> None:
-    groups = make_groups(120)
+def test_killed_at_ten_operations_the_end_is_the_same(tmp_path: Path) -> None:
+    """Before a batch, before a block, and between its writing and its rename: after none, one or two blocks."""
+    groups = make_groups(200)
     fill(tmp_path / "whole", groups)
     root = tmp_path / "killed"
     root.mkdir()
-    folder = ReferenceCache(SPACE, root).folder
     chance = random.Random(0)
     killed_with = []
     for n in range(10):
         before = {key.hex() for key in committed(root)}
-        process = start(root, 120, name=f"run{n}", delay=0.004)
-        batches = chance.randrange(8)
-        wait_for(lambda n=n, b=batches: len(scored(root, f"run{n}")) >= b and folder.exists(), process)
-        time.sleep(chance.random() * 0.005)
-        kill(process)
-        assert not before & {key for batch in scored(root, f"run{n}")[:-1] for key in batch}
+        death = Death("block-", chance.randrange(3), chance.randrange(6))
+        process = start(root, 200, name=f"run{n}", death=death)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == -signal.SIGKILL, err
+        assert not before & {key for batch in scored(root, f"run{n}") for key in batch}
         killed_with.append(len(committed(root)))
-    assert killed_with == sorted(killed_with) and killed_with[-1] > 0 and len(set(killed_with)) > 3
-    left = 240 - killed_with[-1]
-    assert left > 0, "killed too late for the test to mean anything"
-    assert fill(root, groups).responses == left
+    assert killed_with == sorted(killed_with) and len(set(killed_with)) > 3
+    assert 0 < killed_with[-1] < 400, killed_with
+    assert fill(root, groups).responses == 400 - killed_with[-1]
     assert sums(root, groups) == sums(tmp_path / "whole", groups)
-    assert not verify(root) and not list(folder.glob("plan-*"))
+    assert not verify(root) and not list(ReferenceCache(SPACE, root).folder.glob("plan-*"))
 
 
 def test_two_processes_score_each_response_once(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def wait(processes: list[tuple[Any, Any]], condition: Callable[[], bool]) -> Non
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("shard", SHARDS)
+@pytest.mark.parametrize("shard", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_they_resume_to_the_bit(shard: str, tmp_path: Path) -> None:
     whole = results(run(tmp_path, "whole", 2, shard=shard, max_steps=8))
     assert [status for status, _ in whole] == [0, 0], whole

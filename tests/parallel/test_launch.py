@@ -177,6 +177,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_run_again_that_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     script = tmp_path / "failing.py"
     script.write_text(FAILING)

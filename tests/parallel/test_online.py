@@ -16,8 +16,8 @@ from parallel.ranks import Failure, on_ranks
 from parallel.test_runs import EXACT, prepared, weights
 from prefopt.core.ranks import ranks_in
 from prefopt.rl.comparers import LanguageComparer
-from prefopt.rl.drawn import DrawnRounds
 from prefopt.rl.round_file import RoundFiles
+from prefopt.rl.rounds import Rounds
 from prefopt.train.trainer import Trainer
 
 OPTIONS: dict[str, Any] = {
@@ -84,12 +84,12 @@ def test_two_processes_draw_decide_and_learn_as_one(case: str, tmp_path: Path) -
         assert np.linalg.norm(theirs[name] - wanted) <= 1e-9 * max(1.0, np.linalg.norm(wanted)), name
 
 
-def _draws(self: DrawnRounds, trainer: Trainer) -> bool:
+def _draws(self: Rounds, trainer: Trainer) -> bool:
     return trainer.state.step == 2
 
 
 KILLS: dict[str, tuple[type, str, Callable[..., bool]]] = {
-    "drawing": (DrawnRounds, "draw", _draws),
+    "drawing": (Rounds, "draw", _draws),
     "judging": (LanguageComparer, "__call__", lambda self, name, *given: name == "round 3"),
     "writing": (RoundFiles, "write", lambda self, step, *given: step == 2),
     "updating": (Trainer, "_update", lambda self, batch: (self.state.step, self.state.done) == (2, 3)),

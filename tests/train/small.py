@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import prefopt
 from data.small import small_tokenizer
+from dying import Death, die_at
 from forked import forked
 from prefopt.train.result import TrainingResult
 
@@ -167,9 +168,10 @@ def _child(
     commit_seconds: float | None = None,
     largest_file: int | None = None,
     held_up: tuple[str, ...] | None = None,
+    death: Death | None = None,
 ) -> None:
     """``commit_seconds``: how often the reference cache commits. ``largest_file``: bytes after which disks are full.
-    ``held_up``: a thread does not get to write files whose path has all of these in it."""
+    ``held_up``: a thread does not get to write files whose path has all of these in it. ``death``: where it dies."""
     from prefopt.cli import main
     from prefopt.reference import cache
 
@@ -183,6 +185,8 @@ def _child(
         hold_up(*held_up)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+    if death is not None:
+        die_at(death)
     sys.exit(main(arguments))
 
 

@@ -14,6 +14,7 @@ import pytest
 import prefopt
 from prefopt.errors import ConfigError, Interrupted, RunError
 from prefopt.runs.callbacks import HOOKS
+from shortcuts import quick_runs_in
 from train.small import dpo, evaluations, metrics, pairs, same_bits, steps
 
 ROWS = pairs(12)
@@ -41,7 +42,16 @@ class Watch(prefopt.Callback):
         return [call[1:] for call in self.calls if call[0] == hook]
 
 
-def test_hooks_are_called_with_what_the_run_wrote(model: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def plain(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of all rows that nobody watches."""
+    folder = tmp_path_factory.mktemp("plain")
+    with quick_runs_in(folder):
+        dpo(model, ROWS, folder / "out", **OPTIONS)
+    return folder / "out"
+
+
+def test_hooks_are_called_with_what_the_run_wrote(model: str, plain: Path, tmp_path: Path) -> None:
     about: list[Any] = []
     watch = Watch(lambda name, run, *_: about.append(run))
     output = tmp_path / "out"
@@ -60,8 +70,7 @@ def test_hooks_are_called_with_what_the_run_wrote(model: str, tmp_path: Path) ->
     assert saved[-1][2] == output / "checkpoints" / "step-00000006" and saved[-1][2].is_dir()
     named = [(call[0], call[2]) for call in watch.calls if len(call) > 2]
     assert [hook for hook, step in named if step == 2] == ["on_step", "on_evaluation", "on_checkpoint"]
-    dpo(model, ROWS, tmp_path / "plain", **OPTIONS)
-    assert same_bits(output, tmp_path / "plain"), "watching changes nothing"
+    assert same_bits(output, plain), "watching changes nothing"
 
 
 def test_a_callback_ends_training_and_the_model_is_saved_and_evaluated(model: str, tmp_path: Path) -> None:
@@ -83,7 +92,9 @@ def test_a_callback_asks_for_checkpoints(model: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("hook", ["on_start", "on_step", "on_evaluation", "on_checkpoint", "on_end"])
-def test_one_that_raises_stops_the_run_in_a_line_and_everything_is_kept(hook: str, model: str, tmp_path: Path) -> None:
+def test_one_that_raises_stops_the_run_in_a_line_and_everything_is_kept(
+    hook: str, model: str, plain: Path, tmp_path: Path
+) -> None:
     def fail(name: str, run: Any, *_: Any) -> None:
         if name == hook and (run.step >= 3 or hook == "on_start"):
             raise KeyError("no such thing")
@@ -96,8 +107,7 @@ def test_one_that_raises_stops_the_run_in_a_line_and_everything_is_kept(hook: st
         dpo(model, ROWS, tmp_path / "out", callbacks=[Sampler(fail), other], **OPTIONS)
     assert [call[-1] for call in other.of("on_end")] == ["trained" if hook == "on_end" else "failed"]
     dpo(model, ROWS, tmp_path / "out", resume=True, **OPTIONS)
-    dpo(model, ROWS, tmp_path / "plain", **OPTIONS)
-    assert same_bits(tmp_path / "out", tmp_path / "plain")
+    assert same_bits(tmp_path / "out", plain)
 
 
 def test_what_failed_first_is_what_is_told(

@@ -45,7 +45,7 @@ def class_loss(model: Any) -> torch.Tensor:
     return loss
 
 
-@pytest.mark.parametrize("token_budget", [10_000, 60], ids=["one pass", "cut"])
+@pytest.mark.parametrize("token_budget", [pytest.param(10_000, marks=pytest.mark.slow), 60], ids=["one pass", "cut"])
 @pytest.mark.parametrize(
     "family", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "granitemoe", "minimax_m2"]
 )

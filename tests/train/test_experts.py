@@ -59,7 +59,9 @@ def run(method: str, model: Any, output: Path, **options: Any) -> Path:
     return output
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(method, marks=() if method in ("dpo", "rloo") else pytest.mark.slow) for method in METHODS]
+)
 def test_every_method_has_both_losses_and_tells_of_the_experts(method: str, model: Path, tmp_path: Path) -> None:
     exact = {"dtype": "float64"}
     plain = run(method, model, tmp_path / "plain", **exact)

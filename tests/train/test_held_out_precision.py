@@ -114,16 +114,16 @@ def test_mismatched_responses_are_compared_in_float32_too(model: str, tmp_path: 
 def test_a_resumed_run_keeps_its_choice(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the first evaluation chose is not measured again, and losses before and after a stop are comparable."""
     options: dict[str, Any] = {"learning_rate": 1e-6, "dtype": "bfloat16", "eval_fraction": 0.3, "epochs": 3}
-    dpo(model, pairs(40), tmp_path / "whole", **options)
+    dpo(model, pairs(16), tmp_path / "whole", **options)
 
     class Fails(prefopt.Callback):
         def on_evaluation(self, run: Any, step: int, metrics: Any) -> None:
             raise ValueError("stopped")
 
     with pytest.raises(CallbackFailed):
-        dpo(model, pairs(40), tmp_path / "out", **options, save_every=1, callbacks=[Fails()])
+        dpo(model, pairs(16), tmp_path / "out", **options, save_every=1, callbacks=[Fails()])
     monkeypatch.setattr(held_out.HeldOutPrecision, "measure", lambda *_: pytest.fail("measured again"))
-    dpo(model, pairs(40), tmp_path / "out", **options, save_every=1, resume=True)
+    dpo(model, pairs(16), tmp_path / "out", **options, save_every=1, resume=True)
     one, two = ([line["eval_loss"] for line in evaluations(tmp_path / n)] for n in ("whole", "out"))
     assert one[-1] == two[-1]
 
@@ -136,7 +136,7 @@ def test_no_memory_for_float32_keeps_the_run_alive(
 
     monkeypatch.setattr(held_out.HeldOutPrecision, "measure", fail)
     options: dict[str, Any] = {"learning_rate": 1e-6, "dtype": "bfloat16", "eval_fraction": 0.3, "progress": "plain"}
-    dpo(model, pairs(40), tmp_path / "out", **options)
+    dpo(model, pairs(16), tmp_path / "out", **options)
     assert "held out: evaluated in bfloat16: float32 does not fit into memory" in capsys.readouterr().out
 
 
@@ -196,16 +196,16 @@ def test_copies_that_do_not_fit_are_never_made(
 ) -> None:
     """Under an adapter all of the model's weights are copied; there is no room for them before the first step."""
     options = {**SLOW, **EXTRA["lora"]}
-    dpo(model, pairs(40), tmp_path / "run", **options, eval_dtype="run")
+    dpo(model, pairs(16), tmp_path / "run", **options, eval_dtype="run")
     monkeypatch.setattr(held_out, "free_memory", lambda device: 1000)
     monkeypatch.setattr(held_out, "in_float32", lambda *_: pytest.fail("copied"))
     capsys.readouterr()
-    dpo(model, pairs(40), tmp_path / "auto", **options)
+    dpo(model, pairs(16), tmp_path / "auto", **options)
     assert capsys.readouterr().out.count(FALLS_BACK) == 1 and record(tmp_path / "auto")["eval_dtype"] == "run"
     one, two = ([line["eval_loss"] for line in evaluations(tmp_path / n)] for n in ("run", "auto"))
     assert one == two
     with pytest.raises(ConfigError, match="--eval-dtype float32: held-out losses in float32 do not fit into memory"):
-        dpo(model, pairs(40), tmp_path / "wide", **options, eval_dtype="float32")
+        dpo(model, pairs(16), tmp_path / "wide", **options, eval_dtype="float32")
 
 
 def test_weights_with_masters_beside_them_need_no_copies() -> None:
@@ -236,13 +236,13 @@ def test_a_reference_that_runs_out_of_memory_in_float32_keeps_the_run_alive(
         raise cause[0]
 
     monkeypatch.setattr(ReferencePlan, "held_out_values", fail)
-    dpo(model, pairs(40), tmp_path / "out", **SLOW)
+    dpo(model, pairs(16), tmp_path / "out", **SLOW)
     assert FALLS_BACK in capsys.readouterr().out and record(tmp_path / "out")["eval_dtype"] == "run"
     with pytest.raises(ConfigError, match="--eval-dtype float32: held-out losses in float32 do not fit into memory"):
-        dpo(model, pairs(40), tmp_path / "wide", **SLOW, eval_dtype="float32")
+        dpo(model, pairs(16), tmp_path / "wide", **SLOW, eval_dtype="float32")
     cause[0] = RuntimeError("anything else")
     with pytest.raises(RunError if told else RuntimeError, match=r"one group|anything"):
-        dpo(model, pairs(40), tmp_path / "other", **SLOW)
+        dpo(model, pairs(16), tmp_path / "other", **SLOW)
 
 
 def fits_in_float32(monkeypatch: pytest.MonkeyPatch, most: Callable[[], int]) -> list[int]:
@@ -277,15 +277,15 @@ def test_a_first_evaluation_without_room_for_float32_is_in_the_dtype_of_the_run(
 ) -> None:
     """A later one is refused: its loss would not be comparable with those before."""
     options = {**SLOW, "epochs": 2}
-    dpo(model, pairs(40), tmp_path / "run", **options, eval_dtype="run")
+    dpo(model, pairs(16), tmp_path / "run", **options, eval_dtype="run")
     with monkeypatch.context() as patch:
         tried = fits_in_float32(patch, lambda: 0)
-        dpo(model, pairs(40), tmp_path / "auto", **options)
+        dpo(model, pairs(16), tmp_path / "auto", **options)
     assert len(tried) > 1 and FALLS_BACK in capsys.readouterr().out
     assert record(tmp_path / "auto")["eval_dtype"] == "run"
     one, two = ([line["eval_loss"] for line in evaluations(tmp_path / n)] for n in ("run", "auto"))
     assert one == two and len(one) == 2
     found = fits_in_float32(monkeypatch, lambda: 0 if len(found) > 1 else 10**9)
     with pytest.raises(RunError, match="held-out losses in float32 do not fit into memory; give --eval-dtype run"):
-        dpo(model, pairs(40), tmp_path / "later", **options)
+        dpo(model, pairs(16), tmp_path / "later", **options)
     assert len(evaluations(tmp_path / "later")) == 1

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dying import Death
 from train.small import pairs, same_bits, start, steps, words, write_rows
 
 pytestmark = pytest.mark.slow
@@ -27,14 +27,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def wait(process: Any, condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition() and process.is_alive():
-        assert time.monotonic() < deadline
-        time.sleep(0.0005)
-
-
-def test_killed_at_ten_random_moments_a_run_ends_with_the_same_bits(
+def test_killed_at_ten_file_operations_a_run_ends_with_the_same_bits(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write_rows(tmp_path / "data.jsonl", pairs(150))
@@ -59,17 +52,12 @@ def test_killed_at_ten_random_moments_a_run_ends_with_the_same_bits(
     caching = training = 0
     for n in range(10):
         before = (blocks(), trained())
-        process = start(words(model, data, parts, **OPTIONS, resume=True), log, commit_seconds=0.0)
-        if n < 5:
-            more = before[0] + chance.randint(1, 4)
-            wait(process, lambda more=more: blocks() >= more)
-        else:
-            more = before[1] + chance.randint(1, 4)
-            wait(process, lambda more=more: trained() >= more)
-        time.sleep(chance.random() * 0.02)
-        process.kill()
-        process.join()
+        mark = "block-" if n < 5 else "checkpoints/step-"
+        death = Death(mark, chance.randint(1, 4), chance.randint(1, 6))
+        process = start(words(model, data, parts, **OPTIONS, resume=True), log, commit_seconds=0.0, death=death)
+        process.join(240)
         assert process.exitcode == -9, log.read_text()
+        assert n < 5 or trained() > before[1]
         caching += not trained() and blocks() > before[0]
         training += trained() > 0
     assert caching >= 4 and training >= 4, log.read_text()

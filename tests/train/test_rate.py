@@ -140,6 +140,7 @@ def test_a_search_in_which_every_rate_diverges_trains_nothing(
         assert "learning_rate_found" not in kept and not any(kept["learning_rates_tried"].values())
 
 
+@pytest.mark.slow
 def test_a_search_that_stops_is_gone_on_with(small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made: list[int] = []
     step = Trainer.make_step

@@ -51,19 +51,19 @@ def stopped_at(step: int, *arguments: Any, **options: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "step"),
     [
-        (FULL, 1),
+        pytest.param(FULL, 1, marks=pytest.mark.slow),
         (FULL, 4),
         (LORA, 3),
-        (LORA | {"dtype": "float64"}, 6),
-        (FULL | {"dtype": "bfloat16"}, 2),
+        pytest.param(LORA | {"dtype": "float64"}, 6, marks=pytest.mark.slow),
+        pytest.param(FULL | {"dtype": "bfloat16"}, 2, marks=pytest.mark.slow),
         (FULL | {"loss": "bco:1,nll:0.1", "token_budget": 60}, 3),  # running states, two passes
-        (LORA | {"loss": "beta_dpo", "token_budget": 60}, 3),
-        (FULL | {"loss": "kto", "token_budget": 60}, 2),
+        pytest.param(LORA | {"loss": "beta_dpo", "token_budget": 60}, 3, marks=pytest.mark.slow),
+        pytest.param(FULL | {"loss": "kto", "token_budget": 60}, 2, marks=pytest.mark.slow),
         (
             FULL | {"ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.4, "dtype": "bfloat16"},
             3,
         ),  # a reference that moves
-        (LORA | {"ref_model_sync_steps": 2, "loss": "tdpo"}, 2),
+        pytest.param(LORA | {"ref_model_sync_steps": 2, "loss": "tdpo"}, 2, marks=pytest.mark.slow),
     ],
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(options: dict[str, Any], step: int, model: str, tmp_path: Path) -> None:
@@ -77,7 +77,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(options: dict[str, Any], step: i
     assert json.loads((tmp_path / "parts/run.json").read_text())["status"] == "finished"
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_the_command_with_a_checkpoint(number: int, status: int, model: str, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "data.jsonl", pairs(40))
     command = words(model, data, tmp_path / "parts", batch_size=2, epochs=20, progress="plain")

@@ -102,7 +102,7 @@ def _words(method: Method) -> str:
 
 def _with_objects(signature: Signature, method: Method) -> Signature:
     """The signature with the types of objects that an option may have in Python, and of the result."""
-    objects = {"reward": "str | Scores"} if method.name in ("ppo", "online") else {}
+    objects = {"reward": "str | list[str] | Scores"} if method.name in ("ppo", "online") else {}
     parameters = []
     for p in signature.parameters.values():
         if p.name == method.rows:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from prefopt.config.data import READING, RowOptions, SamplingOptions
+from prefopt.config.judges import LLM, JudgeServerOptions
 from prefopt.config.scoring import is_model_reward
 from prefopt.config.training import MachineOptions, ProgressOptions
-from prefopt.core.options import flag, option, options
+from prefopt.core.options import Config, flag, option, options
 from prefopt.errors import ConfigError
 
 _OF_VOTES = {"votes", *READING, "json", "progress"}
@@ -19,11 +20,26 @@ _OF_DRAWING = ("num", "max_new_tokens", "temperature")
 _OF_READING = (*(name for name in READING if name != "picture_folder"), "on_bad_row")
 """Options that files of samples do not read."""
 _OF_MACHINES = tuple(field.name for field in fields(MachineOptions))
-_OF_LLM = ("judge_url", "judge_model", "judge_key")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig(MachineOptions, ProgressOptions, SamplingOptions, RowOptions):
+class ComparisonJudgeOptions(Config):
+    """What decides between two responses."""
+
+    judge: str | None = option(
+        None,
+        "what decides which response is better: length, vader, regex:PATTERN, gsm8k (the answer after #### in the"
+        " prompts' file), MODULE:FUNCTION of prompts and responses, a reward model's folder or name,"
+        " implicit:MODEL,REFERENCE, or llm",
+        group="judge",
+        default_text="required",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(
+    JudgeServerOptions, ComparisonJudgeOptions, MachineOptions, ProgressOptions, SamplingOptions, RowOptions
+):
     """Two or more models compared on prompts. Construction raises ``ConfigError``."""
 
     a: str | None = option(
@@ -44,18 +60,6 @@ class CompareConfig(MachineOptions, ProgressOptions, SamplingOptions, RowOptions
     category: str | None = option(None, "column of the prompts to report rates by")
     held_out: list[str] | None = option(None, "data to measure each model's perplexity on, over their best responses")
     votes: list[str] | None = option(None, "count people's votes instead: files of prefopt chat, or studies")
-
-    judge: str | None = option(
-        None,
-        "what decides which response is better: length, vader, regex:PATTERN, gsm8k (the answer after #### in the"
-        " prompts' file), MODULE:FUNCTION of prompts and responses, a reward model's folder or name,"
-        " implicit:MODEL,REFERENCE, or llm",
-        group="judge",
-        default_text="required",
-    )
-    judge_url: str | None = option(None, "OpenAI-compatible server of the judge llm, such as http://localhost:8000/v1")
-    judge_model: str | None = option(None, "name of the judge on that server", default_text="the server's only model")
-    judge_key: str | None = option(None, "environment variable with the server's key", default_text="no key is sent")
 
     tasks: list[str] | None = option(
         None, "tasks of lm-eval to run on each model: what alignment costs elsewhere", group="tasks"
@@ -90,11 +94,7 @@ class CompareConfig(MachineOptions, ProgressOptions, SamplingOptions, RowOptions
         self.need("output", "overwrite")
         if len(set(self.models)) < len(self.models):
             raise ConfigError("one of the models is named twice; a model is not compared with itself")
-        if self.judge == "llm" and self.judge_url is None:
-            raise ConfigError("--judge llm needs --judge-url, the address of its server")
-        for name in _OF_LLM:
-            if getattr(self, name) is not None and self.judge != "llm":
-                raise ConfigError(f"{flag(name)} belongs to --judge llm; leave it out")
+        self.check_judge(self.judge == LLM, "--judge llm")
         if self.reference is not None and self.temperature != 1:
             raise ConfigError("--reference measures KL on unmodified samples of the model: leave --temperature out")
         if self.temperature == 0 and self.num > 1:

@@ -14,9 +14,12 @@ from typing import Any, Literal, NamedTuple
 from prefopt.config import dpo, sft
 from prefopt.config.data import PromptOptions, RowOptions, TemplateOptions
 from prefopt.config.dpo import LossOptions
+from prefopt.config.judges import LLM, JudgeServerOptions
 from prefopt.config.rates import AUTO, SMALL_RATE
+from prefopt.config.rewards import ComponentOptions, RewardTerm, reward_terms
+from prefopt.config.rollouts import StaleOptions
 from prefopt.config.training import ModelOptions, RouterOptions, RunOptions, TrainingOptions
-from prefopt.core.options import Config, beside, flag, option
+from prefopt.core.options import beside, flag, option
 from prefopt.errors import ConfigError
 
 
@@ -46,12 +49,11 @@ NUM, NUM_OF_GRADIENTS, NUM_OF_BEST = 2, 8, 4
 MAX_KL = 100.0
 PARALLEL = 8
 MOST_FOR_PEOPLE = 9
-COMPARERS = ("llm", "people")
+COMPARERS = (LLM, "people")
 """Rewards that compare responses instead of scoring each."""
 
 OF_PREFERENCES = ("loss_options", "label_smoothing", "divergence", "divergence_alpha", "weighting", "pairs", "labels")
 OF_GRADIENTS = ("clip", "clip_high", "advantage_std", "kl", "dynamic_sampling", "overlong_buffer")
-OF_LLM = ("judge_url", "judge_model", "judge_key", "judge_parallel")
 OF_PEOPLE = ("study", "overlap")
 
 
@@ -66,19 +68,18 @@ def of_gradient(name: str, help: str, **limits: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeOptions(Config):
+class JudgeOptions(JudgeServerOptions, ComponentOptions):
     """Who judges the responses of a round."""
 
-    reward: str = option(
+    reward: str | list[str] = option(
         help="what judges responses: a rule (vader, length), MODULE:FUNCTION, or a reward model's folder or Hub name;"
-        " or what compares them: llm, behind --judge-url, or people, in --study",
-        group="judge",
+        " several are added up: NAME=REWARD*WEIGHT each, name and weight (1) may be left out. Or what compares them:"
+        " llm, behind --judge-url, or people, in --study",
+        group="reward",
     )
-    judge_url: str | None = option(None, "OpenAI-compatible server of the judge llm, such as http://localhost:8000/v1")
-    judge_model: str | None = option(None, "its name there", default_text="the server's only model")
-    judge_key: str | None = option(None, "environment variable with the server's key", default_text="no key is sent")
     judge_parallel: int | None = option(
         help="questions to the judge llm at once",
+        group="judge",
         computed=lambda c: PARALLEL if c.judge == "llm" else None,
         default_text=f"{PARALLEL}",
         at_least=1,
@@ -94,34 +95,37 @@ class JudgeOptions(Config):
         default_text="1",
         at_least=1,
     )
-    missing_eos_penalty: float | None = option(
-        None, "subtracted from the score of a response without an end token", above=0
-    )
-    missing_eos_score: float | None = option(
-        None, "score of a response without an end token, instead of its own; -1 is usual"
-    )
 
     @property
     def judge(self) -> str | None:
-        """``llm`` or ``people``, who compare responses; None for a reward, which scores them."""
-        return self.reward if self.reward in COMPARERS else None
+        """``llm`` or ``people``, who compare responses; None for rewards, which score them."""
+        terms = reward_terms(self.reward)
+        return terms[0].source if len(terms) == 1 and terms[0].source in COMPARERS else None
+
+    @property
+    def reward_terms(self) -> list[RewardTerm]:
+        """The components of ``reward``; none where responses are compared."""
+        return [] if self.judge is not None else reward_terms(self.reward)
 
     def check(self) -> None:
-        if self.judge == "llm" and self.judge_url is None:
-            raise ConfigError("--reward llm needs --judge-url, the address of its server")
-        for judge, names in (("llm", OF_LLM), ("people", OF_PEOPLE)):
-            if self.judge != judge:
-                _refuse(self, names, f"belongs to --reward {judge}; leave it out")
+        for term in reward_terms(self.reward):
+            if term.source in COMPARERS and (self.judge is None or term != RewardTerm(term.source, term.source)):
+                raise ConfigError(
+                    f"--reward {term.source} compares responses, and gives no score that could be weighted or added:"
+                    " name it alone"
+                )
+        self.check_judge(self.judge == LLM, "--reward llm", ("judge_parallel",))
+        if self.judge != "people":
+            _refuse(self, OF_PEOPLE, "belongs to --reward people; leave it out")
         if self.judge is not None:
             why = f"is about scores, and --reward {self.judge} compares; leave it out"
             _refuse(self, ("missing_eos_penalty", "missing_eos_score"), why)
-        if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
-            raise ConfigError("--missing-eos-penalty and --missing-eos-score exclude each other: give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineConfig(
     LossOptions,
+    StaleOptions,
     JudgeOptions,
     TrainingOptions,
     RouterOptions,
@@ -280,6 +284,11 @@ class OnlineConfig(
             raise ConfigError("--lora-dropout: ratios and log-ratios must not be random: leave it out")
         if self.gradient is None:
             _refuse(self, OF_GRADIENTS, f"is of policy gradients, and --loss {self.loss} is none: leave it out")
+            if self.stale == "correct":
+                raise ConfigError(
+                    f"--stale correct weights the advantages of policy gradients, and --loss {self.loss} has none:"
+                    " leave it out"
+                )
         if not self.prefers:
             _refuse(self, OF_PREFERENCES, f"is of losses on preferences, and --loss {self.loss} is none: leave it out")
             _refuse(self, ("desirable_above",), f"is of losses on labels, and --loss {self.loss} is none: leave it out")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from prefopt.config.data import PromptOptions, RowOptions, TemplateOptions
 from prefopt.config.rates import AUTO, SMALL_RATE
 from prefopt.config.rewards import RewardOptions
-from prefopt.config.rollouts import RolloutOptions
+from prefopt.config.rollouts import StaleOptions
 from prefopt.config.training import ModelOptions, RouterOptions, RunOptions, TrainingOptions, auto_rate_option
 from prefopt.core.options import Config, beside, flag, option
 from prefopt.errors import ConfigError
@@ -24,7 +24,6 @@ MAX_KL, MAX_KL_TARGETS = 100.0, 10.0
 # Ouyang et al. 2022 used 27.8, without saying what their two terms are averaged over. With both as means over tokens,
 # and whitened advantages, a token of either moves the weights about as much at 1.
 PTX_COEFFICIENT = 1.0
-IMPORTANCE_CAP = 2.0
 
 CRITIC_ONLY = ("critic", "critic_learning_rate", "gae_lambda", "value_clip", "value_coefficient")
 """What RLOO, which has no critic, does not read."""
@@ -107,7 +106,7 @@ class PpoConfig(
     RunOptions,
     KlOptions,
     RewardOptions,
-    RolloutOptions,
+    StaleOptions,
     TemplateOptions,
     PromptOptions,
     RowOptions,
@@ -122,19 +121,6 @@ class PpoConfig(
     max_new_tokens: int = option(128, "most tokens of a response", at_least=1)
     temperature: float = option(
         1.0, "divides the logits, in sampling and in all log-probabilities of policy and reference", above=0
-    )
-
-    stale: Literal["refuse", "correct"] = option(
-        "refuse",
-        "responses that a rollout server drew with older weights: refuse, they are drawn again; correct, they are kept,"
-        " and truncated importance weights multiply all advantages",
-        group="rollout servers",
-    )
-    importance_cap: float | None = option(
-        help="importance weights are truncated at this",
-        computed=lambda c: IMPORTANCE_CAP if c.stale == "correct" else None,
-        default_text=f"{IMPORTANCE_CAP:g}, with --stale correct",
-        at_least=1,
     )
 
     algorithm: Literal["ppo", "rloo"] = option(
@@ -195,15 +181,6 @@ class PpoConfig(
         return SMALL_RATE[self.lora]
 
     def check(self) -> None:
-        if self.stale == "correct" and self.rollout_server is None:
-            raise ConfigError("--stale is about rollout servers: give --rollout-server, or leave it out")
-        if self.stale == "correct" and self.temperature != 1:
-            raise ConfigError(
-                f"--stale correct needs the log-probabilities of older weights at --temperature {self.temperature:g},"
-                " which servers report at 1 alone: leave one of them out"
-            )
-        if self.importance_cap is not None and self.stale == "refuse":
-            raise ConfigError("--importance-cap truncates the weights of --stale correct: leave one of them out")
         if self.lora_dropout:
             raise ConfigError("--lora-dropout: PPO compares log-probabilities, which must not be random: leave it out")
         if self.algorithm == "rloo":

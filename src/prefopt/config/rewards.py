@@ -1,4 +1,5 @@
-"""What PPO maximises: rewards with weights, a language model as judge, scaled scores, and what is watched beside them.
+"""What PPO and online losses maximise: rewards with weights, a language model as judge, scaled scores, and what is
+watched beside them.
 
 >>> [t.name for t in reward_terms(["quality=org/reward*0.7", "brevity=my_rewards:brief*-0.1", "length"])]
 ['quality', 'brevity', 'length']
@@ -13,15 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from prefopt.config.judges import LLM, JudgeServerOptions
 from prefopt.config.scoring import is_model_reward
 from prefopt.core.files import expanded
-from prefopt.core.options import Config, flag, option
+from prefopt.core.options import Config, option
 from prefopt.errors import ConfigError
 
-LLM = "llm"
-"""The reward that a language model behind ``--judge-url`` gives."""
 JUDGE_PATTERN = r"\[\[\s*([-+]?\d+(?:\.\d+)?)\s*\]\]"
-OF_JUDGE = ("judge_url", "judge_model", "judge_key", "judge_prompt", "judge_pattern")
+OF_SCORES = ("judge_prompt", "judge_pattern")
+"""What the judge reads of how it gives scores."""
 WATCH_TIMES = 10
 """Evaluations of a run without ``--eval-every``."""
 _NAMED = re.compile(r"([A-Za-z][\w-]*)=(.+)")
@@ -71,8 +72,8 @@ def _name_of(source: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardOptions(Config):
-    """The reward, and how its scores are scaled. Construction raises ``ConfigError``."""
+class ComponentOptions(Config):
+    """Rewards with names and weights, which are added up."""
 
     reward: str | list[str] = option(
         help="score of a response: a rule (vader, length), MODULE:FUNCTION of prompts and responses, the folder or Hub"
@@ -80,10 +81,42 @@ class RewardOptions(Config):
         " added up: NAME=REWARD*WEIGHT each, name and weight (1) may be left out",
         group="reward",
     )
+    missing_eos_penalty: float | None = option(
+        None, "subtracted from the score of a response without an end token", above=0
+    )
+    missing_eos_score: float | None = option(
+        None, "score of a response without an end token, instead of its own; -1 is usual"
+    )
+
+    @property
+    def reward_terms(self) -> list[RewardTerm]:
+        """The components of ``reward``."""
+        return reward_terms(self.reward)
+
+    @property
+    def true_term(self) -> RewardTerm | None:
+        """What is measured beside ``reward``, and never trained on."""
+        return None
+
+    @property
+    def reward_words(self) -> str:
+        """``reward`` in one line."""
+        return self.reward if isinstance(self.reward, str) else " + ".join(self.reward)
+
+    def check(self) -> None:
+        if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
+            raise ConfigError("--missing-eos-penalty and --missing-eos-score exclude each other: give one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardOptions(JudgeServerOptions, ComponentOptions):
+    """The reward, and how its scores are scaled. Construction raises ``ConfigError``."""
+
     normalise_scores: Literal["none", "running", "reference"] = option(
         "none",
         "scale scores to mean 0 and deviation 1, so that beta means the same for every reward: running, by all scores"
         " of the run so far; reference, by those of the reference's own responses, drawn before training",
+        group="reward",
     )
     missing_eos_penalty: float | None = option(
         None, "subtracted from the score of a response without an end token, after --normalise-scores", above=0
@@ -92,12 +125,10 @@ class RewardOptions(Config):
         None,
         "score of a response without an end token, instead of its own, as it is after --normalise-scores; -1 is usual",
     )
-    judge_url: str | None = option(None, "OpenAI-compatible server of the reward llm, such as http://localhost:8000/v1")
-    judge_model: str | None = option(None, "its name there", default_text="the server's only model")
-    judge_key: str | None = option(None, "environment variable with the server's key", default_text="no key is sent")
     judge_prompt: str | None = option(
         None,
         "text file with the instructions of the reward llm; it must ask for a score that --judge-pattern finds",
+        group="judge",
         default_text="quality from 1 to 10, as [[7]] in the last line",
     )
     judge_pattern: str | None = option(
@@ -109,6 +140,7 @@ class RewardOptions(Config):
         None,
         "what the reward stands for, such as --reward takes one: measured on responses to --eval-prompts, never"
         " trained on",
+        group="reward",
     )
     eval_prompts: list[str] | None = option(
         None,
@@ -128,28 +160,17 @@ class RewardOptions(Config):
     )
 
     @property
-    def reward_terms(self) -> list[RewardTerm]:
-        """The components of ``reward``."""
-        return reward_terms(self.reward)
-
-    @property
-    def reward_words(self) -> str:
-        """``reward`` in one line."""
-        return self.reward if isinstance(self.reward, str) else " + ".join(self.reward)
+    def true_term(self) -> RewardTerm | None:
+        """What ``--true-reward`` names."""
+        return reward_term(self.true_reward, "--true-reward") if self.true_reward is not None else None
 
     def check(self) -> None:
-        if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
-            raise ConfigError("--missing-eos-penalty and --missing-eos-score exclude each other: give one of them")
         sources = [term.source for term in self.reward_terms]
-        if self.true_reward is not None:
+        if self.true_term is not None:
             if self.eval_prompts is None:
                 raise ConfigError("--true-reward is measured on held-out prompts: add --eval-prompts")
-            sources.append(reward_term(self.true_reward, "--true-reward").source)
-        if LLM in sources and self.judge_url is None:
-            raise ConfigError("--reward llm needs --judge-url, the address of its server")
-        for name in OF_JUDGE:
-            if getattr(self, name) is not None and LLM not in sources:
-                raise ConfigError(f"{flag(name)} belongs to --reward llm; leave it out")
+            sources.append(self.true_term.source)
+        self.check_judge(LLM in sources, "--reward llm", OF_SCORES)
         if self.judge_pattern is not None:
             try:
                 groups = re.compile(self.judge_pattern).groups

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from prefopt.core.endpoint import base_url
 from prefopt.core.options import Config, beside, option
 from prefopt.errors import ConfigError
 
 CONCURRENCY, SECONDS = 32, 600.0
+IMPORTANCE_CAP = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,3 +60,33 @@ class RolloutOptions(Config):
             raise ConfigError("--rollout-server is empty: name a server, or leave it out")
         if len(set(urls)) < len(urls):
             raise ConfigError("--rollout-server names a server twice: raise --server-concurrency instead")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaleOptions(RolloutOptions):
+    """What becomes of responses that older weights drew, where advantages can be weighted."""
+
+    stale: Literal["refuse", "correct"] = option(
+        "refuse",
+        "responses that a rollout server drew with older weights: refuse, they are drawn again; correct, they are kept,"
+        " and truncated importance weights multiply all advantages",
+        group="rollout servers",
+    )
+    importance_cap: float | None = option(
+        help="importance weights are truncated at this",
+        computed=lambda c: IMPORTANCE_CAP if c.stale == "correct" else None,
+        default_text=f"{IMPORTANCE_CAP:g}, with --stale correct",
+        at_least=1,
+    )
+
+    def check(self) -> None:
+        config: Any = self
+        if self.stale == "correct" and self.rollout_server is None:
+            raise ConfigError("--stale is about rollout servers: give --rollout-server, or leave it out")
+        if self.stale == "correct" and config.temperature != 1:
+            raise ConfigError(
+                f"--stale correct needs the log-probabilities of older weights at --temperature {config.temperature:g},"
+                " which servers report at 1 alone: leave one of them out"
+            )
+        if self.importance_cap is not None and self.stale == "refuse":
+            raise ConfigError("--importance-cap truncates the weights of --stale correct: leave one of them out")

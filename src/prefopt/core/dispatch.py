@@ -5,10 +5,11 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Generic, Protocol, TypeVar
 
+from prefopt.core.endpoint import ServerRefusal, Unreachable
 from prefopt.errors import RunError
 
 ATTEMPTS = 4
@@ -16,6 +17,11 @@ PAUSE = 0.5
 """Seconds before the second attempt, doubled before every other."""
 LOOK_EVERY = 0.2
 """Seconds between two looks at whether to stop, where no answer comes."""
+
+
+BUSY = (408, 425, 429)
+"""Statuses below 500 after which another attempt may help."""
+AGAIN = "start one again and continue with --resume"
 
 
 class ServersLost(RunError):
@@ -46,11 +52,25 @@ Server = TypeVar("Server", bound=Losable)
 Answer = TypeVar("Answer")
 
 
-def refuse_none_left(servers: Sequence[Losable], flag: str) -> None:
+def refuse_none_left(servers: Sequence[Losable], flag: str, remedy: str = AGAIN) -> None:
     """Raise :class:`ServersLost` where no server is left; ``flag`` is the option that names them."""
     if all(server.lost for server in servers):
         reasons = "; ".join(dict.fromkeys(server.lost for server in servers))
-        raise ServersLost(f"no server of {flag} is left ({reasons}); start one again and continue with --resume")
+        raise ServersLost(f"no server of {flag} is left ({reasons}); {remedy}")
+
+
+@contextmanager
+def failures(flag: str, advice: Callable[[str], str] = lambda what: "") -> Iterator[None]:
+    """In this block errors of an endpoint are :class:`ServerFailed` where another attempt may help, and else a
+    :class:`RunError` that names ``flag``, with ``advice`` on what the server said."""
+    try:
+        yield
+    except Unreachable as error:
+        raise ServerFailed(str(error)) from error
+    except ServerRefusal as error:
+        if error.status >= 500 or error.status in BUSY:
+            raise ServerFailed(str(error)) from error
+        raise RunError(f"{flag} {error}{advice(error.what)}") from error
 
 
 class Dispatch(Generic[Server, Answer]):
@@ -58,7 +78,7 @@ class Dispatch(Generic[Server, Answer]):
 
     A request that raises :class:`ServerFailed` is sent again after a pause, to the same server; after :data:`ATTEMPTS`
     in a row that server is lost and the request goes to another. Any other error ends the whole. ``count`` is told what
-    failed, from any thread.
+    failed, from any thread. ``remedy``: what to do where no server is left.
     """
 
     def __init__(
@@ -71,7 +91,9 @@ class Dispatch(Generic[Server, Answer]):
         concurrency: int,
         pause: float = PAUSE,
         count: Callable[[str], None] = lambda kind: None,
+        remedy: str = AGAIN,
     ) -> None:
+        self.remedy = remedy
         self.servers, self.number, self.ask, self.flag = servers, number, ask, flag
         self.concurrency, self.pause, self.count = concurrency, pause, count
         self._waiting = deque(range(number))
@@ -106,7 +128,7 @@ class Dispatch(Generic[Server, Answer]):
         with suppress(queue.Empty):
             return self._answers.get(timeout=LOOK_EVERY)
         if lost:
-            refuse_none_left(self.servers, self.flag)
+            refuse_none_left(self.servers, self.flag, self.remedy)
         return None
 
     def _work(self, server: Server) -> None:

@@ -28,6 +28,7 @@ from prefopt.rewards import RULES, Reward, load_reward, prompt_text
 from prefopt.studies.votes import Vote
 
 FIRST, SECOND, TIE = Vote(((0,), (1,))), Vote(((1,), (0,))), Vote(((0, 1),))
+REPEAT = "start it again and repeat the command; answers so far are kept"
 NAMED = ("regex:PATTERN", "gsm8k", "implicit:MODEL,REFERENCE", "llm")
 
 
@@ -181,7 +182,7 @@ class LlmJudge(Judge):
 
     def __init__(self, url: str, model: str | None, *, key_variable: str | None) -> None:
         """Raises :class:`prefopt.errors.UserError` where the server cannot be asked."""
-        self._judge = LanguageJudge(url, model, key_variable=key_variable)
+        self._judge = LanguageJudge(url, model, key_variable=key_variable, remedy=REPEAT)
         self.name = self._judge.name
 
     def notes(self) -> list[str]:
@@ -189,4 +190,4 @@ class LlmJudge(Judge):
 
     def __call__(self, questions: Sequence[Question]) -> list[Vote]:
         """Raises :class:`RunError` where no attempt is answered."""
-        return [self._judge.vote(prompt_text(q.pair), *q.responses) for q in questions]
+        return self._judge.votes([(prompt_text(q.pair), *q.responses) for q in questions])

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from http.client import HTTPException, HTTPResponse
 from typing import Any
 
-from prefopt.core.endpoint import URL_FLAGS, Endpoint, Flags, ServerRefusal, message_of, reason_of
+from prefopt.core.dispatch import ServerFailed
+from prefopt.core.endpoint import URL_FLAGS, Endpoint, Flags, ServerRefusal, Unreachable, message_of, reason_of
 from prefopt.data.chat.render import Renderer
 from prefopt.data.layouts.messages import write_parts
 from prefopt.data.tokenizer import Tokenizer
@@ -173,7 +174,8 @@ class RemoteChatModel:
         self._url = self._endpoint.url
         self._options = dict(options)
         self.model = model or self._endpoint.only_model(flags.model)
-        self.name = f"{self.model} at {self._endpoint.place}"
+        self.place = self._endpoint.place
+        self.name = f"{self.model} at {self.place}"
 
     def answer(self, messages: Messages, attempt: int) -> Iterator[str]:
         """Raises :class:`ContextLengthError` where the server refuses the length."""
@@ -194,7 +196,7 @@ class RemoteChatModel:
                 streams = response.headers.get_content_type() == "text/event-stream"
                 yield from self._texts(_events(response) if streams else [json.loads(response.read())])
             except (OSError, HTTPException, ValueError) as error:
-                raise RunError(f"{self._url}: the answer broke off ({reason_of(error)})") from error
+                raise Unreachable(f"{self._url}: the answer broke off ({reason_of(error)})") from error
 
     def _texts(self, events: Iterable[Any]) -> Iterator[str]:
         """The text of events. Reasoning that a server sends apart is put into <think> tags, as models write it."""
@@ -203,7 +205,7 @@ class RemoteChatModel:
             if not isinstance(event, dict):
                 continue
             if "error" in event:
-                raise RunError(f"{self._url}: {message_of(event)}")
+                raise ServerFailed(f"{self._url}: {message_of(event)}")
             for choice in event.get("choices") or ():
                 part = choice.get("delta") or choice.get("message") or choice
                 thought = part.get("reasoning_content") or part.get("reasoning")

@@ -7,14 +7,14 @@ import json
 import math
 import re
 import threading
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from prefopt.config.rewards import JUDGE_PATTERN, LLM, RewardOptions
+from prefopt.config.judges import LLM
+from prefopt.config.rewards import JUDGE_PATTERN, RewardOptions
 from prefopt.core.cache_folder import cache_root
+from prefopt.core.dispatch import AGAIN, Dispatch, failures
 from prefopt.core.endpoint import Flags
 from prefopt.core.files import expanded, write_json
 from prefopt.errors import ConfigError, RunError
@@ -23,12 +23,13 @@ from prefopt.records import Message
 
 FLAGS = Flags("--judge-url", "--judge-key", "--judge-model")
 ATTEMPTS = 3
+"""Times that a question is asked whose answers are not valid."""
 PAUSE = 2.0
-"""Seconds before the second attempt, doubled before the third."""
+"""Seconds before a server that failed is asked again, doubled before every other attempt."""
 AT_ONCE = 8
 """Questions that wait for the server at the same time."""
-WAVE = 4 * AT_ONCE
-"""Questions between two looks at stop requests."""
+WAVES = 4
+"""Questions between two looks at stop requests, by how many are asked at once."""
 UNSCORED = 0.5
 """More than this fraction of a step without a score stops the run: the judge does not do what it was asked."""
 SCORE_PROMPT = (
@@ -39,9 +40,9 @@ SCORE_PROMPT = (
 
 
 class CachedJudge:
-    """Asks a model one question at a time under fixed instructions. Answers that are ``valid`` are kept on disk, so
-    that a question is paid for once. Several threads may ask. ``asked`` counts questions sent, ``cached`` those found
-    on disk."""
+    """Asks a model questions under fixed instructions. Answers that are ``valid`` are kept on disk, so that a question
+    is paid for once. ``asked`` counts questions sent, ``cached`` those found on disk. It is the one server of a
+    :class:`prefopt.core.dispatch.Dispatch`."""
 
     def __init__(
         self,
@@ -52,19 +53,46 @@ class CachedJudge:
         instructions: str,
         valid: Callable[[str], bool],
         pause: float | None = None,
+        remedy: str = AGAIN,
     ) -> None:
-        """Raises :class:`prefopt.errors.UserError` where the server cannot be asked."""
+        """``remedy``: what to do where the server is lost. Raises :class:`prefopt.errors.UserError` where it cannot be
+        asked."""
         self._model = RemoteChatModel(url, model, key_variable=key_variable, options={"temperature": 0}, flags=FLAGS)
-        self.name, self.model = self._model.name, self._model.model
+        self.name, self.model, self.place = self._model.name, self._model.model, self._model.place
+        self.lost, self._remedy = "", remedy
         self._instructions, self._valid = instructions, valid
         self._pause = PAUSE if pause is None else pause
         self._folder = cache_root() / "judgements"
         self.asked = self.cached = 0
         self._turn = threading.Lock()
 
+    def answers(
+        self, questions: Sequence[str], *, at_once: int | None = None, pause: Callable[[], None] = lambda: None
+    ) -> list[str]:
+        """The answers, equal questions asked once. ``pause`` is called now and then, and may raise. Raises
+        :class:`prefopt.core.dispatch.ServersLost` where the server fails, and :class:`RunError` where it refuses."""
+        self.lost = ""
+        at_once = AT_ONCE if at_once is None else at_once
+        unique = list(dict.fromkeys(questions))
+        found: dict[str, str] = {}
+        for first in range(0, len(unique), WAVES * at_once):
+            part = unique[first : first + WAVES * at_once]
+            requests = Dispatch(
+                [self],
+                len(part),
+                lambda judge, n, part=part: judge(part[n]),  # type: ignore[misc]
+                flag=FLAGS.url,
+                concurrency=at_once,
+                pause=self._pause,
+                remedy=self._remedy,
+            )
+            found |= dict(zip(part, requests.run(), strict=True))
+            pause()
+        return [found[question] for question in questions]
+
     def __call__(self, question: str) -> str:
-        """The answer, which after the last attempt may be not valid. Raises :class:`RunError` where no attempt is
-        answered."""
+        """One answer, which after the last attempt may be not valid. Several threads may ask. Raises
+        :class:`prefopt.core.dispatch.ServerFailed` where the server fails, and :class:`RunError` where it refuses."""
         key = json.dumps([self.name, self._instructions, question]).encode("utf-8", "surrogatepass")
         name = hashlib.blake2b(key, digest_size=16).hexdigest()
         path = self._folder / name[:2] / f"{name}.json"
@@ -85,18 +113,16 @@ class CachedJudge:
 
     def _ask(self, question: str) -> str:
         messages = (Message("system", self._instructions), Message("user", question))
+        answer = ""
         for attempt in range(ATTEMPTS):
             try:
-                answer = "".join(self._model.answer(messages, attempt))
-                if self._valid(answer) or attempt == ATTEMPTS - 1:
-                    return answer
+                with failures(FLAGS.url):
+                    answer = "".join(self._model.answer(messages, attempt))
             except ContextLengthError as error:
                 return f"no verdict: {error}"
-            except RunError:
-                if attempt == ATTEMPTS - 1:
-                    raise
-            time.sleep(self._pause * 2**attempt)
-        raise AssertionError("the last attempt returns or raises")
+            if self._valid(answer):
+                break
+        return answer
 
 
 class LlmScores:
@@ -139,20 +165,15 @@ class LlmScores:
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], pause: Callable[[], None] = lambda: None
     ) -> list[float]:
-        """A score for each response, or NaN. ``pause`` is called now and then, and may raise. Raises :class:`RunError`
-        where the server fails."""
+        """A score for each response, or NaN. ``pause`` and errors: as :meth:`CachedJudge.answers`."""
         questions = [f"# Prompt\n\n{p}\n\n# Answer\n\n{r}" for p, r in zip(prompts, responses, strict=True)]
-        unique, scores = list(dict.fromkeys(questions)), dict.fromkeys(questions, math.nan)
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            for first in range(0, len(unique), WAVE):
-                part = unique[first : first + WAVE]
-                for question, answer in zip(part, pool.map(self._judge, part), strict=True):
-                    if (score := self.score_in(answer)) is not None:
-                        scores[question] = score
-                    else:
-                        self._unread = " ".join(answer.split())[-80:]
-                pause()
-        return [scores[question] for question in questions]
+        scores = []
+        for answer in self._judge.answers(questions, pause=pause):
+            score = self.score_in(answer)
+            if score is None:
+                self._unread = " ".join(answer.split())[-80:]
+            scores.append(math.nan if score is None else score)
+        return scores
 
     def refuse_unscored(self, lacking: int, responses: int) -> None:
         """Raises :class:`RunError` where most of the responses of a step have no score."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+from prefopt.core.dispatch import AGAIN
 from prefopt.generate.judged import CachedJudge
 from prefopt.studies.votes import LONGEST_RATIONALE, Vote
 
@@ -21,16 +23,18 @@ SWAPPED = {"1": "2", "2": "1", "tie": "tie"}
 class LanguageJudge:
     """A language model behind an OpenAI-compatible URL, asked twice, once in each order: a preference that does not
     survive the swap is position bias, and counts as a tie. Answers are cached on disk, so that a question is paid for
-    once. Several threads may ask."""
+    once."""
 
-    def __init__(self, url: str, model: str | None, *, key_variable: str | None) -> None:
-        """Raises :class:`prefopt.errors.UserError` where the server cannot be asked."""
+    def __init__(self, url: str, model: str | None, *, key_variable: str | None, remedy: str = AGAIN) -> None:
+        """``remedy``: what to do where the server is lost. Raises :class:`prefopt.errors.UserError` where it cannot be
+        asked."""
         self._judge = CachedJudge(
             url,
             model,
             key_variable=key_variable,
             instructions=SYSTEM,
             valid=lambda answer: _verdict(answer) is not None,
+            remedy=remedy,
         )
         self.name: str = self._judge.name
         self.model: str = self._judge.model
@@ -41,18 +45,25 @@ class LanguageJudge:
         asked, cached = self._judge.asked, self._judge.cached
         return f"{asked} questions were asked of {self.name}, {cached} answers came from the cache"
 
-    def vote(self, prompt: str, first: str, second: str) -> Vote:
-        """The vote on two responses, skipped where the judge gives no verdict. Raises :class:`RunError` where no
-        attempt is answered."""
-        answers = [self._answer(prompt, first, second), self._answer(prompt, second, first)]
-        one, two = map(_verdict, answers)
-        if one is None or two is None:
-            return Vote(skipped="the judge gave no verdict")
-        agreed = one if one == SWAPPED[two] else "tie"
-        return Vote(TIERS[agreed], rationale="\n\n".join(answers)[:LONGEST_RATIONALE])
+    def votes(self, asked: Sequence[tuple[str, str, str]], *, at_once: int | None = None) -> list[Vote]:
+        """The votes on prompts with two responses each, skipped where the judge gives no verdict; ``at_once``:
+        questions that wait for the server at the same time. Raises as :meth:`CachedJudge.answers`."""
+        questions = [_question(*one) for p, first, second in asked for one in ((p, first, second), (p, second, first))]
+        answers = self._judge.answers(questions, at_once=at_once)
+        return [_vote(*both) for both in zip(answers[::2], answers[1::2], strict=True)]
 
-    def _answer(self, prompt: str, first: str, second: str) -> str:
-        return self._judge(f"# Prompt\n\n{prompt}\n\n# First answer\n\n{first}\n\n# Second answer\n\n{second}")
+
+def _question(prompt: str, first: str, second: str) -> str:
+    return f"# Prompt\n\n{prompt}\n\n# First answer\n\n{first}\n\n# Second answer\n\n{second}"
+
+
+def _vote(answer: str, swapped: str) -> Vote:
+    """The vote by the answers to both orders."""
+    one, two = _verdict(answer), _verdict(swapped)
+    if one is None or two is None:
+        return Vote(skipped="the judge gave no verdict")
+    agreed = one if one == SWAPPED[two] else "tie"
+    return Vote(TIERS[agreed], rationale=f"{answer}\n\n{swapped}"[:LONGEST_RATIONALE])
 
 
 def _verdict(answer: str) -> str | None:

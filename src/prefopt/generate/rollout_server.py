@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from prefopt.core.dispatch import ServerFailed
+from prefopt.core.dispatch import ServerFailed, failures
 from prefopt.core.endpoint import Endpoint, Reply, ServerRefusal, Unreachable
 from prefopt.errors import ConfigError, RunError
 from prefopt.generate.completion import Completion, Wanted, flawed, read_completion
@@ -30,7 +30,6 @@ FLAG = "--rollout-server"
 VERSION_HEADER = "x-weight-version"
 ABSENT = ("not found", "method not allowed", "not implemented", "")
 """What servers say of a path that they do not have; of a folder or model they say more."""
-BUSY = (408, 425, 429)
 
 
 @dataclass(slots=True)
@@ -138,16 +137,13 @@ class RolloutServer:
                 ) from error
 
     def _ask(self, wanted: Wanted, model: str, params: SamplingParams, name: str) -> Reply:
-        try:
-            return self.endpoint.ask("completions", wanted.request(model, params, name), timeout=self.timeout)
-        except Unreachable as error:
-            raise ServerFailed(str(error)) from error
-        except ServerRefusal as error:
-            if error.status == 404 and self.adapter and model != self.model:
-                raise flawed("stale", f"it does not know adapter {model}") from error
-            if error.status >= 500 or error.status in BUSY:
-                raise ServerFailed(str(error)) from error
-            raise RunError(f"{FLAG} {error}") from error
+        with failures(FLAG):
+            try:
+                return self.endpoint.ask("completions", wanted.request(model, params, name), timeout=self.timeout)
+            except ServerRefusal as error:
+                if error.status == 404 and self.adapter and model != self.model:
+                    raise flawed("stale", f"it does not know adapter {model}") from error
+                raise
 
     def _version_in(self, reply: Reply) -> str | None:
         metadata = reply.body.get("metadata")

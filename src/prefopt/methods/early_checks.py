@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.config.export import ExportConfig
+from prefopt.config.judges import LLM
 from prefopt.config.methods import method_of
-from prefopt.config.online import COMPARERS, OnlineConfig
-from prefopt.config.ppo import PpoConfig
 from prefopt.config.reward_bench import RewardBenchConfig
-from prefopt.config.rewards import LLM, reward_term
+from prefopt.config.rewards import ComponentOptions
 from prefopt.config.sample import SampleConfig
 from prefopt.config.scoring import IMPLICIT, RULES, ScorerOptions, is_model_reward
 from prefopt.config.tools import ScoreConfig
@@ -69,16 +68,14 @@ def check_before_torch(config: Any) -> None:
                     _check_model(name)
     _check_servers(config)
     known = [*RULES, *([IMPLICIT] if isinstance(config, ScorerOptions) else [])]
-    known += COMPARERS if isinstance(config, OnlineConfig) else []
     for reward in _rewards_of(config):
         _check_reward(reward, known)
 
 
 def _rewards_of(config: Any) -> list[str]:
-    if isinstance(config, PpoConfig):
-        sources = [term.source for term in config.reward_terms]
-        sources += [] if config.true_reward is None else [reward_term(config.true_reward, "--true-reward").source]
-        return [source for source in sources if source != LLM]
+    if isinstance(config, ComponentOptions):
+        terms = [*config.reward_terms, *([config.true_term] if config.true_term is not None else [])]
+        return [term.source for term in terms if term.source != LLM]
     reward = getattr(config, "reward", None)
     return [reward] if isinstance(reward, str) else []
 

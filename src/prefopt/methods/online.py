@@ -11,44 +11,47 @@ from typing import Any
 import torch
 
 from prefopt.config.online import OnlineConfig
-from prefopt.config.scoring import is_model_reward
 from prefopt.core.terminal import size
-from prefopt.data.group import shortened
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.errors import ConfigError, DataError, Diverged
+from prefopt.errors import ConfigError, DataError
 from prefopt.generate.language_judge import LanguageJudge
 from prefopt.generate.model_io import PromptSet, SampledModel
-from prefopt.generate.rewards import RewardModelScorer, RewardScorer, TextRewardScorer, load_reward_scorer
+from prefopt.generate.rewards import RewardScorer
 from prefopt.generate.sampler import SamplingParams
-from prefopt.model.card import portable
 from prefopt.model.check import CheckReport
 from prefopt.model.costs import peak_memory
-from prefopt.reference.identity import identity_of_name
 from prefopt.reference.in_memory import TrDpoUpdate
-from prefopt.rewards import Reward, load_reward
 from prefopt.rl.comparers import Comparer, LanguageComparer, PeopleComparer, Unscored
 from prefopt.rl.lessons import TemperedLikelihood, TemperedPreferences, lesson_maker
 from prefopt.rl.models import PpoModels, cut_frozen, reference_of, weights_in_files
 from prefopt.rl.online import FirstLook, OnlineRounds
 from prefopt.rl.policy_gradient import PolicyGradient
 from prefopt.rl.prompts import order_of, read_rollout_prompts, too_few, updates_of
+from prefopt.rl.rewards import Rewards, reward_in_words
 from prefopt.rl.rollouts import Collector
 from prefopt.rl.round_file import ROUNDS, RoundFiles
-from prefopt.rl.rounds import keep_last_good
 from prefopt.rl.sampled import SampledCollector
-from prefopt.rl.stages import check_samples, largest_update, memory_of, sampler_of, token_budget_of
-from prefopt.runs.folder import digest_of
+from prefopt.rl.samplers import policy_sampler
+from prefopt.rl.stages import (
+    check_samples,
+    largest_update,
+    longest_of,
+    memory_of,
+    must_stay,
+    show_prompt,
+    token_budget_of,
+    train,
+)
 from prefopt.runs.history import averages_of, read_history
 from prefopt.studies.study import Study
 from prefopt.train.loss_options import Losses, describe, losses_of
-from prefopt.train.memory import Trainee
 from prefopt.train.objective import Objective
 from prefopt.train.optim import Network
 from prefopt.train.policy import Policy
 from prefopt.train.rate import settle_rate
 from prefopt.train.result import RunResult
 from prefopt.train.routing import describe_routing, routed
-from prefopt.train.run import EXAMPLE_TEXT, Run, open_run, steps_of
+from prefopt.train.run import Run, open_run, steps_of
 from prefopt.train.step import InMemoryColumns
 from prefopt.train.trainer import TrainerState
 
@@ -81,7 +84,7 @@ def run(
     also of one that waits for people: the run can be resumed.
     """
     config, terms = _losses(config)
-    function = _function(config, reward)
+    rewards = Rewards.of(config, reward)
     with open_run(config, model=model, callbacks=callbacks) as run:
         config, say = run.config, run.say
         start = SampledModel.of(config, given=model, tokenizer=tokenizer)
@@ -96,13 +99,12 @@ def run(
         say(policy.leftover())
         for line in describe_routing(policy.scorer, config):
             say(line)
-        say(policy.make_trainable(run.world, draws=True, others=partial(_bytes_of_others, config, policy)))
-        models = _models(run, policy, start.tokenizer, settings, prompts, function, comparer)
+        say(policy.make_trainable(run.world, draws=True, others=partial(_bytes_of_others, config, policy, rewards)))
+        models = _models(run, policy, start.tokenizer, settings, prompts, rewards, comparer)
         for line in models.words()[:-1]:  # there is no critic
             say(line)
         say(f"loss: {_words(config, terms)}")
-        memory = memory_of(run, [Trainee(policy.scorer, policy.masters, policy.blueprint)], models.memory())
-        largest = largest_update(run, prompts)
+        memory, largest = memory_of(run, models), largest_update(run, prompts)
         tokens = token_budget_of(run, memory, largest)
         if config.dry_run:
             _preview(run, start, prompts, tokens)
@@ -110,13 +112,16 @@ def run(
             say("dry run: nothing was trained, and no output written")
             return None
         run.take_folder(
-            _same(config, start, prompts, function, comparer), loss=_words(config, terms), memory=models.memory()
+            must_stay(config, start, prompts) | _judge_to_stay(rewards, comparer),
+            loss=_words(config, terms),
+            memory=models.memory(),
         )
         say(memory.line(largest, tokens))
         _say_plan(run, prompts, tokens)
         run.folder.remember(token_budget=tokens, checkpointed=memory.trainees[0].checkpointed)
         rounds = _rounds(run, models, prompts, settings, start.tokenizer, terms, comparer)
         state = _train(run, models, rounds, terms, tokens, check, start.tokenizer, settings.stop)
+        rounds.collector.sampler.close()
         run.save(policy, start.tokenizer, settings.stop)
         return _finish(run, policy, models, prompts, state)
 
@@ -156,13 +161,6 @@ def _is_live(terms: Losses) -> bool:
     return any(term.loss.needs_distributions or term.loss.needs_mismatched for term in terms)
 
 
-def _function(config: OnlineConfig, reward: Scores | None) -> Reward | None:
-    """The reward as a function of texts; None for a reward model and for a judge that compares."""
-    if reward is not None:
-        return Reward(config.reward, reward)
-    return None if config.judge is not None or is_model_reward(config.reward) else load_reward(config.reward)
-
-
 def _check_prompts(terms: Losses | None, prompts: PromptSet) -> None:
     if terms is None or not any(term.loss.needs_mismatched for term in terms):
         return
@@ -189,22 +187,20 @@ def _models(
     tokenizer: Tokenizer,
     settings: SamplingParams,
     prompts: PromptSet,
-    function: Reward | None,
+    rewards: Rewards,
     comparer: Comparer | None,
 ) -> PpoModels:
-    """The policy with its reference and the reward; a judge that compares is no model of this run."""
-    config, longest = run.config, max(map(len, prompts.ids)) + run.config.max_new_tokens
+    """The policy with its reference and the rewards; a judge that compares is no model of this run."""
+    config, longest = run.config, longest_of(run, prompts)
     judge: RewardScorer
     if comparer is not None:
         judge = Unscored(comparer, tokenizer, settings.stop)
-    elif function is not None:
-        judge = TextRewardScorer(function, tokenizer, settings.stop)
     else:
         how: dict[str, Any] = {"dtype": run.dtype, "device": run.device, "attention": config.attention}
         how |= {"longest": longest, "pictures": policy.pictures}
-        judge = load_reward_scorer(config.reward, tokenizer, settings.stop, **how)
-    if isinstance(judge, RewardModelScorer):
-        cut_frozen(judge.scorer, policy, run.world)
+        judge, _ = rewards.scorers(tokenizer, settings.stop, **how)
+    for model in {id(m): m for m in judge.models}.values():
+        cut_frozen(model, policy, run.world)
     moves = config.ref_model_sync_steps is not None
     reference = reference_of(config, policy, longest, run.world, moves=moves)
     return PpoModels(policy, reference, judge, None, config.reference is None)
@@ -220,8 +216,10 @@ def _rounds(
     comparer: Comparer | None,
 ) -> OnlineRounds:
     config, scorer = run.config, models.actor.apart
-    sampler, order = sampler_of(run, scorer, prompts), order_of(config, len(prompts.ids))
-    kind = Collector if config.gradient else SampledCollector
+    order = order_of(config, len(prompts.ids))
+    sampler = policy_sampler(run, models.actor, tokenizer, longest=longest_of(run, prompts), stale=config.stale)
+    # A server's log-probabilities are within rounding of the scorer's, and of stale responses another model's.
+    kind = Collector if config.gradient or sampler.remote else SampledCollector
     return OnlineRounds(
         config,
         kind(prompts, sampler, settings, config.num, models.judge, scorer, None, models.reference, run.world),
@@ -271,11 +269,7 @@ def _train(
         movement=movement,
         inspect=FirstLook(config, check, run.dtype, run.reporter),
     )
-    try:
-        return trainer.fit()
-    except Diverged as error:
-        kept = keep_last_good(config, run.folder, policy, tokenizer, ends, run.world, named=run.given is None)
-        raise Diverged(error.reason, f"{error.remedy}; {kept}" if error.remedy else kept) from error
+    return train(run, trainer, policy, tokenizer, ends)
 
 
 def _words(config: OnlineConfig, terms: Losses | None) -> str:
@@ -293,39 +287,24 @@ def _words(config: OnlineConfig, terms: Losses | None) -> str:
     )
 
 
-def _same(
-    config: OnlineConfig, start: SampledModel, prompts: PromptSet, reward: Reward | None, comparer: Comparer | None
-) -> dict[str, tuple[Any, str]]:
-    """What a resumed run must not change: names in ``run.json`` to (value, words)."""
-    found: dict[str, tuple[Any, str]] = {
-        "data": (digest_of(prompts.ids), "the prompts"),
-        "model": (start.identity().digest, "the model"),
-    }
-    if config.reference is not None:
-        reference = identity_of_name(config.reference, quantise=config.quantise)
-        found["reference"] = (reference.digest, "the reference model")
-    if reward is None and config.judge is None:
-        found["reward"] = (identity_of_name(config.reward).digest, "the reward model")
-    elif reward is not None and (code := reward.digest()) is not None:
-        found["reward"] = (code, f"the code of --reward {reward.name}")
-    if isinstance(comparer, LanguageComparer):
-        found["judge"] = (comparer.model, "the model of the judge")
-    return found
+def _judge_to_stay(rewards: Rewards, comparer: Comparer | None) -> dict[str, tuple[Any, str]]:
+    """What a resumed run must not change of its judge: names in ``run.json`` to (value, words)."""
+    if comparer is None:
+        return dict(rewards.same())
+    return {"judge": (comparer.model, "the model of the judge")} if isinstance(comparer, LanguageComparer) else {}
 
 
-def _bytes_of_others(config: OnlineConfig, policy: Policy) -> int:
-    """About the bytes that reference and reward model take if none is in shards. ``policy`` trains already."""
+def _bytes_of_others(config: OnlineConfig, policy: Policy, rewards: Rewards) -> int:
+    """About the bytes that reference and reward models take if none is in shards. ``policy`` trains already."""
     trained = sum(p.numel() for p in policy.masters.masters.values())
     found = trained if config.reference is None else weights_in_files(config.reference)
-    if config.judge is None and is_model_reward(config.reward):
-        found += weights_in_files(config.reward)
+    found += sum(map(weights_in_files, rewards.models()))
     return found * policy.dtype.itemsize
 
 
 def _preview(run: Run, start: SampledModel, prompts: PromptSet, tokens: int) -> None:
     """The output of a dry run: a prompt, options, plan and memory."""
-    first = start.tokenizer.decode(list(prompts.ids[0]))
-    run.say_example(f"row {prompts.rows[0].row}:", shortened(first, EXAMPLE_TEXT, flat=True))
+    show_prompt(run, start, prompts)
     run.say_options()
     _say_plan(run, prompts, tokens)
     run.say(f"memory: {size(peak_memory(run.device))} at most so far")
@@ -367,7 +346,7 @@ def _finish(run: Run, policy: Policy, models: PpoModels, prompts: PromptSet, sta
     closing = f"{', at '.join(found) or 'trained'}; compare with prefopt compare, and look at samples"
     if idle := sum(line["round/skipped"] == line["round/prompts"] for line in history.training):
         closing = f"{idle} of {steps} rounds taught nothing: the judge preferred no response in them; {closing}"
-    judge = f"The judge: {models.judge.words}." if config.judge else f"The reward is `{portable(config.reward)}`."
+    judge = f"The judge: {models.judge.words}." if config.judge else f"The reward is {reward_in_words(config)}."
     files = ", ".join(f"`{Path(d).name}`" for d in config.prompts)
     run.finish(
         policy,

@@ -8,25 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.rewards import WATCH_TIMES
 from prefopt.core.terminal import size
-from prefopt.data.group import Group, pictures_in, shortened
+from prefopt.data.group import Group
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.errors import Diverged
 from prefopt.generate.model_io import PromptSet, SampledModel
-from prefopt.generate.sampler import SamplingParams, group_of
-from prefopt.generate.transformers_sampler import TransformersSampler
+from prefopt.generate.sampler import SamplingParams
 from prefopt.losses.rl import KlController
-from prefopt.model.card import portable
-from prefopt.model.check import CheckReport, check_scoring
+from prefopt.model.check import CheckReport
 from prefopt.model.costs import peak_memory
 from prefopt.model.scorer import Scorer
-from prefopt.reference.identity import identity_of_name
 from prefopt.rl.models import PpoModels, build_models, bytes_of_others
 from prefopt.rl.objective import PpoObjective
+from prefopt.rl.ppo import PpoRounds
 from prefopt.rl.prompts import (
     PtxTerm,
     ends_of,
@@ -38,26 +33,31 @@ from prefopt.rl.prompts import (
     too_few,
     updates_of,
 )
-from prefopt.rl.rewards import Rewards
+from prefopt.rl.rewards import Rewards, reward_in_words
 from prefopt.rl.rollouts import Collector
-from prefopt.rl.rounds import Rounds, keep_last_good
 from prefopt.rl.sample_log import SAMPLES, SampleLog
 from prefopt.rl.samplers import LocalSampler, policy_sampler
+from prefopt.rl.stages import (
+    check_samples,
+    largest_update,
+    longest_of,
+    memory_of,
+    must_stay,
+    show_prompt,
+    token_budget_of,
+    train,
+)
 from prefopt.rl.watch import Watch, with_true_reward
 from prefopt.runs.folder import digest_of, fingerprint
 from prefopt.runs.hacking import BEFORE
 from prefopt.runs.history import averages_of, read_history
-from prefopt.train.memory import Trainee, TrainingMemory
 from prefopt.train.optim import Network
 from prefopt.train.policy import Policy
 from prefopt.train.rate import settle_rate
 from prefopt.train.result import RunResult
 from prefopt.train.routing import describe_routing, routed
-from prefopt.train.run import EXAMPLE_TEXT, Run, open_run, steps_of
+from prefopt.train.run import Run, open_run, steps_of
 from prefopt.train.trainer import TrainerState
-
-TRIED = 4
-"""Prompts to draw two responses to before training, which scoring is checked on."""
 
 Scores = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
@@ -88,11 +88,11 @@ def run(
         start = SampledModel.of(config, given=model, tokenizer=tokenizer)
         prompts, settings = read_rollout_prompts(config, start, rows, run.reporter)
         held_out = read_held_out(config, start, prompts, run.reporter)
-        longest = max(map(len, [*prompts.ids, *(held_out.ids if held_out else ())])) + config.max_new_tokens
+        longest = longest_of(run, prompts, held_out)
         policy = run.loading(Policy(config, start.source, run.dtype, run.device, model, pictures=start.pictures))
         settle_rate(run, policy.scorer, updates=updates_of(config, len(prompts.ids)))
         config = run.config
-        check = _check(policy, prompts, settings)
+        check = check_samples(policy, prompts, settings)
         run.say_scoring(policy, check)
         ptx = read_ptx(config, start.tokenizer, start.context, policy.scorer, run.reporter)
         say(policy.leftover())
@@ -103,14 +103,14 @@ def run(
         models = build_models(config, policy, start.source, start.tokenizer, settings.stop, longest, rewards, run.world)
         for line in models.words():
             say(line)
-        memory = _memory(run, models)
-        tokens = run.world.smallest(_token_budget(run, memory, prompts, ptx))
+        memory, largest = memory_of(run, models), _largest(run, prompts, ptx)
+        tokens = token_budget_of(run, memory, largest)
         if config.dry_run:
-            _preview(run, start, settings, prompts, ptx, memory, tokens)
+            _preview(run, start, settings, prompts, memory.whole_line(largest, tokens), tokens)
             return None
-        same = _same(config, start, prompts, held_out, ptx, rewards)
+        same = must_stay(config, start, prompts) | _more_to_stay(held_out, ptx) | rewards.same()
         run.take_folder(same, algorithm=config.algorithm, memory=models.memory())
-        say(memory.line(_largest(run, prompts, ptx), tokens))
+        say(memory.line(largest, tokens))
         _say_plan(run, start, settings, prompts, tokens)
         run.folder.remember(token_budget=tokens, checkpointed=memory.trainees[0].checkpointed)
         rounds = _rounds(run, models, start, prompts, held_out, settings, check, ptx)
@@ -129,10 +129,10 @@ def _rounds(
     settings: SamplingParams,
     check: CheckReport,
     ptx: PtxTerm | None,
-) -> Rounds:
+) -> PpoRounds:
     """The sampler, and the rounds that are learned from."""
     config, scorer = run.config, models.actor.apart
-    longest = max(map(len, [*prompts.ids, *(held_out.ids if held_out else ())])) + config.max_new_tokens
+    longest = longest_of(run, prompts, held_out)
     sampler = policy_sampler(run, models.actor, start.tokenizer, longest=longest, stale=config.stale)
     order = order_of(config, len(prompts.ids))
     critic = models.critic.of_rollouts if models.critic is not None else None
@@ -140,7 +140,7 @@ def _rounds(
         prompts, sampler, settings, config.num, models.judge, scorer, critic, models.reference, run.world
     )
     other, steps = models.reference.scorer, steps_of(config, order.steps_per_epoch)
-    return Rounds(
+    return PpoRounds(
         config,
         collector,
         order,
@@ -176,7 +176,7 @@ def _sampler_of(scorer: Scorer) -> LocalSampler:
 
 
 def _train(
-    run: Run, models: PpoModels, rounds: Rounds, token_budget: int, tokenizer: Tokenizer, ends: Sequence[int]
+    run: Run, models: PpoModels, rounds: PpoRounds, token_budget: int, tokenizer: Tokenizer, ends: Sequence[int]
 ) -> TrainerState:
     """Train to the end. If the run diverges, its last good weights are kept as a model."""
     config, policy, critic = run.config, models.actor, models.critic
@@ -193,58 +193,27 @@ def _train(
         token_budget=token_budget,
         inspect=partial(rounds.inspect, run.reporter),
     )
-    try:
-        return trainer.fit()
-    except Diverged as error:
-        kept = keep_last_good(config, run.folder, policy, tokenizer, ends, run.world, named=run.given is None)
-        raise Diverged(error.reason, f"{error.remedy}; {kept}" if error.remedy else kept) from error
+    return train(run, trainer, policy, tokenizer, ends)
 
 
-def _check(policy: Policy, prompts: PromptSet, settings: SamplingParams) -> CheckReport:
-    """Check that scoring is exact, on samples of the policy."""
-    few = [prompts.ids[i] for i in range(min(TRIED, len(prompts.ids)))]
-    drawn = TransformersSampler(policy.scorer).sample(few, 2, settings)
-    return check_scoring(policy.scorer, [group_of(ids, many) for ids, many in zip(few, drawn, strict=True)])
-
-
-def _same(
-    config: PpoConfig,
-    start: SampledModel,
-    prompts: PromptSet,
-    held_out: PromptSet | None,
-    ptx: PtxTerm | None,
-    rewards: Rewards,
-) -> dict[str, tuple[Any, str]]:
-    """What a resumed run must not change: names in ``run.json`` to (value, words)."""
-    found: dict[str, tuple[Any, str]] = {
-        "data": (digest_of(prompts.ids), "the prompts"),
-        "model": (start.identity().digest, "the model"),
-    }
+def _more_to_stay(held_out: PromptSet | None, ptx: PtxTerm | None) -> dict[str, tuple[Any, str]]:
+    """What a resumed run must not change either: names in ``run.json`` to (value, words)."""
+    found: dict[str, tuple[Any, str]] = {}
     if held_out is not None:
         found["eval_prompts"] = (digest_of(held_out.ids), "the prompts of --eval-prompts")
     if ptx is not None:
         found["ptx_data"] = (fingerprint(ptx.groups), "the data of --ptx-data")
-    if config.reference is not None:
-        reference = identity_of_name(config.reference, quantise=config.quantise)
-        found["reference"] = (reference.digest, "the reference model")
-    return found | rewards.same()
+    return found
 
 
 def _preview(
-    run: Run,
-    start: SampledModel,
-    settings: SamplingParams,
-    prompts: PromptSet,
-    ptx: PtxTerm | None,
-    memory: TrainingMemory,
-    tokens: int,
+    run: Run, start: SampledModel, settings: SamplingParams, prompts: PromptSet, memory: str, tokens: int
 ) -> None:
-    """The output of a dry run: prompts, options, plan and memory."""
-    for row, ids in list(zip(prompts.rows, prompts.ids, strict=True))[:1]:
-        run.say_example(f"row {row.row}:", shortened(start.tokenizer.decode(list(ids)), EXAMPLE_TEXT, flat=True))
+    """The output of a dry run: a prompt, options, plan and memory."""
+    show_prompt(run, start, prompts)
     run.say_options()
     _say_plan(run, start, settings, prompts, tokens)
-    run.say(memory.whole_line(_largest(run, prompts, ptx), tokens))
+    run.say(memory)
     run.say(f"memory: {size(peak_memory(run.device))} at most so far")
     run.say("dry run: nothing was trained, and no output written")
 
@@ -256,32 +225,8 @@ def _say_plan(run: Run, start: SampledModel, settings: SamplingParams, prompts: 
 
 
 def _largest(run: Run, prompts: PromptSet, ptx: PtxTerm | None) -> list[Group]:
-    """What memory must hold: the longest prompt with responses of the greatest length, often enough to fill a pass."""
-    config = run.config
-    prompt = max(prompts.ids, key=len)
-    ids = np.concatenate([prompt, np.zeros(config.max_new_tokens, np.int32)])
-    sequence = (ids, np.arange(len(ids)) >= len(prompt))
-    pictures = [pictures_in(prompt)] * config.num if pictures_in(prompt) else ()
-    largest = Group.from_sequences([sequence] * config.num, row=0, pairs=(), pictures=pictures)
-    per_update = -(-config.batch_size // config.minibatches)
-    return [largest] * per_update + ([ptx.groups[int(ptx.groups.tokens_G.argmax())]] if ptx is not None else [])
-
-
-def _memory(run: Run, models: PpoModels) -> TrainingMemory:
-    trainees = [Trainee(models.actor.scorer, models.actor.masters, models.actor.blueprint)]
-    critic = models.critic
-    if critic is not None and critic.scorer is not None:
-        trainees.append(Trainee(critic.scorer, critic.weights, critic.blueprint))
-    others = models.beside_training()
-    return TrainingMemory(trainees, run.config, run.device, others, run.world.ranks.local_size)
-
-
-def _token_budget(run: Run, memory: TrainingMemory, prompts: PromptSet, ptx: PtxTerm | None) -> int:
-    """The budget of ``--token-budget``, of the run's first start, or one that fits."""
-    before = run.folder.record
-    tokens = run.config.token_budget or before.get("token_budget")
-    groups = _largest(run, prompts, ptx)
-    return int(memory.plan(groups, tokens=tokens, checkpointed=before.get("checkpointed"), world=run.world))
+    """What memory must hold."""
+    return largest_update(run, prompts) + ([ptx.groups[int(ptx.groups.tokens_G.argmax())]] if ptx is not None else [])
 
 
 def _finish(run: Run, models: PpoModels, prompts: PromptSet, steps: int, seconds: float) -> PpoResult:
@@ -315,19 +260,11 @@ def _finish(run: Run, models: PpoModels, prompts: PromptSet, steps: int, seconds
         seconds=seconds,
         title=_TITLES[config.algorithm],
         tag=config.algorithm,
-        data=f"{len(prompts.ids)} prompts, from {files}. The reward is {_reward_words(config)}.",
+        data=f"{len(prompts.ids)} prompts, from {files}. The reward is {reward_in_words(config)}.",
         licence="The licences of the base model, of the reward model and of the data apply.",
         closing=lambda: [closing],
     )
     return PpoResult(folder, steps, last)
-
-
-def _reward_words(config: PpoConfig) -> str:
-    """The components of the reward, without folders of this machine."""
-    terms = config.reward_terms
-    if len(terms) == 1:
-        return f"`{portable(terms[0].source)}`"
-    return " + ".join(f"{term.weight:g} times `{portable(term.source)}` ({term.name})" for term in terms)
 
 
 _TITLES = {"ppo": "Proximal Policy Optimization", "rloo": "REINFORCE with a leave-one-out baseline"}

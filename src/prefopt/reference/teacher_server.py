@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prefopt.core.dispatch import ServerFailed
-from prefopt.core.endpoint import Endpoint, ServerRefusal, Unreachable
+from prefopt.core.dispatch import ServerFailed, failures
+from prefopt.core.endpoint import Endpoint, ServerRefusal
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.errors import ConfigError, ModelError, RunError
+from prefopt.errors import ConfigError, ModelError
 
 FLAG = "--teacher"
 TIMEOUT = 600.0
@@ -73,14 +73,8 @@ class TeacherServer:
             "add_special_tokens": False,
             "stream": False,
         }
-        try:
+        with failures(FLAG, _remedy):
             answer = self.endpoint.ask("completions", body, timeout=self.timeout).body
-        except Unreachable as error:
-            raise ServerFailed(str(error)) from error
-        except ServerRefusal as error:
-            if error.status >= 500 or error.status in (408, 425, 429):
-                raise ServerFailed(str(error)) from error
-            raise RunError(f"{FLAG} {error}{_remedy(error.what)}") from error
         return self._read(answer, body["prompt"])
 
     def _read(self, answer: Any, sequence: Any) -> TopLogprobs:

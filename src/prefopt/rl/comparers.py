@@ -7,7 +7,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -17,7 +16,7 @@ from prefopt.data.group import Group
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import RunError
-from prefopt.generate.judged import UNSCORED
+from prefopt.generate.judged import UNSCORED, WAVES
 from prefopt.generate.language_judge import LanguageJudge
 from prefopt.generate.rewards import Pause, TextRewardScorer, never
 from prefopt.parallel.world import World
@@ -27,12 +26,10 @@ from prefopt.rl.judgement import Outcome
 from prefopt.studies.export import votes_by_pair
 from prefopt.studies.items import Item, NewItem, ResponseOrigin, add_items, all_items
 from prefopt.studies.study import Study, StudySettings
-from prefopt.studies.votes import StoredVote, stored_votes
+from prefopt.studies.votes import StoredVote, Vote, stored_votes
 
 POLL_SECONDS = 1.0
 """How often a run that waits for people looks at their study."""
-WAVES = 4
-"""Questions that a language model is asked between two looks at stop requests, by how many it is asked at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +92,7 @@ class LanguageComparer:
     def __call__(self, name: str, answered: Sequence[Answered], pause: Callable[[], None]) -> list[list[Outcome]]:
         """See :class:`Comparer`."""
         questions = [(n, *pair) for n, a in enumerate(answered) for pair in combinations(a.distinct, 2)]
-        world, at_once = self._world, WAVES * self._parallel
+        world, at_once = self._world, max(1, WAVES * self._parallel // 2)  # pairs, of two questions each
         mine = questions[world.rank :: world.size]
         found: dict[tuple[int, str, str], float] = {}
         for first in range(0, len(questions[:: world.size]), at_once):
@@ -118,15 +115,16 @@ class LanguageComparer:
     def _asked(
         self, answered: Sequence[Answered], questions: Sequence[tuple[int, str, str]]
     ) -> dict[tuple[int, str, str], float]:
-        def ask(question: tuple[int, str, str]) -> float:
-            n, first, second = question
-            vote = self._judge.vote(prompt_text(answered[n].prompt), first, second)
-            if vote.skipped is not None:
-                return math.nan
-            return 0.5 if len(vote.tiers) == 1 else float(vote.tiers[0] == (0,))
+        asked = [(prompt_text(answered[n].prompt), first, second) for n, first, second in questions]
+        votes = self._judge.votes(asked, at_once=self._parallel)
+        return dict(zip(questions, map(_outcome, votes), strict=True))
 
-        with ThreadPoolExecutor(self._parallel) as pool:
-            return dict(zip(questions, pool.map(ask, questions), strict=True))
+
+def _outcome(vote: Vote) -> float:
+    """1 where the first response wins, 1/2 for a tie, NaN without a verdict."""
+    if vote.skipped is not None:
+        return math.nan
+    return 0.5 if len(vote.tiers) == 1 else float(vote.tiers[0] == (0,))
 
 
 class PeopleComparer:

@@ -52,7 +52,7 @@ class Round:
             for g, i, k, x in saved["outcomes"].tolist():
                 found[int(g)].append((int(i), int(k), x))
             outcomes = tuple(map(tuple, found))
-        return cls(rollouts, outcomes, bool(saved["judged"]))
+        return cls(rollouts, outcomes, bool(saved.get("judged", True)))
 
     def compared(self, outcomes: Sequence[Sequence[Outcome]]) -> Round:
         """This round with the outcomes of a judge; the score of a response is the fraction of comparisons it won."""

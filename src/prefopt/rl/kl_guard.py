@@ -24,10 +24,11 @@ from prefopt.losses.rl import k1, per_response
 from prefopt.records import Comparison, Message
 from prefopt.reference.in_memory import InMemoryReference, SwappedWeights
 from prefopt.rewards import Reward
+from prefopt.rl.collect import collect
 from prefopt.rl.last_good import going_on, otherwise, write_last_good
 from prefopt.rl.rollouts import Collector
 from prefopt.rl.samplers import LocalSampler
-from prefopt.rl.watch import NO_STEP, collect
+from prefopt.rl.watch import NO_STEP
 from prefopt.runs.metrics import Record
 from prefopt.train.data import DataBatches
 from prefopt.train.offline import OfflineRun

@@ -1,7 +1,11 @@
-"""The last good weights of a run that went too far, written as a model, and how to go on from them."""
+"""The last good weights of a run that went too far, written as a model, and how to go on from them.
+
+Resuming such a run from a checkpoint would diverge again, since every number of it is determined.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,11 +15,16 @@ from prefopt.config.online import OnlineConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.core.files import remove_folder
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.errors import ModelError
+from prefopt.errors import ModelError, RunError
+from prefopt.losses.rl import k1
 from prefopt.model.architectures import causal_model
 from prefopt.model.load import base_and_adapter, local_folder
 from prefopt.model.save import add_end_tokens, repair_generation
 from prefopt.parallel.world import World
+from prefopt.rl.rollouts import Rollouts
+from prefopt.runs.folder import RunFolder
+from prefopt.train import checkpoint
+from prefopt.train.checkpoint import Checkpoint
 from prefopt.train.policy import Policy
 
 Going = PpoConfig | DpoConfig | OnlineConfig
@@ -37,6 +46,51 @@ def write_last_good(policy: Policy, path: Path, tokenizer: Tokenizer, ends: Sequ
             path.rename(before)
         aside.rename(path)
         remove_folder(before)
+
+
+def keep_last_good(
+    config: PpoConfig | OnlineConfig,
+    folder: RunFolder,
+    policy: Policy,
+    tokenizer: Tokenizer,
+    ends: Sequence[int],
+    world: World,
+    *,
+    named: bool,
+) -> str:
+    """Write ``last-good`` into the folder of a run that diverged. Returns how to continue from it, in words.
+
+    ``policy`` gets those weights too; ``ends`` are the tokens that ended its responses. ``named``: the model was not
+    given in Python. All ranks of ``world`` call this.
+    """
+    newest = checkpoint.newest(folder.checkpoints, world, lambda kept: _is_good(kept, config.max_kl))
+    found = newest[1] if newest is not None else None
+    step = found.state["step"] if found is not None else 0
+    if found is None or not step:
+        return (
+            f"no good weights later than the first ones were kept: start a new run elsewhere with {otherwise(config)}"
+        )
+    path = folder.last_good
+    failed = None
+    try:
+        policy.masters.load(checkpoint.part_of("actor", found.weights))
+        write_last_good(policy, path, tokenizer, ends, world)
+    except RunError as error:
+        failed = str(error)
+    if (failed := world.from_first(failed)) is not None:
+        return f"the weights after step {step} were good, but {failed}"
+    how = going_on(config, path, named=named)
+    return f"the last good weights that were kept, after step {step}, are a model: {how}"
+
+
+def _is_good(kept: Checkpoint, max_kl: float | None) -> bool:
+    """Whether the weights of a checkpoint themselves drew responses of small enough divergence: within a step they have
+    moved since."""
+    if kept.rollouts is None or kept.state["progress"]["done"]:
+        return False
+    rollouts = Rollouts.from_tensors(kept.rollouts)
+    divergence = float(k1(rollouts.logp_M - rollouts.ref_logp_M).sum()) / len(rollouts.score_N)
+    return divergence <= max_kl if max_kl is not None else math.isfinite(divergence)
 
 
 def otherwise(config: Going) -> str:

@@ -16,6 +16,7 @@ from prefopt.model.kernels.head import Distributions
 from prefopt.model.packing import PackedBatch
 from prefopt.model.scorer import PackedModel, Scorer
 from prefopt.records import tiers_of
+from prefopt.rl.importance import importance
 from prefopt.rl.judgement import Preference, Round
 from prefopt.train.batch import Batch, Column
 from prefopt.train.columns import Values, columns_of, mismatched
@@ -53,7 +54,8 @@ def gradient_lesson(config: OnlineConfig, found: Round) -> Lesson:
     """The columns of :class:`prefopt.rl.policy_gradient.PolicyGradient`.
 
     The return of a response is its score, less DAPO's penalty of long ones and, with ``--kl reward``, beta times its
-    log-ratio; its advantage is relative to the other responses (RLOO), or to the mean of all of them.
+    log-ratio; its advantage is relative to the other responses (RLOO), or to the mean of all of them. With ``--stale
+    correct`` truncated importance weights multiply it, of responses where ratios are of responses, else of tokens.
     """
     rollouts = found.rollouts
     length_N, group_N, return_N = rollouts.length_N, rollouts.group_N, rollouts.score_N
@@ -66,11 +68,14 @@ def gradient_lesson(config: OnlineConfig, found: Round) -> Lesson:
         advantage_N = leave_one_out(return_N, group_N)
     else:
         advantage_N = group_relative(return_N, group_N, std=bool(config.advantage_std))
-    columns: dict[str, Column] = {
-        "old_logp_M": rollouts.logp_M.numpy(),
-        "ref_logp_M": rollouts.ref_logp_M.numpy(),
-        "advantage_N": advantage_N.numpy(),
-    }
+    columns: dict[str, Column] = {"old_logp_M": rollouts.logp_M.numpy(), "ref_logp_M": rollouts.ref_logp_M.numpy()}
+    if config.importance_cap is not None:
+        weight = importance(rollouts, config.importance_cap, whole=config.average is None)
+        if config.average is None:
+            advantage_N = advantage_N * weight
+        else:
+            columns["importance_M"] = weight.numpy()
+    columns["advantage_N"] = advantage_N.numpy()
     batch = Batch(rollouts.groups, columns)
     if not config.dynamic_sampling:
         return Lesson(batch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +18,6 @@ from prefopt.losses.rl import (
     per_response,
     policy_loss,
     token_rewards,
-    truncated_importance,
     value_loss,
     whiten,
     without_end,
@@ -28,6 +26,7 @@ from prefopt.model.kernels.head import Distributions
 from prefopt.model.packing import PackedBatch
 from prefopt.model.scorer import PackedModel, Scorer, response_sums
 from prefopt.rl.critic import Critic, look
+from prefopt.rl.importance import importance
 from prefopt.rl.rollouts import Rollouts
 from prefopt.runs.metrics import Record
 from prefopt.train.batch import Batch, Column, LossResult
@@ -67,29 +66,8 @@ def corrected(config: PpoConfig, targets: Targets, rollouts: Rollouts) -> Target
     advantages, so that this weights every row of it."""
     if config.importance_cap is None:
         return targets
-    weight = importance(config, rollouts, config.importance_cap)
+    weight = importance(rollouts, config.importance_cap, whole=config.algorithm == "rloo")
     return replace(targets, advantage=targets.advantage * weight)
-
-
-def importance(config: PpoConfig, rollouts: Rollouts, cap: float = math.inf) -> torch.Tensor:
-    """Importance weights of tokens (PPO, [M]) or responses (RLOO, [N]): policy by what they were sampled from."""
-    both = rollouts.logp_M, rollouts.sampled_logp_M
-    if config.algorithm == "rloo":
-        both = per_response(both[0], rollouts.length_N), per_response(both[1], rollouts.length_N)
-    return truncated_importance(*both, cap)
-
-
-def importance_metrics(config: PpoConfig, rollouts: Rollouts) -> Record:
-    """Of the weights before they are truncated: average, largest, fraction truncated, and the effective fraction of the
-    sample, (sum w)^2 / (n sum w^2)."""
-    assert config.importance_cap is not None
-    weight = importance(config, rollouts)
-    return {
-        "importance/mean": float(weight.mean()),
-        "importance/max": float(weight.max()),
-        "importance/truncated": float((weight > config.importance_cap).double().mean()),
-        "importance/effective": float(weight.sum().square() / (len(weight) * weight.square().sum())),
-    }
 
 
 def targets_of(config: PpoConfig, rollouts: Rollouts, beta: float) -> Targets:

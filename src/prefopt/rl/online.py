@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -18,18 +19,19 @@ from prefopt.config.online import OnlineConfig
 from prefopt.core.terminal import Reporter
 from prefopt.data.sampler import BatchSampler
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.errors import Diverged, RunError
+from prefopt.errors import RunError
 from prefopt.generate.rewards import response_texts
 from prefopt.generate.sampler import ROUNDING
 from prefopt.losses.rl import per_response
 from prefopt.model.check import CheckReport
 from prefopt.rl.comparers import Answered, Comparer
-from prefopt.rl.drawn import DrawnRounds
+from prefopt.rl.importance import importance_metrics
 from prefopt.rl.judgement import Round
 from prefopt.rl.lessons import Lesson, MakeLesson
 from prefopt.rl.objective import Targets, rollout_metrics
 from prefopt.rl.rollouts import Collector
 from prefopt.rl.round_file import RoundFiles
+from prefopt.rl.rounds import Rounds
 from prefopt.runs.metrics import Record
 from prefopt.train.batch import Batch
 from prefopt.train.columns import Values
@@ -39,7 +41,7 @@ OF_SCORES = ("objective/scores", "objective/scores_std", "objective/rlhf_reward"
 """Metrics of scores, which a judge that compares does not give."""
 
 
-class OnlineRounds(DrawnRounds):
+class OnlineRounds(Rounds):
     """Rounds whose responses the collector's reward scores, or a ``comparer`` compares. ``make_lesson`` turns a round
     into a batch; ``files`` keep every round."""
 
@@ -56,56 +58,44 @@ class OnlineRounds(DrawnRounds):
         comparer: Comparer | None = None,
     ) -> None:
         super().__init__(
-            collector, order, steps=steps, seed=config.seed, passes=config.passes, minibatches=config.minibatches
+            collector,
+            order,
+            steps=steps,
+            seed=config.seed,
+            passes=config.passes,
+            minibatches=config.minibatches,
+            max_kl=config.max_kl,
         )
         self.config, self.comparer = config, comparer
-        self.round: Round | None = None
         self._make_lesson, self._files, self._tokenizer = make_lesson, files, tokenizer
-        self._measured: Record = {}
 
-    def begin(self, trainer: Trainer) -> bool:
-        """Draw responses and have them judged, unless a checkpoint held those of the step.
+    def draw(self, trainer: Trainer) -> Round:
+        """As of all rounds; what a comparer has not seen yet is not judged."""
+        return replace(super().draw(trainer), judged=self.comparer is None)
 
-        Raises :class:`Diverged` where the policy is too far from its reference or scores are not finite.
-        """
-        drawn, config = self.round, self.config
-        kept = drawn is not None and drawn.judged  # by a checkpoint
-        if drawn is None:
-            drawn = Round(self.draw(trainer), judged=self.comparer is None)
-            self._refuse_far(trainer.state.step, drawn)
-        began = time.monotonic()
-        judged = drawn if kept else self._judged(trainer, drawn)
-        final = judged.scored(penalty=config.missing_eos_penalty, instead=config.missing_eos_score)
-        lesson = self._make_lesson(final)
-        self._measured = self._measure(final, lesson)
-        if not kept:
-            self._keep(trainer, judged, final, lesson)
-            trainer.state.times["seconds/judging"] = time.monotonic() - began
-        self.round = judged
-        self.learn_from(lesson.batch)
-        return not kept
-
-    def _refuse_far(self, step: int, found: Round) -> None:
-        rollouts = found.rollouts
-        kl = float((rollouts.logp_M - rollouts.ref_logp_M).sum()) / len(rollouts.score_N)
-        most = self.config.max_kl
-        if not (math.isfinite(kl) and kl <= (math.inf if most is None else most)):
-            limit = "" if most is None else f", more than --max-kl {most:g}"
-            raise Diverged(
-                f"step {step + 1}: the divergence from the reference is {kl:.4g} nats per response{limit}: the policy"
-                " has run away from its reference"
-            )
-
-    def _judged(self, trainer: Trainer, drawn: Round) -> Round:
+    def judge(self, trainer: Trainer, drawn: Round) -> Round:
         """The round with the judge's word: of this process, or of one that was killed after it was said."""
         step, world = trainer.state.step, trainer.world
-        recorded = world.on_first(lambda: self._files.recorded(step, drawn.rollouts))
-        if recorded is not None and (recorded.outcomes is None) == (self.comparer is None):
-            return recorded
-        if self.comparer is None:
-            return drawn
-        self.round = drawn  # a stop while the judge is asked keeps the samples
-        return drawn.compared(self.comparer(f"round {step + 1}", self._answered(step, drawn), trainer.pause_together))
+        with _judging(trainer):
+            recorded = world.on_first(lambda: self._files.recorded(step, drawn.rollouts))
+            if recorded is not None and (recorded.outcomes is None) == (self.comparer is None):
+                return recorded
+            if self.comparer is None:
+                return drawn
+            if self.collector.sampler.remote:
+                trainer.keep()  # a server does not draw the same again
+            answered = self._answered(step, drawn)
+            return drawn.compared(self.comparer(f"round {step + 1}", answered, trainer.pause_together))
+
+    def learn(self, trainer: Trainer, judged: Round, *, fresh: bool) -> tuple[Batch, Record]:
+        """The lesson of a round; its files are written."""
+        config = self.config
+        with _judging(trainer):
+            final = judged.scored(penalty=config.missing_eos_penalty, instead=config.missing_eos_score)
+            lesson = self._make_lesson(final)
+            if fresh:
+                self._keep(trainer, judged, final, lesson)
+        return lesson.batch, self._measure(final, lesson)
 
     def _answered(self, step: int, found: Round) -> list[Answered]:
         rows = [self.collector.prompts.rows[i] for i in self.order.batch(step).tolist()]
@@ -129,6 +119,8 @@ class OnlineRounds(DrawnRounds):
         rollouts, beta = final.rollouts, self.config.beta or 0.0
         nothing = Targets(torch.zeros(0), None)
         found = rollout_metrics(rollouts, rollouts.score_N, nothing, beta)
+        if (cap := self.config.importance_cap) is not None:
+            found |= importance_metrics(rollouts, cap, whole=self.config.average is None)
         found |= {"round/prompts": float(len(rollouts.groups)), "round/skipped": float(lesson.skipped)}
         if final.outcomes is None:
             best = [max(scores) for scores in final.scores()]
@@ -141,23 +133,14 @@ class OnlineRounds(DrawnRounds):
             found["round/undecided"] = float(sum(math.isnan(x) for x in every))
         return found
 
-    def end(self, trainer: Trainer, record: Record) -> Record:
-        """Add metrics of the round, and times."""
-        assert self.round is not None
-        drawn = len(self.round.rollouts.score_N)
-        self.round = None
-        return record | self._measured | self.costs(trainer, drawn)
 
-    def state(self) -> dict[str, Any]:
-        return {"episodes": self.episodes}
-
-    def tensors(self) -> dict[str, torch.Tensor] | None:
-        """The round of the step at hand, judged or not."""
-        return self.round.tensors() if self.round is not None else None
-
-    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None) -> None:
-        self.episodes = state["episodes"]
-        self.round = Round.from_tensors(tensors) if tensors is not None else None
+@contextmanager
+def _judging(trainer: Trainer) -> Iterator[None]:
+    """Count the time of this block as that of judging."""
+    began = time.monotonic()
+    yield
+    times = trainer.state.times
+    times["seconds/judging"] = times.get("seconds/judging", 0.0) + time.monotonic() - began
 
 
 class FirstLook:

@@ -20,7 +20,8 @@ from prefopt.train.objective import Normaliser, Objective
 class PolicyGradient(Objective):
     """The clipped loss of responses or tokens and, if configured, beta times k3 of every token.
 
-    Columns: ``old_logp_M``, ``advantage_N`` and, for k3, ``ref_logp_M``. The ratio is that of a whole response for RLOO
+    Columns: ``old_logp_M``, ``advantage_N`` and, for k3, ``ref_logp_M``; ``importance_M`` multiplies the advantages of
+    tokens, where other weights drew them. The ratio is that of a whole response for RLOO
     (Ahmadian et al. 2024, arXiv 2402.14740), its root by the number of tokens for GSPO (Zheng et al. 2025, arXiv
     2507.18071, equation 7), else that of each token, with the advantage of its response.
     """
@@ -58,6 +59,8 @@ class PolicyGradient(Objective):
             loss = policy.numerator.sum() / weight
         else:
             advantage_M = columns["advantage_N"].to(logp_M.dtype)[owners(length_N)]
+            if "importance_M" in columns:
+                advantage_M = advantage_M * columns["importance_M"].to(logp_M.dtype)
             policy = policy_loss(logp_M, old_M, advantage_M, self._clip, config.clip_high)
             loss = self._mean(policy.numerator, length_N) / weight
         shares, total = {"loss/policy_avg": loss}, loss

@@ -87,7 +87,7 @@ def read_rollout_prompts(
 
 def _refuse_blind(config: PpoConfig | OnlineConfig) -> None:
     """Refuse what reads words alone where prompts have pictures."""
-    if getattr(config, "rollout_server", None):
+    if config.rollout_server:
         raise DataError("--prompts has pictures, which --rollout-server is not given; leave that out, or those rows")
     if config.judge_url or (isinstance(config, OnlineConfig) and config.judge):
         raise DataError("--prompts has pictures, which judges are not shown; give --reward a model, rule or function")

@@ -1,4 +1,4 @@
-"""The rewards that a run of PPO names: those of texts, which are found before a model is loaded, and reward models."""
+"""The rewards that a run names: those of texts, which are found before a model is loaded, and reward models."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from prefopt.config.ppo import PpoConfig
-from prefopt.config.rewards import LLM, RewardTerm, reward_term
+from prefopt.config.judges import LLM
+from prefopt.config.rewards import ComponentOptions, RewardOptions, RewardTerm
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.generate.judged import LlmScores
 from prefopt.generate.rewards import (
@@ -20,6 +20,7 @@ from prefopt.generate.rewards import (
     WeightedRewards,
     load_reward_scorer,
 )
+from prefopt.model.card import portable
 from prefopt.reference.identity import identity_of_name
 from prefopt.rewards import Function, Reward, load_reward
 
@@ -35,10 +36,10 @@ class Rewards:
     texts: Mapping[str, Reward]
 
     @classmethod
-    def of(cls, config: PpoConfig, given: Function | None = None) -> Rewards:
+    def of(cls, config: ComponentOptions, given: Function | None = None) -> Rewards:
         """Find the functions and ask the server of a judge. ``given`` replaces ``config.reward``. Raises
         :class:`prefopt.errors.UserError`."""
-        true = reward_term(config.true_reward, "--true-reward") if config.true_reward is not None else None
+        true = config.true_term
         terms = config.reward_terms if given is None else [RewardTerm("reward", config.reward_words)]
         texts = {config.reward_words: Reward(config.reward_words, given)} if given is not None else {}
         for term in [*terms, *([true] if true else [])]:
@@ -125,6 +126,15 @@ class Rewards:
         return f"the code of {option} {self.texts[term.source].name}"
 
 
-def _llm(config: PpoConfig) -> Reward:
+def reward_in_words(config: ComponentOptions) -> str:
+    """The components of the reward for a card, without folders of this machine."""
+    terms = config.reward_terms
+    if len(terms) == 1 and terms[0].weight == 1:
+        return f"`{portable(terms[0].source)}`"
+    return " + ".join(f"{term.weight:g} times `{portable(term.source)}` ({term.name})" for term in terms)
+
+
+def _llm(config: ComponentOptions) -> Reward:
+    assert isinstance(config, RewardOptions)  # elsewhere it compares
     scores = LlmScores(config)
     return Reward(scores.name, scores)

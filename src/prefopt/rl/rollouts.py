@@ -26,6 +26,7 @@ from prefopt.errors import RunError
 from prefopt.generate.model_io import PromptSet
 from prefopt.generate.rewards import RewardScorer, WeightedRewards
 from prefopt.generate.sampler import (
+    Ids,
     ProgressCallback,
     Sample,
     SamplingParams,
@@ -171,6 +172,13 @@ def seed_of_step(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
 
 
+def deal(ids: Sequence[Ids], max_new_tokens: int, world: World) -> list[np.ndarray]:
+    """Which prompts each rank draws responses to, so that all have about as many tokens; of one rank all of them."""
+    if world.alone:
+        return [np.arange(len(ids))]
+    return balanced(np.array([len(prompt) for prompt in ids]) + max_new_tokens, world.size)
+
+
 SCORING_AHEAD = 4
 """Batches are this much larger than training's: no activations are kept for backward."""
 LARGEST_SCORE = 1e18
@@ -207,10 +215,7 @@ class Collector:
         """
         self.sampler.refresh(step)
         ids = [self.prompts.ids[i] for i in prompts]
-        dealt, streams = [np.arange(len(ids))], occurrences(ids)
-        if not self.world.alone:
-            length = np.array([len(prompt) for prompt in ids])
-            dealt = balanced(self.num * (length + self.settings.max_new_tokens), self.world.size)
+        dealt, streams = deal(ids, self.settings.max_new_tokens, self.world), occurrences(ids)
         mine = dealt[self.world.rank].tolist()
 
         def collect() -> tuple[Rollouts | None, dict[str, float]]:

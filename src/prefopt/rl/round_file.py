@@ -4,10 +4,12 @@
 reads; ``aside/round-0001.jsonl`` those of which it could learn nothing, each with ``why``::
 
     {"prompt": ..., "responses": [...], "scores": [...], "votes": [[0, 1, 1.0]], "judge_scores": [...],
-     "outcomes": [[0, 1, 1.0]], "round": 1, "number": 3, "token_ids": [[...], ...], "logprobs": [...],
-     "ref_logprobs": [...], "source": "prompts.jsonl", "source_row": 7}
+     "components": {"quality": [...]}, "outcomes": [[0, 1, 1.0]], "round": 1, "number": 3,
+     "token_ids": [[...], ...], "logprobs": [...], "ref_logprobs": [...], "source": "prompts.jsonl",
+     "source_row": 7}
 
-``scores`` include penalties, ``judge_scores`` do not; ``votes`` are preferences where scores do not say them.
+``scores`` include penalties, ``judge_scores`` do not; ``components`` are what each of several rewards gave, without its
+weight. ``votes`` are preferences where scores do not say them.
 ``outcomes`` are the comparisons of a judge, null where it gave none. Log-probabilities are sums over a response's
 tokens at the temperature, under the policy that drew it and under the reference. ``number`` counts the prompts of the
 round.
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,7 @@ class RoundFiles:
         sums = [_sums(final.rollouts, x) for x in (final.rollouts.logp_M, final.rollouts.ref_logp_M)]
         listed: dict[str, list[bytes]] = {ROUNDS: [], ASIDE: []}
         finished, raw, scores = _split(final.rollouts, final.rollouts.finished_N), judged.scores(), final.scores()
+        parts = {name: _split(judged.rollouts, part_N) for name, part_N in judged.rollouts.part_N.items()}
         for n, (row, group) in enumerate(zip(rows, final.rollouts.groups, strict=True)):
             sides = [
                 Response((Message("assistant", text),), cut=not ended)
@@ -68,6 +71,8 @@ class RoundFiles:
             if votes is not None:
                 c = replace(c, votes=tuple(votes[n]) or None)
             more: dict[str, Any] = {"judge_scores": raw[n], "round": step + 1, "number": n}
+            if parts:
+                more["components"] = {name: values[n] for name, values in parts.items()}
             if judged.outcomes is not None:
                 more["outcomes"] = [[i, k, None if math.isnan(x) else x] for i, k, x in judged.outcomes[n]]
             more["token_ids"] = [continuation.ids.tolist() for continuation in group.continuations]
@@ -95,8 +100,11 @@ class RoundFiles:
             drawn = [[c.ids.tolist() for c in group.continuations] for group in rollouts.groups]
             if [row["token_ids"] for row in rows] != drawn:
                 return None
-            scores = [float(x) for row in rows for x in row["judge_scores"]]
-            found = replace(rollouts, score_N=torch.tensor(scores, dtype=torch.float64))
+            found = replace(
+                rollouts,
+                score_N=_joined(row["judge_scores"] for row in rows),
+                part_N={name: _joined(row["components"][name] for row in rows) for name in rollouts.part_N},
+            )
             if "outcomes" not in rows[0]:
                 return Round(found)
             return Round(found, tuple(tuple(map(_outcome, row["outcomes"])) for row in rows))
@@ -106,6 +114,11 @@ class RoundFiles:
     def path(self, step: int, name: str = ROUNDS) -> Path:
         """The file of a round, counted from 0; ``name``: ``rounds`` or ``aside``."""
         return self._folder / name / f"round-{step + 1:04}.jsonl"
+
+
+def _joined(parts: Iterable[Sequence[float]]) -> torch.Tensor:
+    """The values of all prompts, end to end, in float64."""
+    return torch.tensor([float(x) for part in parts for x in part], dtype=torch.float64)
 
 
 def _outcome(listed: Sequence[Any]) -> tuple[int, int, float]:

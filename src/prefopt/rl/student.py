@@ -16,9 +16,8 @@ from prefopt.data.table import GroupTable
 from prefopt.errors import DataError, Interrupted
 from prefopt.generate.sampler import SamplingParams, group_of, occurrences
 from prefopt.model.scorer import Scorer
-from prefopt.parallel.balance import balanced
 from prefopt.parallel.world import World
-from prefopt.rl.rollouts import seed_of_step
+from prefopt.rl.rollouts import deal, seed_of_step
 from prefopt.rl.samplers import PolicySampler
 from prefopt.runs.metrics import Record
 from prefopt.train.batch import Batch, Column
@@ -152,9 +151,7 @@ class StudentBatches(DataBatches):
 
     def _draw(self, step: int, groups: Sequence[Group], trainer: Trainer) -> list[Group]:
         prompts, world = [g.prompt for g in groups], self.world
-        dealt, streams = [np.arange(len(prompts))], occurrences(prompts)
-        if not world.alone:
-            dealt = balanced(np.array([len(p) for p in prompts]) + self.settings.max_new_tokens, world.size)
+        dealt, streams = deal(prompts, self.settings.max_new_tokens, world), occurrences(prompts)
         mine = dealt[world.rank].tolist()
         settings = replace(self.settings, seed=seed_of_step(self.settings.seed, step))
 

@@ -7,13 +7,13 @@ same random numbers, so that two evaluations differ by the weights alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from prefopt.generate.rewards import RewardScorer, WeightedRewards
 from prefopt.losses.rl import k1, per_response
-from prefopt.model.costs import MEMORY_ERRORS
+from prefopt.rl.collect import collect
 from prefopt.rl.objective import distinct
 from prefopt.rl.rollouts import Collector, Rollouts
 from prefopt.rl.scores import ScoreScale
@@ -31,24 +31,6 @@ so many."""
 TRAINED, TRUE = "trained", "true"
 SCALED_BY = 256
 """Responses of the reference, or a few more, whose scores give mean and deviation: that is then known within 5 %."""
-
-
-def collect(
-    trainer: Trainer, collector: Collector, step: int, prompts: Sequence[int], *, pauses: bool = True
-) -> tuple[Rollouts, dict[str, float]]:
-    """Rollouts, and the seconds of each phase. Where memory runs out, with half the token budget. ``pauses``: a stop
-    request is followed while they are drawn, with a checkpoint: not where a step is half over."""
-
-    def progress(ended: int, drawn: int) -> None:
-        if pauses:
-            trainer.pause()
-
-    while True:
-        try:
-            trainer.train_mode(False)
-            return collector.collect(step, prompts, trainer.token_budget, progress)
-        except MEMORY_ERRORS as error:
-            trainer.halve(error, "scoring the responses")
 
 
 def reference_scale(trainer: Trainer, collector: Collector) -> ScoreScale:
