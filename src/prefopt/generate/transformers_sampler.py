@@ -16,7 +16,7 @@ import torch
 from prefopt.data.group import pictures_in
 from prefopt.errors import ModelError, first_line
 from prefopt.generate.batch import Job, Queue, SampleBatch
-from prefopt.generate.decode import Decoder, SlotDecoder, WholeDecoder, decoder_of
+from prefopt.generate.decode import Decoder, WholeDecoder, decoder_of
 from prefopt.generate.packed_linear import FEWEST_ROWS, packed_linears
 from prefopt.generate.sampler import Ids, ProgressCallback, Sample, SamplingParams, occurrences
 from prefopt.generate.slots import cache_dtype
@@ -128,9 +128,9 @@ class TransformersSampler:
             yield
 
     def _check(self, prompts: Sequence[Ids], params: SamplingParams) -> None:
-        if any(map(pictures_in, prompts)) and self._decoder is not SlotDecoder:
+        if any(map(pictures_in, prompts)) and self._decoder is WholeDecoder:
             name = type(self._model).__name__
-            raise ModelError(f"{name} is sampled from with its own cache, which takes no pictures here")
+            raise ModelError(f"{name} is sampled from without a cache, which takes no pictures here")
         size = vocabulary_size(self._model)
         for n, prompt in enumerate(prompts, 1):
             if not len(prompt):
