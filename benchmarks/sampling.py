@@ -6,8 +6,9 @@ count. generate encodes a prompt once for each of its samples and pads to the le
 with another generator. Its log-probabilities are not asked for. Sides run in turn, each in the same process, the first
 round to warm up; they are compared round by round, so that a load that changes slowly hits both. What the matrix
 products alone take (2 operations per weight and token, the head's at drawn tokens, at the best rate of this machine) is
-printed beside. With --against SRC, the ``src`` folder of another checkout samples in turn with this one, in processes
-of its own; --clock processor leaves out the time that other programs take of a busy machine.
+printed beside. With --compile, prefopt's steps are compiled on a third side, in the round to warm up. With --against
+SRC, the ``src`` folder of another checkout samples in turn with this one, in processes of its own; --clock processor
+leaves out the time that other programs take of a busy machine.
 """
 
 from __future__ import annotations
@@ -49,13 +50,15 @@ def main() -> None:
         "generate": lambda: by_generate(model, prompts, args),
         "prefopt": lambda: by_prefopt(model, prompts, args),
     }
+    if args.compile:
+        sides["compiled"] = lambda: by_prefopt(model, prompts, args, compiled=True)
     args.eos = tokenizer.eos_token_id if args.stop else None
     clock = time.process_time if args.clock == "processor" else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     drawn: dict[str, list[int]] = {name: [] for name in sides}
     for number in range(args.rounds + 1):
         for name, run in sides.items():
-            if args.only not in (None, name):
+            if args.only not in (None, name) and name != "compiled":
                 continue
             started = clock()
             tokens = run()
@@ -82,6 +85,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--stop", action="store_true", help="samples end at EOS")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="a third side: prefopt with compiled steps")
     parser.add_argument("--only", choices=("generate", "prefopt"))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -104,13 +108,16 @@ def read_prompts(args: argparse.Namespace, tokenizer: Any) -> Prompts:
     return [ids for ids in encoded if len(ids) >= low][: args.prompts]
 
 
-def by_prefopt(model: Any, prompts: Prompts, args: argparse.Namespace) -> int:
+def by_prefopt(model: Any, prompts: Prompts, args: argparse.Namespace, *, compiled: bool = False) -> int:
     scorer = Scorer(model)
+    if compiled:
+        scorer.compile_layers()
     try:
         sampler = TransformersSampler(scorer, rows=args.batch_size)
         found = sampler.sample(prompts, args.num, SamplingParams(args.tokens, () if args.eos is None else (args.eos,)))
+        assert scorer.compiled is None or scorer.compiled.step_failure is None
     finally:
-        scorer.detach_hook()
+        scorer.release()
     return sum(sample.tokens for many in found for sample in many)
 
 
@@ -201,12 +208,13 @@ def report(
             print(f"{name:9} {middle:7.2f} s ({min(taken):.2f} to {max(taken):.2f}), {rate:9,.0f} tokens/s")
     print(f"products  {ideal:7.2f} s" + (", were every sample as long as it may be" if args.stop else ""))
     rates = {name: [n / t for n, t in zip(drawn[name], seconds[name], strict=True)] for name in seconds}
-    for other in ("generate", "before"):
-        if rates["prefopt"] and rates.get(other):
-            ratios = [ours / theirs for ours, theirs in zip(rates["prefopt"], rates[other], strict=True)]
-            spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-            what = "generate" if other == "generate" else args.against
-            print(f"prefopt draws {statistics.median(ratios):.2f} times the tokens per second of {what} ({spread})")
+    for side in ("prefopt", "compiled"):
+        for other in ("generate", "before", "prefopt"):
+            if rates.get(side) and rates.get(other) and side != other:
+                ratios = [ours / theirs for ours, theirs in zip(rates[side], rates[other], strict=True)]
+                spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+                what = args.against if other == "before" else other
+                print(f"{side} draws {statistics.median(ratios):.2f} times the tokens per second of {what} ({spread})")
     if args.json:
         found = {"arguments": vars(args), "seconds": seconds, "products_seconds": ideal, "tokens": drawn}
         Path(args.json).write_text(json.dumps(found, indent=1), encoding="utf-8")

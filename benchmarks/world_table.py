@@ -13,9 +13,10 @@ over seeds that draw other samples.
 - ``online:LOSS`` (``--methods online:dpo online:grpo``) is prefopt online: its samples are the policy's, its labels the
   order of their rewards. With hard labels, and with k3 in the loss, the limit is another one than pi*
   (docs/guide/online.md): the total variation says how far from pi* a run ended, not how near its limit.
-- ``--labels 10000 3200`` trains DPO, tuned, on these numbers of labels instead of ``--tuned``; ``exact`` stands for
-  every pair of different responses with its probability. What prefopt.runs.diagnose says of each is printed: it does
-  not know the optimum.
+- ``--labels exact 3000000 10000 3200`` trains DPO alone, on these numbers of labels of pairs that the reference draws
+  (``exact``: all pairs, with their probabilities). All have the same steps, each on all labels at once, and the same
+  held-out labels, so only the number of labels differs. What prefopt.runs.diagnose says of each is printed: it does not
+  know the optimum.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,9 @@ from prefopt.config.online import OnlineConfig
 from prefopt.config.ppo import LEARNING_RATE as PPO_RATE
 from prefopt.model.load import load_model
 from prefopt.model.scorer import Scorer
-from prefopt.runs.diagnose import diagnose
+from prefopt.runs.diagnose import diagnose, held_out_accuracy
 from prefopt.runs.history import read_history
+from prefopt.train import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from methods import small_world as world
@@ -55,6 +58,12 @@ TUNED: dict[str, dict[str, Any]] = {
     "dpo": {"learning_rate": 1e-4, "batch_size": 64, "epochs": 2.0},
 }
 TUNED["ppo"] |= {"whiten_advantages": False}
+
+LABELLED: dict[str, Any] = {"learning_rate": 3e-3, "epochs": 150.0, "batch_size": 1, "eval_every": 10}
+LABELLED |= {"save_every": 150, "token_budget": 1536}
+"""Of ``--labels``: 150 steps, each on all labels at once."""
+HELD_OUT = 500
+"""Held-out labels, of pairs that the reference draws."""
 
 
 def logp_of(folder: str) -> Any:
@@ -88,30 +97,6 @@ def online(start: str, output: str, loss: str, samples: int, seed: int, **option
     prefopt.online(start, prompts, reward=world.reward, output=output, loss=loss, seed=seed, **given)
 
 
-def row_of(first: int, second: int, share: float) -> dict[str, Any]:
-    """A pair as a row, the first response better with probability ``share``."""
-    texts = ["".join(world.LETTERS[i] for i in world.RESPONSES[y]) for y in (first, second)]
-    votes = [vote for vote in ([0, 1, share], [1, 0, 1 - share]) if vote[2] > 0]
-    # The end is written out, as a token like the others: a response that is nothing else is not taken for an empty one.
-    return {"prompt": world.PROMPT, "responses": texts, "finish": ["length", "length"], "votes": votes}
-
-
-def labelled(ref: Any, labels: int | None, seed: int) -> list[dict[str, Any]]:
-    """Pairs of samples of the reference, each with one drawn label; None: every pair with its probability."""
-    prefer = theory.bradley_terry(world.REWARD)
-    if labels is None:
-        firsts, seconds = np.triu_indices(len(ref), 1)
-        return [row_of(i, j, float(prefer[i, j])) for i, j in zip(firsts.tolist(), seconds.tolist(), strict=True)]
-    draw = np.random.Generator(np.random.PCG64(seed))
-    p = np.exp(ref) / np.exp(ref).sum()
-    rows = []
-    while len(rows) < labels:
-        i, j = draw.choice(len(ref), 2, p=p).tolist()
-        if i != j:
-            rows.append(row_of(i, j, float(draw.random() < prefer[i, j])))
-    return rows
-
-
 def paired(start: str, output: str, rows: Sequence[dict[str, Any]], seed: int, **options: Any) -> None:
     """A run of DPO."""
     prefopt.dpo(start, rows, output=output, seed=seed, **MACHINE, **options)
@@ -132,15 +117,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         start = world.write_world(Path(folder) / "m")
         ref = logp_of(start)
+        if asked.labels:
+            rows = [told(start, folder, labels, ref, seeds) for labels, seeds in runs_of(asked.labels, asked.seeds)]
+            if asked.json:
+                asked.json.write_text(json.dumps(rows, indent=1))
+            return
         best = theory.optimal_logp(ref, world.REWARD, BETA)
         least, most = (float(theory.objective(x, ref, world.REWARD, BETA)) for x in (ref, best))
         print(f"reference: {theory.total_variation(ref, best):.3f} from the optimum, J from {least:.4f} to {most:.4f}")
         earned, nats = float(theory.expected(best, world.REWARD)), float(theory.kl(best, ref))
         print(f"reward {float(theory.expected(ref, world.REWARD)):.3f}, at the optimum {earned:.3f} at {nats:.3f} nats")
         rows = []
-        named = [f"dpo:{n}" for n in asked.labels] if asked.labels else asked.methods
-        for method in named:
-            for kind in ["tuned"] if asked.labels else asked.kinds:
+        for method in asked.methods:
+            for kind in asked.kinds:
                 if method.startswith("online:") and kind == "tuned":
                     parser.error("--methods online:LOSS has no tuned options here; give --kinds defaults published")
                 found = []
@@ -168,23 +157,20 @@ def main() -> None:
                     f" | {statistics.fmean(earned):.3f} | {statistics.fmean(nats):.3f} |",
                     flush=True,
                 )
-                if asked.labels:
-                    for finding in diagnose(read_history(Path(output))):
-                        print(f"    {'look: ' * finding.look}{finding.text}")
         if asked.json:
             asked.json.write_text(json.dumps(rows, indent=1))
 
 
 def train(start: str, output: str, method: str, kind: str, ref: Any, asked: argparse.Namespace, seed: int) -> None:
     """One run of the table."""
-    method, _, labels = method.partition(":")
+    method, _, loss = method.partition(":")
     options: dict[str, Any] = {}
     samples = asked.tuned if kind == "tuned" else asked.samples
     if method == "online":
         if kind == "published":
-            given = OnlineConfig(model="m", prompts=["p"], reward="length", output="o", loss=labels)
+            given = OnlineConfig(model="m", prompts=["p"], reward="length", output="o", loss=loss)
             options["learning_rate"] = given.published_rate
-        online(start, output, labels, samples, seed, **options | asked.options)
+        online(start, output, loss, samples, seed, **options | asked.options)
         return
     if kind == "published":
         options["learning_rate"] = (DPO_RATE if method == "dpo" else PPO_RATE)[False]
@@ -196,13 +182,75 @@ def train(start: str, output: str, method: str, kind: str, ref: Any, asked: argp
     if method != "dpo":
         sampled(start, output, method, samples, seed, **options)
         return
-    many = None if labels == "exact" else int(labels) if labels else samples // 2
-    rows = labelled(ref, many, seed)
-    if labels:  # held out: as many more labels again as a tenth
-        more = labelled(ref, max(200, (many or 10_000) // 10), seed + 1000)
-        Path(f"{output}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more), "utf-8")
-        options["eval_data"] = [f"{output}.jsonl"]
-    paired(start, output, rows, seed, **options)
+    paired(start, output, world.pairs(ref, samples // 2, seed), seed, **options)
+
+
+# -- DPO by its labels -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """A policy against the optimum: total variation, fractions of the objective and of the reward to be gained, and KL
+    from the reference, nats."""
+
+    total_variation: float
+    gain: float
+    reward: float
+    kl: float
+
+
+def reached(logp: Any, ref: Any) -> Reached:
+    best = theory.optimal_logp(ref, world.REWARD, BETA)
+    least, most, here = (float(theory.objective(x, ref, world.REWARD, BETA)) for x in (ref, best, logp))
+    low, high, mean = (float((np.exp(x) * world.REWARD).sum()) for x in (ref, best, logp))
+    kl = float((np.exp(logp) * (logp - ref)).sum())
+    far = float(theory.total_variation(logp, best))
+    return Reached(far, (here - least) / (most - least), (mean - low) / (high - low), kl)
+
+
+def runs_of(labels: Sequence[str], seeds: int) -> list[tuple[int | None, int]]:
+    """Numbers of labels with the runs of each; exact ones leave nothing to draw."""
+    return [(None, 1) if text == "exact" else (int(text), seeds) for text in labels]
+
+
+def at_end(start: str, output: str) -> Any:
+    """Log-probability [Y] under the last weights of a run, which saved those of its lowest held-out loss."""
+    model = load_model(start, dtype=torch.float64, device=torch.device("cpu"))
+    weights = checkpoint.at(Path(output) / "checkpoints", int(LABELLED["save_every"])).weights
+    model.load_state_dict(dict(checkpoint.part_of("policy", weights)))
+    with torch.no_grad():
+        return world.distribution(Scorer(model)).numpy()
+
+
+def told(start: str, folder: str, labels: int | None, ref: Any, seeds: int) -> dict[str, Any]:
+    """Train on so many labels with each seed, and print what was reached and what the run says of itself."""
+    runs = []
+    for seed in range(seeds):
+        output = f"{folder}/{labels}-{seed}"
+        held_out = Path(f"{output}.jsonl")
+        held_out.write_text("".join(json.dumps(row) + "\n" for row in world.pairs(ref, HELD_OUT, seed + 1000)), "utf-8")
+        paired(start, output, [world.labelled(ref, labels, seed)], seed, eval_data=[str(held_out)], **LABELLED)
+        history = read_history(Path(output))
+        accuracy = held_out_accuracy(history)
+        policies = {"saved": logp_of(output), "end": at_end(start, output)}
+        runs.append({name: asdict(reached(logp, ref)) for name, logp in policies.items()})
+        runs[-1] |= {"accuracy": accuracy and accuracy.share, "accuracy at end": _last_accuracy(history)}
+        runs[-1]["findings"] = [f"{'look: ' * found.look}{found.text}" for found in diagnose(history)]
+    name = "exact" if labels is None else f"{labels:,}"
+    for which, accuracy in (("saved", "accuracy"), ("end", "accuracy at end")):
+        cells = [_range([run[which][key] for run in runs]) for key in ("total_variation", "gain", "reward", "kl")]
+        print(f"| {name} | {which} | {' | '.join(cells)} | {_range([run[accuracy] for run in runs])} |", flush=True)
+    print(*(f"    {text}" for text in runs[0]["findings"]), sep="\n", flush=True)
+    return {"labels": name, "runs": runs}
+
+
+def _last_accuracy(history: Any) -> float:
+    return float(history.curve("rewards/accuracies", held_out=True).values[-1])
+
+
+def _range(values: Sequence[float]) -> str:
+    few = len(values) == 1
+    return f"{values[0]:.3f}" if few else f"{statistics.fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 if __name__ == "__main__":

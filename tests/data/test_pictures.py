@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 from model.vision import picture, tokenizer_of, write_folder
+from prefopt.config.dpo import DpoConfig
 from prefopt.config.tools import DataCheckConfig, DataSplitConfig
 from prefopt.core.terminal import Reporter
 from prefopt.data import pictures
@@ -26,14 +28,15 @@ from prefopt.data.audit import run_check
 from prefopt.data.chat.pictures import PictureProcessor
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.template import Rendering
-from prefopt.data.comparisons import parse_comparisons, read_comparisons, run_split
+from prefopt.data.comparisons import open_comparisons, parse_comparisons, read_comparisons, run_split
+from prefopt.data.files.sources import Source, find_sources
 from prefopt.data.group import Group, Placed
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.load import load_groups
-from prefopt.data.pictures import BadPicture, data_url, decoded, of_bytes, read_picture, reencoded
+from prefopt.data.pictures import BadPicture, PictureFolder, data_url, decoded, of_bytes, read_picture, reencoded
 from prefopt.data.table import GroupTable, Selection, keep_responses
 from prefopt.data.tokenizer import load_tokenizer
-from prefopt.errors import DataError
+from prefopt.errors import ConfigError, DataError
 from prefopt.records import PICTURE, Comparison, Picture
 
 ANSWERS: dict[str, Any] = {
@@ -59,6 +62,10 @@ def written(folder: Path, *rows: Mapping[str, object]) -> Path:
     path = folder / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
+
+
+def source_of(path: Path) -> Source:
+    return find_sources([str(path)])[0]
 
 
 def only(path: Path) -> Comparison:
@@ -145,6 +152,68 @@ def test_bad_pictures_are_refused_in_a_line(files: Path, kind: str, monkeypatch:
     assert problem.kind == ("picture by address" if kind == "address" else "bad picture")
     assert what in problem.what or kind == "cut"
     assert "\n" not in problem.what
+
+
+def test_no_path_leads_out_of_the_folder(files: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Relative, absolute, by links of files and of folders, in a column and in a message; what is there is not told.
+    Another folder permits it, which relative paths then start at."""
+    outside = tmp_path_factory.mktemp("outside")
+    (outside / "a.png").write_bytes(picture(seed=5).data)
+    (files / "link.png").symlink_to(outside / "a.png")
+    (files / "within.png").symlink_to(files / "a.png")
+    (files / "linked").symlink_to(outside)
+    up = os.path.relpath(outside, files)
+    user = [{"role": "user", "content": "hm"}]
+    names = [f"{up}/a.png", f"{up}/absent.png", str(outside / "a.png"), f"file://{outside}/a.png", "link.png"]
+    names += ["linked/a.png", "linked/absent.png", "x/../../nothing.png"]
+    rows = [{"images": [name], "prompt": user, **ANSWERS} for name in names]
+    part = {"type": "image_url", "image_url": {"url": str(outside / "a.png")}}
+    rows.append({"prompt": [{"role": "user", "content": [part]}], **ANSWERS})
+    inside = ["within.png", "./a.png", f"../{files.name}/b.png", str(files / "b.png")]
+    path = written(files, *rows, {"images": inside, "prompt": user, **ANSWERS})
+    reading = read_comparisons(path)
+    assert {p.kind for p in reading.problems} == {"picture outside of its folder"} and len(reading.problems) == 9
+    assert all("--picture-folder" in p.what and "no such file" not in p.what for p in reading.problems)
+    assert len(reading.comparisons) == 1
+    both = os.path.commonpath([outside, files])
+    named = DpoConfig(model="m", output="o", data=["d"], picture_folder=both).column_words
+    written(files, {"images": [f"{outside.name}/a.png", str(outside / "a.png")], "prompt": user, **ANSWERS})
+    (c,) = open_comparisons(source_of(path), columns=named).comparisons
+    assert [p.digest for p in c.pictures] == [picture(seed=5).digest] * 2
+    with pytest.raises(ConfigError, match="--picture-folder nowhere: there is no such folder"):
+        open_comparisons(source_of(path), columns=["--picture-folder=nowhere"])
+
+
+def test_links_of_a_hub_snapshot_stay_inside(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "datasets--a--b" / "snapshots" / "123", tmp_path / "datasets--a--b" / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    (blobs / "456").write_bytes(picture().data)
+    (snapshot / "a.png").symlink_to(Path("../../blobs/456"))
+    (tmp_path / "datasets--a--b" / "b.png").write_bytes(picture().data)
+    user = [{"role": "user", "content": "hm"}]
+    rows = [{"images": [name], "prompt": user, **ANSWERS} for name in ("a.png", "../../b.png")]
+    reading = read_comparisons(written(snapshot, *rows))
+    assert [c.row for c in reading.comparisons] == [1] and [p.row for p in reading.problems] == [2]
+
+
+def test_the_token_cache_keeps_the_folder_of_pictures(model: Path, files: Path, tmp_path: Path) -> None:
+    """The same rows in another folder have the pictures of that one."""
+    row = {"images": ["a.png"], "prompt": [{"role": "user", "content": "hm"}], **ANSWERS}
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "a.png").write_bytes(picture(seed=9).data)
+    tokenizer = load_tokenizer(model)
+    paths = [str(written(folder, row)) for folder in (files, other)]
+    for cached in (0, 1):
+        found = [load_groups([path], tokenizer) for path in paths]
+        digests = [groups.groups[0].pictures[0].picture.digest for groups in found]
+        assert digests == [picture(seed=s).digest for s in (0, 9)] and [f.cached for f in found] == [cached] * 2
+    (other / "a.png").unlink()
+    (other / "a.png").symlink_to(files / "a.png")
+    with pytest.raises(DataError, match="outside of"):
+        load_groups([paths[1]], tokenizer)
+    assert load_groups([paths[1]], tokenizer, columns=[f"--picture-folder={files}"]).kept == 1
 
 
 def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,5 +451,7 @@ def test_split_files_keep_their_pictures(files: Path, tmp_path: Path) -> None:
     outputs = {"output_train": str(other / "train.jsonl"), "output_eval": str(other / "eval.jsonl")}
     assert run_split(DataSplitConfig(data=[str(path)], fraction=0.5, **outputs)) == 0
     for name in outputs.values():
-        found = read_comparisons(name)
+        (problem, *_) = read_comparisons(name).problems
+        assert problem.kind == "picture outside of its folder" and "--picture-folder" in problem.what
+        found = read_comparisons(name, pictures=PictureFolder(files))
         assert not found.problems and all(c.pictures for c in found.comparisons)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import pytest
 
 from prefopt.core.statistics import holm
 from prefopt.sweeps.compared import curves_of, dominance, tables
+from prefopt.sweeps.finished import chosen_rates
 from prefopt.sweeps.fixed_kl import permutation_test, rewards_at
-from prefopt.sweeps.frontier import chosen_rates
-from prefopt.sweeps.points import Frontier, Point, Trial, read_frontier
+from prefopt.sweeps.points import Done, Frontier, Point, Trial, read_frontier
 from prefopt.sweeps.report import frontier_section, lines
 
 COSTS = {"models": 4, "model_bytes": 1e9, "forward_passes": 1234.0, "trained_tokens": 5e4, "seconds": 75.0}
@@ -38,7 +39,8 @@ def sweep(*parts: list[Point], **more: Any) -> Frontier:
     zeros = (0.0,) * 40
     start = Point("reference", "", 0, 0, reward=0.0, interval=(0, 0), kl=0.0, kl_se=0.0, rewards=zeros, kls=zeros)
     every = (replace(start, perplexity=50.0), *(p for part in parts for p in part))
-    return Frontier("m", "vader", 40, 4, 48, True, points=every, **{"kl_at": (1.0, 2.25, 6.25), **more})
+    given = {"finished": True, "kl_at": (1.0, 2.25, 6.25), **more}
+    return Frontier("m", "vader", 40, 4, 48, points=every, **given)
 
 
 def by_title(found: Frontier) -> dict[str, Any]:
@@ -112,6 +114,49 @@ def test_tax_cost_and_sensitivity_have_their_numbers() -> None:
     assert by["Sensitivity"].rows == (("dpo", "1.00", "2.00 *", "diverged"),) and "24 prompts" in by["Sensitivity"].note
     assert by["Cost of a training"].rows[0][:4] == ("dpo", "4, 1.0 GB", "1,234", "50,000")
     assert "1 min 15 s" in by["Cost of a training"].rows[0]
+
+
+def test_a_task_is_compared_at_equal_kl_by_question() -> None:
+    """Accuracy falls with the root of the KL; the interval is that of questions, which have no part in the prompts."""
+    rng = np.random.Generator(np.random.PCG64(0))
+    before = (rng.random(400) < 0.9).astype(float)
+
+    def answered(p: Point) -> Point:
+        lost = rng.random(400) < 0.1 * (p.kl or 0.0) ** 0.5
+        return replace(p, task=tuple((before * ~lost).tolist()))
+
+    found = sweep([answered(p) for p in points("dpo", 0.3, 2)], points("sft", 0.2, 2), task=("questions.jsonl",))
+    assert not [t for t in tables(found) if "on the task" in t.title], "the reference has not answered"
+    start = replace(found.points[0], task=tuple(before.tolist()))
+    found = replace(found, points=(start, *found.points[1:]))
+    (table,) = [t for t in tables(found) if "on the task" in t.title]
+    (row,) = table.rows
+    assert row[0] == "dpo" and f"{before.mean():.3f} right before" in table.note and "400 questions" in table.note
+    seen = [[float(x) for x in re.findall(r"[+-]\d\.\d+", cell)] for cell in row[1:4]]
+    assert [mean for mean, _, _ in seen] == pytest.approx([-0.09, -0.135, -0.225], abs=0.03)
+    # Two trainings, each with as many questions as errors say: about 0.02 either way.
+    assert all(low < mean < high and 0.02 < high - low < 0.08 for mean, low, high in seen)
+    assert "task: questions.jsonl" in "\n".join(lines(found))
+    # A training that was not measured leaves its method out, and is not taken for one without a change.
+    some = [replace(p, task=()) if (p.method, p.seed) == ("dpo", 1) else p for p in found.points]
+    assert not [t for t in tables(replace(found, points=tuple(some))) if "on the task" in t.title]
+
+
+def test_an_unfinished_sweep_says_what_is_missing(tmp_path: Path) -> None:
+    done = (Done("dpo", 9, 9, 3, 9), Done("ppo-true", 4, 9, 0, 9), Done("best-of", 0, 0, 3, 3))
+    trials = (Trial("dpo", 0.5, 1.0, False), Trial("dpo", 1.0, 1.0, True), Trial("ppo-true", 0.5, 2.0, False))
+    found = sweep(points("dpo", 0.3, 1), tuning=trials, tune=24, done=done, finished=False)
+    by, told = by_title(found), "\n".join(lines(found))
+    assert by["Finished so far"].rows == (
+        ("dpo", "9 of 9", "3 of 9"),
+        ("ppo-true", "4 of 9", "0 of 9"),
+        ("best-of", "-", "3 of 3"),
+    )
+    assert "the sweep is not finished: 13 of 18 trials of rates and 6 of 21 trainings are done" in told
+    assert by["Sensitivity"].rows == (("dpo", "1.00", "1.00 *"), ("ppo-true", "2.00", "not tried yet"))
+    assert read_frontier(found.write(tmp_path)) == found
+    assert "13 of 18 trials of rates" in str(frontier_section(tmp_path))
+    assert "Finished so far" not in by_title(replace(found, finished=True))
 
 
 def test_sweeps_of_earlier_versions_have_no_such_tables(tmp_path: Path) -> None:

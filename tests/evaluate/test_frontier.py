@@ -204,5 +204,5 @@ def test_the_file_says_its_version_and_names(tmp_path: Path) -> None:
         *("method", "setting", "seed", "step", "reward", "interval", "kl", "kl_se", "kl_is", "length"),
         *("counted", "why_not", "folder", "seconds", "plateau"),
         *("factor", "rewards", "kls", "perplexity", "costs"),
-        *("earlier", "earlier_step", "judged"),
+        *("earlier", "earlier_step", "judged", "task"),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from data.small import small_tokenizer
 from prefopt.cli import main
 from prefopt.config.tools import ScoreConfig
-from prefopt.evaluate.score import run
+from prefopt.evaluate.score import load_row_scorer, run
 from prefopt.model.scalar import scalar_from, set_shift
+from prefopt.records import Comparison, Message, Response
 from train.small import tiny_llama, write_model
 
 ROWS = [
@@ -133,6 +135,22 @@ def test_a_reward_model_and_the_implicit_reward_score_as_plain_transformers_woul
             sums.append(sum(logp[t - 1, row[0, t]].item() for t in range(prompt, row.shape[1])))
         own.append(0.3 * (sums[0] - sums[1]))
     np.testing.assert_allclose(written(out), own, atol=1e-6)
+
+
+def test_an_empty_answer_of_a_model_is_scored_by_its_end_token(tmp_path: Path) -> None:
+    """A sample may end at once: a sweep with a reward model must not end there, too."""
+    model = scalar_from(tiny_llama(), small_tokenizer())
+    model.save_pretrained(tmp_path / "r")
+    small_tokenizer().save_pretrained(tmp_path / "r")
+    scorer = load_row_scorer(ScoreConfig(files=["f"], output="o", reward=str(tmp_path / "r"), dtype="float32"))
+    row = Comparison((Message("user", "abc"),), tuple(Response((Message("assistant", x),)) for x in ("", "ab")), (), 1)
+    (found,) = scorer([replace(row, text=True)])
+    tokenizer = small_tokenizer()
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "r", dtype=torch.float32)
+    for text, score in zip(("abc", "abcab"), found, strict=True):
+        ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+        with torch.no_grad():
+            assert score == pytest.approx(float(plain(ids).logits), abs=1e-5)
 
 
 def test_what_is_no_reward_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,6 +86,7 @@ def test_prompts_that_take_the_place_of_ended_rows_get_the_models_own_logits(
     """Some are longer than anything in the batch, two rows share one prompt, and slots are used up between. Rows attend
     in blocks, or all together."""
     monkeypatch.setattr(slots, "PART_ROWS", part_rows)
+    monkeypatch.setattr(slots, "PART_COST", 0)  # else blocks of so few rows are not worth their calls
     most = 0
     scorer = Scorer(build(name))
     decoder = SlotDecoder(scorer)
@@ -164,3 +165,16 @@ def test_so_are_those_of_a_models_own_cache(name: str, monkeypatch: pytest.Monke
         expected = torch.stack([own_logits(scorer, [*p, t]) for p, t in zip(prompts, (5, 6), strict=True)]).float()
     assert (found != found.bfloat16().float()).any(), "rounded to bfloat16"
     assert float((found - expected).abs().max() / expected.abs().max()) < 0.05
+
+
+def test_a_bfloat16_models_keys_are_cached_in_float32_on_the_cpu() -> None:
+    """Attention over the cache rounds no score, and the estimate of rows counts the wider cache."""
+    scorer = Scorer(build("llama", torch.bfloat16))
+    decoder = SlotDecoder(scorer)
+    with torch.no_grad(), scorer.attention_by(decoder.hook):
+        decoder.start(draw(3, 7))
+        found = decoder.step(torch.tensor([5, 6]))
+    assert found.dtype == torch.bfloat16
+    assert {x.dtype for pair in decoder.slots.layers.values() for x in pair} == {torch.float32}
+    assert slots.cache_dtype(torch.float64, torch.device("cpu")) == torch.float64
+    assert slots.cache_dtype(torch.bfloat16, torch.device("cuda")) == torch.bfloat16

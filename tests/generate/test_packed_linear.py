@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 
 from model.architectures import build
 from prefopt.generate import packed_linear, transformers_sampler
+from prefopt.generate.decode import SlotDecoder
 from prefopt.generate.packed_linear import is_packed, packed_linears
 from prefopt.generate.sampler import SamplingParams
 from prefopt.generate.transformers_sampler import TransformersSampler
+from prefopt.model.precision import native_bfloat16
 from prefopt.model.scorer import Scorer
 
 
@@ -28,7 +31,33 @@ def test_products_are_those_of_the_layer(inputs: int, outputs: int, bias: bool) 
     assert not is_packed(model[0]) and model(rows[0]).requires_grad
 
 
-def test_what_is_no_plain_float32_layer_is_left_alone() -> None:
+@pytest.mark.skipif(not native_bfloat16(torch.device("cpu")), reason="without instructions for bfloat16 none is packed")
+def test_products_in_bfloat16_are_the_layers_own_to_the_bit() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(256, 192, dtype=torch.bfloat16))
+    rows = [torch.randn(*shape, 256).bfloat16() for shape in ((1,), (4,), (1, 33), (2, 3, 50))]
+    with torch.no_grad():
+        expected = [model(x) for x in rows]
+        with packed_linears(model) as number:
+            assert number == 1 and all(torch.equal(model(x), y) for x, y in zip(rows, expected, strict=True))
+
+
+@pytest.mark.skipif(not native_bfloat16(torch.device("cpu")), reason="without instructions for bfloat16 none is packed")
+@pytest.mark.parametrize("bias", [False, True])
+def test_logits_of_a_packed_head_in_bfloat16_are_the_scorers(bias: bool) -> None:
+    scorer = Scorer(build("llama", torch.bfloat16, hidden_size=256, vocab_size=515, num_attention_heads=4))
+    head: Any = scorer.model.get_output_embeddings()  # type: ignore[operator]
+    if bias:
+        head.bias = torch.nn.Parameter(torch.randn(515).bfloat16())
+    hidden = torch.randn(9, 256).bfloat16()
+    with torch.no_grad():
+        expected = scorer.logits(hidden)
+        with packed_linears(scorer.model):
+            assert is_packed(head)
+            found = SlotDecoder(scorer).logits(hidden)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+def test_what_is_no_plain_layer_is_left_alone() -> None:
     class Doubled(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(x)

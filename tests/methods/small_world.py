@@ -88,6 +88,42 @@ def distribution(scorer: Scorer) -> torch.Tensor:
     return response_sums(scorer(batch), batch)
 
 
+def chances(ref: np.ndarray) -> np.ndarray:
+    """Probability [Y, Y], above the diagonal, of each pair of different responses that the reference draws."""
+    p = np.exp(ref) / np.exp(ref).sum()
+    found = np.triu(np.outer(p, p), 1)
+    return found / found.sum()
+
+
+def labelled(ref: np.ndarray, labels: int | None, seed: int) -> dict[str, Any]:
+    """A row of all responses, with ``labels`` comparisons of pairs that the reference draws, each by Bradley-Terry on
+    the reward, counted as votes; None: every pair with its exact share of votes."""
+    draw, share = np.random.Generator(np.random.PCG64(seed)), chances(ref)
+    first, second = np.triu_indices(len(ref), 1)
+    prefer = theory.bradley_terry(REWARD)[first, second]
+    count = share[first, second] if labels is None else draw.multinomial(labels, share[first, second])
+    wins = count * prefer if labels is None else draw.binomial(count, prefer)
+    pairs = zip(first.tolist(), second.tolist(), wins.tolist(), (count - wins).tolist(), strict=True)
+    votes = [vote for i, j, won, lost in pairs for vote in ([i, j, won], [j, i, lost]) if vote[2] > 0]
+    return row_of(range(len(ref)), votes)
+
+
+def row_of(responses: Sequence[int], votes: list[list[float]]) -> dict[str, Any]:
+    """A row of the canonical layout. The end is written out, as a token like the others: a response that is nothing
+    else is not taken for an empty one."""
+    texts = ["".join(LETTERS[i] for i in RESPONSES[y]) for y in responses]
+    return {"prompt": PROMPT, "responses": texts, "finish": ["length"] * len(texts), "votes": votes}
+
+
+def pairs(ref: np.ndarray, labels: int, seed: int) -> list[dict[str, Any]]:
+    """Rows of one pair with one label each."""
+    draw, share = np.random.Generator(np.random.PCG64(seed)), chances(ref)
+    prefer = theory.bradley_terry(REWARD)
+    found = draw.choice(share.size, labels, p=share.reshape(-1))
+    sides = zip((found // len(ref)).tolist(), (found % len(ref)).tolist(), strict=True)
+    return [row_of((i, j), [[0, 1, 1.0] if draw.random() < prefer[i, j] else [1, 0, 1.0]]) for i, j in sides]
+
+
 def conditionals(logp: np.ndarray) -> np.ndarray:
     """Log-probability [M] of each token of every response, given what stands before it, from that of responses [Y]."""
     mass: dict[tuple[int, ...], float] = defaultdict(float)

@@ -82,7 +82,7 @@ SHOWN_HERE = {
 }
 SHOWN_ELSEWHERE = set(
     "model adapter lora_rank lora_alpha lora_dropout lora_targets quantise prompts lines on_bad_row format columns"
-    " header label_means ignore_columns chat_template"
+    " header label_means ignore_columns picture_folder chat_template"
     " judge_key template_variables output keep_last overwrite dry_run progress track track_project token_budget"
     " attention compile deterministic device threads shard optimizer offload"
     " router_aux_loss_coef router_z_loss_coef vision"

@@ -518,6 +518,7 @@ OPTIONS: dict[str, Callable[[Bench], bool]] = {
     "header": _header,
     "label_means": lambda b: True,  # what a row says is read as for every verb: tests/data/layouts/test_columns.py
     "ignore_columns": lambda b: True,
+    "picture_folder": lambda b: True,  # tests/data/test_pictures.py
     "chat_template": _chat_template,
     "template_variables": _chat_template,
     "num": lambda b: all(len(row["responses"]) == 4 for row in b.run(num=4)),

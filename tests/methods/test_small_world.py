@@ -13,6 +13,7 @@ import torch
 import prefopt
 from methods import small_world as world
 from prefopt import theory
+from prefopt.data.audit.rows import CONTRADICTION, AuditOptions, audit
 from prefopt.losses.pairs import dpo
 from prefopt.losses.rl import bradley_terry, policy_loss
 from prefopt.model.load import load_model
@@ -21,6 +22,11 @@ from prefopt.model.scalar import ScalarScorer, scalar_from
 from prefopt.model.scorer import Scorer, response_sums
 from prefopt.rl.objective import Targets, targets_of
 from prefopt.rl.rollouts import Rollouts
+from prefopt.runs.diagnose import diagnose
+from prefopt.runs.findings import Finding
+from prefopt.runs.history import read_history
+from prefopt.train import checkpoint
+from train.small import write_rows
 
 BETA = 0.5
 MANY = len(world.RESPONSES)
@@ -186,6 +192,64 @@ def test_a_reward_model_recovers_differences_of_the_reward() -> None:
     gap = (found - found.mean()) - (world.REWARD - world.REWARD.mean())
     print(f"\nreward model: differences off by {gap.std():.4f}, of a reward that varies by {world.REWARD.std():.3f}")
     assert gap.std() < 0.08 * world.REWARD.std()
+
+
+FITTED: dict[str, Any] = {"beta": BETA, "learning_rate": 3e-3, "batch_size": 1, "token_budget": 1536, "device": "cpu"}
+FITTED |= {"dtype": "float32", "threads": 1, "progress": "none"}
+
+
+def fitted(folder: Path, ref: Any, labels: int | None, *, steps: int) -> tuple[Any, Any, list[Finding]]:
+    """DPO by its command: log pi [Y] as saved and after the last step, and what the run says without the truth."""
+    start = world.write_world(folder / "m")
+    held_out = write_rows(folder / "held_out.jsonl", world.pairs(ref, 500, seed=1))
+    each: dict[str, Any] = {"epochs": float(steps), "save_every": steps, "eval_every": 10, "eval_data": [held_out]}
+    prefopt.dpo(start, [world.labelled(ref, labels, seed=0)], output=folder / "out", **each, **FITTED)
+    last = load_model(start, dtype=torch.float64, device=torch.device("cpu"))
+    last.load_state_dict(dict(checkpoint.part_of("policy", checkpoint.at(folder / "out/checkpoints", steps).weights)))
+    saved = load_model(str(folder / "out"), dtype=torch.float64, device=torch.device("cpu"))
+    return logp_of(Scorer(saved)), logp_of(Scorer(last)), diagnose(read_history(folder / "out"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_dpo_on_few_labels_ends_below_its_reference_and_says_so_without_the_truth(
+    ref: Any, best: Any, tmp_path: Path
+) -> None:
+    """3,200 labels, learned by heart: held-out accuracy does not show it, the held-out loss does. The weights that are
+    saved are better than the reference."""
+    saved, last, found = fitted(tmp_path, ref, 3_200, steps=150)
+    start, kept, end = (float(theory.objective(x, ref, world.REWARD, BETA)) for x in (ref, saved, last))
+    assert end < start < kept, (start, kept, end)
+    assert distance(last, best, "DPO, 3,200 labels, at the end") > distance(ref, best, "reference")
+    to_look_at = {finding.name: finding.text for finding in found if finding.look}
+    assert "The weights of step" in to_look_at["over-trained"] and "chosen fell far" in to_look_at
+    accuracies = read_history(tmp_path / "out").curve("rewards/accuracies", held_out=True).values
+    assert accuracies[-1] > 0.55, "no alarm for whoever looks at accuracies alone"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_dpo_on_exact_labels_raises_no_such_alarm(ref: Any, best: Any, tmp_path: Path) -> None:
+    saved, last, found = fitted(tmp_path, ref, None, steps=80)
+    assert distance(saved, best, "DPO, exact labels, 80 steps") < 0.1
+    assert theory.objective(last, ref, world.REWARD, BETA) > theory.objective(ref, ref, world.REWARD, BETA)
+    assert not {"over-trained", "never better"} & {finding.name for finding in found}
+
+
+@pytest.mark.slow
+def test_few_labels_contradict_one_another_which_the_check_of_data_counts(ref: Any, tmp_path: Path) -> None:
+    rows = world.pairs(ref, 3_200, seed=0)
+    found = audit([write_rows(tmp_path / "rows.jsonl", rows)], AuditOptions())
+    (issue,) = [one for one in found.issues("warning") if one.kind == CONTRADICTION]
+    sides: dict[tuple[str, ...], set[str]] = {}
+    for row in rows:
+        best, _, _ = row["votes"][0]
+        sides.setdefault(tuple(sorted(row["responses"])), set()).add(row["responses"][best])
+    opposite = sum(len(sides[tuple(sorted(row["responses"]))]) == 2 for row in rows)
+    print(
+        f"\n{len(issue.rows)} rows contradict an earlier one; {opposite} of {len(rows)} are of pairs with both labels"
+    )
+    assert 0 < len(issue.rows) <= opposite and opposite > 1_000
 
 
 ROADS: dict[str, dict[str, Any]] = {

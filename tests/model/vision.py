@@ -176,6 +176,20 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, dict[str, Any], dict[str, str], d
         },
         {},
     ),
+    "mistral3": (
+        {
+            "text_config": {**TEXT, "model_type": "mistral"},
+            "vision_config": {**TOWER, "model_type": "pixtral", "image_size": 32},
+            "spatial_merge_size": 2,
+        },
+        "PixtralProcessor",
+        {
+            **{"image_processor_type": "PixtralImageProcessor", "size": {"longest_edge": 32}},
+            "patch_size": {"height": 4, "width": 4},
+        },
+        {"image": "[IMG]", "image_break": "[IMG_BREAK]", "image_end": "[IMG_END]"},
+        {"patch_size": 4, "spatial_merge_size": 2},
+    ),
     "qwen3_5": (
         {
             "text_config": {
@@ -203,6 +217,7 @@ PLACES = {
     "gemma3": "<start_of_image>",
     "internvl": "<IMG_CONTEXT>\n",
     "gemma4": "<|image|>",
+    "mistral3": "[IMG]",
     **dict.fromkeys(("llava", "smolvlm", "idefics3"), "<image>"),
 }
 PLACES |= dict.fromkeys(("qwen3_vl", "qwen3_5"), PLACES["qwen2_5_vl"])

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from model.vision import picture, write_folder
 from parallel.ranks import on_ranks
 from prefopt.losses.declare import LOSSES
 from prefopt.runs.samples import SAMPLES, read_samples
@@ -167,6 +168,38 @@ def test_replicas_of_shards_on_two_nodes_train_as_one_process_does(case: str, tm
     for name in ("hybrid", "hybrid-float32"):
         shutil.rmtree(tmp_path / name / "checkpoints")
     same(tmp_path / "one", tmp_path / "hybrid")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vision", ["full", "lora"])
+def test_towers_in_shards_train_as_whole_ones_do(vision: str, tmp_path: Path) -> None:
+    """Two rows in three have a picture, so that ranks meet with and without; some have the same one. The class computes
+    norms and angles in float32: only the same micro-batches give the same digits. Gradients are compared with those of
+    one process in test_shard.py."""
+    model = str(write_folder("qwen3_vl", tmp_path / "base"))
+    (tmp_path / "images").mkdir()
+    for n in range(3):
+        (tmp_path / "images" / f"{n}.png").write_bytes(picture(20 + 7 * n, 16, n).data)
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"what is in picture {n}?"}],
+            "chosen": [{"role": "assistant", "content": f"a red square {n}"}],
+            "rejected": [{"role": "assistant", "content": "two cats"}],
+            **({"images": [f"images/{n % 3}.png"]} if n % 3 else {}),
+        }
+        for n in range(10)
+    ]
+    file = write_rows(tmp_path / "pairs.jsonl", rows)
+    options = {"vision": vision, "token_budget": 120, "max_length": 128}
+    options |= {"lora": True, "lora_rank": 2} if vision == "lora" else {}
+    for shard in ("none", "full"):
+        on_ranks(2, train, "dpo", file, {**options, "shard": shard}, model, str(tmp_path / shard))
+    same(tmp_path / "none", tmp_path / "full")
+    moved = [n for n in weights(tmp_path / "full") if "visual" in n]
+    assert moved and (
+        vision == "lora"
+        or not np.array_equal(weights(tmp_path / "full")[moved[0]], weights(tmp_path / "base")[moved[0]])
+    )
 
 
 @pytest.mark.slow

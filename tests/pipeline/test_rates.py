@@ -12,9 +12,11 @@ import pytest
 
 from pipeline.sweeping import PROMPTS, REWARD, count_loads, frontier_config
 from prefopt.config.frontier import FrontierConfig
-from prefopt.errors import ConfigError, DataError
+from prefopt.errors import ConfigError, DataError, RunError
+from prefopt.evaluate.choices import ChoiceTask
+from prefopt.generate.model_io import SampledModel
 from prefopt.sweeps import frontier
-from prefopt.sweeps.points import Frontier, read_frontier
+from prefopt.sweeps.points import Done, Frontier, read_frontier
 from train.small import write_rows
 
 METHODS = ["dpo:beta=0.1,1", "rloo-learned:kl_target=3,6", "best-of:n=2,4"]
@@ -109,12 +111,48 @@ def test_a_finished_sweep_trains_nothing_and_may_be_compared_at_other_kls(
 
 
 def test_rates_need_prompts_to_be_chosen_on(place: Path, tmp_path: Path) -> None:
-    for changes in ({"tune": None}, {"rate_factors": ["1"]}):
-        with pytest.raises(ConfigError, match="--tune is for choosing among several --rate-factors"):
-            config(place, tmp_path / "out", **changes)
+    with pytest.raises(ConfigError, match="--rate-factors: several are chosen from on prompts of their own"):
+        config(place, tmp_path / "out", tune=None)
     with pytest.raises(ConfigError, match="--kl-at -1: it must be a number above 0"):
         config(place, tmp_path / "out", kl_at=["-1"])
     with pytest.raises(ConfigError, match="a factor is a duplicate"):
         config(place, tmp_path / "out", rate_factors=["1", "1.0"])
     with pytest.raises(DataError, match="--held-out 6 and --tune 12 leave none to train on"):
         frontier.run(config(place, tmp_path / "out", tune=12))
+
+
+def test_a_sweep_at_one_rate_goes_on_with_others_and_is_reported_on_the_way(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is trained at the given rate is a trial later, and a task that comes later is answered by the policies that
+    are there. A report trains nothing, and says what is missing."""
+    monkeypatch.setattr("prefopt.train.budget.matmul_peak", lambda *_: 1e10)
+    output, methods = tmp_path / "out", ["dpo:beta=0.1", "best-of:n=2"]
+    given: dict[str, Any] = {"methods": methods, "tune": 3, "kl_at": ["0.1"]}
+    with pytest.raises(RunError, match="holds no sweep to report"):
+        frontier.run(frontier_config(place, output, report_only=True, **given))
+    first = frontier.run(frontier_config(place, output, **given))
+    assert first.finished and first.tuning == () and len(first.points) == 3
+    made = (output / "dpo/beta=0.1-seed0/model.safetensors").stat().st_mtime_ns
+
+    questions = [{"prompt": p, "responses": ["ab", "fd"], "order": [0, 1]} for p in ("a", "b", "c", "d")]
+    more = given | {"rate_factors": ["1", "2"], "task": [write_rows(tmp_path / "task.jsonl", questions)]}
+    with monkeypatch.context() as patch:
+        patch.setattr(frontier, "train_once", lambda c, *_: pytest.fail(f"{c.output} is trained"))
+        so_far = frontier.run(frontier_config(place, output, report_only=True, **more))
+    assert not so_far.finished and so_far.points == first.points == read_frontier(output).points
+    assert so_far.done == (Done("dpo", 0, 2, 1, 1), Done("best-of", 0, 0, 1, 1))
+
+    found = frontier.run(frontier_config(place, output, **more))
+    assert found.finished and (output / "dpo/beta=0.1-seed0/model.safetensors").stat().st_mtime_ns == made
+    assert found.done == (Done("dpo", 2, 2, 1, 1), Done("best-of", 0, 0, 1, 1))
+    assert [(t.factor, t.area is not None) for t in found.tuning] == [(1.0, True), (2.0, True)]
+    start, dpo, best_of = found.points
+    assert start.rewards == first.points[0].rewards and best_of.task == ()
+    reference = SampledModel(str(place / "m"), device="cpu", dtype="float32")
+    task = ChoiceTask(more["task"], reference.tokenizer, reference.context)
+    assert start.task == task(reference)
+    assert dpo.task == task(SampledModel(str(output / dpo.folder), device="cpu", dtype="float32"))
+    write_rows(tmp_path / "task.jsonl", questions[:3])
+    with pytest.raises(RunError, match="a sweep with other questions than those of --task"):
+        frontier.run(frontier_config(place, output, **more))

@@ -40,7 +40,8 @@ CHANGES: dict[str, Callable[[str], str]] = {
     "other/config.json": lambda text: text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'),
 }
 NO_FILES = set(
-    "format columns label_means ignore_columns template_variables data_weights lora_targets output track track_project"
+    "format columns label_means ignore_columns picture_folder template_variables data_weights lora_targets output track"
+    " track_project"
     " adapter device offload judge_url judge_model judge_key judge_pattern"
     " rollout_server rollout_model rollout_key rollout_folder".split()
 )

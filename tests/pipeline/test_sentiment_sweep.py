@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ import pytest
 
 from pipeline.sweeping import frontier_config
 from prefopt.config.frontier import FrontierConfig
+from prefopt.core.files import write_json
 from prefopt.core.yaml_file import read_document
 from prefopt.sweeps import frontier
+from prefopt.sweeps.points import Done, Point
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,7 +37,7 @@ def test_points_that_were_kept_are_those_of_the_sweep_that_goes_on(
     assert count == len(first.points) + 5, "two rates of two methods, and the reference on the prompts for that"
     assert (tmp_path / "kept.json").stat().st_size < 30_000 and "token_ids" not in (tmp_path / "kept.json").read_text()
 
-    assert script().restore(tmp_path / "kept.json", tmp_path / "second") == count
+    assert script().restore(tmp_path / "kept.json", tmp_path / "second", [str(place / "p.txt")]) == count
     monkeypatch.setattr(frontier, "train_once", lambda c, *_: pytest.fail(f"{c.output} is trained again"))
     config = frontier_config(place, tmp_path / "second", **given)
     second = frontier.run(config)
@@ -49,6 +51,39 @@ def test_points_that_were_kept_are_those_of_the_sweep_that_goes_on(
     monkeypatch.setattr("prefopt.train.budget.matmul_peak", lambda *_: 1e10)
     more = frontier.run(replace(config, seeds=2))
     assert len(more.points) == len(second.points) + 2, "another seed of the two that train"
+
+
+def test_kept_points_are_reported_with_what_is_missing_on_a_machine_without_their_prompts(tmp_path: Path) -> None:
+    """Of a sweep that was stopped while rates were tried: the reference, and one trial."""
+    numbers: dict[str, Any] = {"interval": (0.0, 0.2), "kl_se": 0.0, "length": 20.0, "rewards": (0.0, 0.2)}
+    start = Point("reference", "", 0, 0, reward=0.1, kl=0.0, kls=(0.0, 0.0), **numbers)
+    tried = replace(start, method="dpo", setting="beta=0.1", factor=0.5, reward=0.4, kl=2.0, kls=(1.0, 3.0))
+    recipe = FrontierConfig.from_dict(read_document("prefopt:recipes/frontier.yaml"))
+    prompts = str(tmp_path / "away.txt")
+    Path(prompts).write_text("a\nb\n")
+    frontier.take_folder(replace(recipe, output=str(tmp_path / "out"), prompts=[prompts]), frontier.MAY_GROW)
+    kept = {"reference": [start], "tune/reference": [start], "tune/dpo/beta=0.1-seed0-rate0.5": [tried]}
+    for name, points in kept.items():
+        write_json(tmp_path / "out" / name / "points.json", [asdict(point) for point in points])
+    file = tmp_path / "kept.json"
+    assert script().save(tmp_path / "out", file) == 3 and str(tmp_path) not in file.read_text()
+    found = script().report(file, "prefopt:recipes/frontier.yaml")
+    assert found.done[0] == Done("dpo", 1, 9, 0, 9) and found.done[-1] == Done("best-of", 0, 0, 0, 3)
+    assert not found.finished and found.points == (start,) and found.tuning == (), "no rate was tried with all settings"
+    assert "the sweep is not finished: 1 of 36 trials of rates and 0 of 39 trainings are done" in "\n".join(
+        found.lines()
+    )
+    Path(prompts).write_text("c\n")
+    with pytest.raises(SystemExit, match="are not those of the points"):
+        script().restore(file, tmp_path / "again", [prompts])
+
+
+def test_the_sweep_begins_with_the_methods_that_say_most_at_one_rate() -> None:
+    recipe = read_document("prefopt:recipes/frontier.yaml")
+    first, whole = (FrontierConfig.from_dict(stage) for stage in script().stages(recipe))
+    assert list(first.trials()) == [] and len(list(first.trainings())) == 30, "nine of three methods, and best-of-n"
+    assert not {one.method for one in first.trainings()} & {"rloo-true"} and whole.rate_factors == ["0.5", "1", "2"]
+    assert first.tune == whole.tune
 
 
 def test_the_recipe_has_equal_trials_whose_targets_overlap() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from prefopt.errors import RunError
-from prefopt.sweeps.frontier import update_point
+from prefopt.sweeps.finished import update_point
 from prefopt.sweeps.points import Point
 
 STEPS = 9

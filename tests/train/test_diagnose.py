@@ -96,6 +96,12 @@ def test_a_good_run_has_nothing_to_look_at(tmp_path: Path) -> None:
 
 NONE_HELD_OUT: dict[str, Any] = dict.fromkeys(GOOD["held_out"])
 
+PASSES = [(i + 1) / 20 for i in range(N)]
+"""The epochs of three passes of twenty steps."""
+
+STAIRS = noisy(lambda t: LN2 - 0.15 * min(2, int(3 * t)))
+"""A loss that falls where a pass begins again."""
+
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "loss rose": ({"training": {"loss": noisy(lambda t: LN2 + 0.5 * t)}}, r"rose from 0.6931 to 1.1.* \(now 1e-06\)"),
     "loss flat": ({"training": {"loss": noisy(lambda t: LN2, 0.1)}}, "did not change beyond noise"),
@@ -109,6 +115,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         r"\+0.0002 \(chosen\) and -0.0002 \(rejected\) nats; raise the learning rate \(now 1e-06\)",
     ),
     "nothing held out": ({"held_out": NONE_HELD_OUT}, "give --eval-fraction or --eval-data"),
+    "memorised": (
+        {"held_out": NONE_HELD_OUT, "training": {"loss": STAIRS, "epoch": PASSES}},
+        r"fell by 0\.1\d+ where a pass over the same rows began again, and by -?0\.0\d+ within a pass",
+    ),
     "never better": ({"held_out": {"loss": [0.8, 0.75, 0.9]}}, "never fell below the 0.6931 .* 0.7500, at step 40"),
     "over-trained": (
         {"held_out": {"loss": [0.60, 0.55, 0.65]}, "record": {"results": {"best step": 40}}},
@@ -232,12 +242,25 @@ NEARLY: dict[str, dict[str, Any]] = {
     "ended early": {"record": {"status": "interrupted", "steps": 90}},
     "nothing held out": {"held_out": NONE_HELD_OUT, "record": {"status": "interrupted"}},
     "few steps": {"training": {"loss": noisy(lambda t: 1 - t, n=12)}},
+    # As steep a fall, evenly.
+    "memorised": {"held_out": NONE_HELD_OUT, "training": {"loss": noisy(lambda t: LN2 - 0.45 * t), "epoch": PASSES}},
 }
 
 
 @pytest.mark.parametrize("name", NEARLY)
 def test_it_is_not_said_where_they_do_not(name: str, tmp_path: Path) -> None:
     assert name not in names(write(tmp_path, **NEARLY[name]))
+
+
+def test_rows_that_are_memorised_are_seen_beside_those_held_out_and_rarely_by_chance(tmp_path: Path) -> None:
+    stairs: dict[str, Any] = {"loss": STAIRS, "epoch": PASSES}
+    assert "memorised" not in names(write(tmp_path, training=stairs)), "the held-out loss says more"
+    false = 0
+    for seed in range(200):
+        even = noisy(lambda t: LN2 - 0.2 * t, 0.05, seed=seed)
+        write(tmp_path, held_out=NONE_HELD_OUT, training={"loss": even, "epoch": PASSES})
+        false += "memorised" in names(tmp_path)
+    assert false <= 10, false
 
 
 def test_every_sentence_is_tested_both_ways() -> None:
@@ -251,7 +274,7 @@ def test_every_sentence_is_tested_both_ways() -> None:
     good = {"loss fell", "held out", "accuracy"}
     assert said == set(CASES) | good
     assert said - set(NEARLY) == {"loss flat", "held out", "worse than chance"}  # said above
-    assert len(CHECKS) == 11
+    assert len(CHECKS) == 12
 
 
 def test_losses_of_other_kinds_are_told_too(tmp_path: Path) -> None:
@@ -306,6 +329,23 @@ def test_a_planted_fault_is_found_in_a_real_run(name: str, model: str, tmp_path:
         assert not [f for f in found if f.look], found
     else:
         assert name in {f.name for f in found if f.look}, found
+
+
+@pytest.mark.slow
+def test_labels_by_chance_can_only_be_memorised_which_a_run_says_without_held_out_rows(
+    model: str, tmp_path: Path
+) -> None:
+    """And does not say of as many rows with a rule to learn."""
+    chance = random.Random(0)
+    turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in pairs(128)]
+    by_chance = [chance.choice(both) for both in zip(pairs(128), turned, strict=True)]
+    found = {}
+    for name, rows in {"chance": by_chance, "rule": pairs(128)}.items():
+        options = {"learning_rate": 3e-3, "epochs": 6, "batch_size": 8, "eval_fraction": 0.0}
+        dpo(model, rows, tmp_path / name, **options)
+        found[name] = {f.name: f.text for f in diagnose(read_history(tmp_path / name))}
+        print(f"\n{name}: {found[name]}")
+    assert "rows are memorised" in found["chance"]["memorised"] and "memorised" not in found["rule"]
 
 
 def test_a_run_without_steps_has_nothing_to_tell(tmp_path: Path) -> None:

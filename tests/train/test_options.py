@@ -242,6 +242,17 @@ def label_means(place: Place) -> None:
     assert right[0]["loss"] == pytest.approx(steps(Path(place.run()))[0]["loss"]) and right[-1] != wrong[-1]
 
 
+def picture_folder(place: Place) -> None:
+    """It bounds the files that rows name."""
+    answers = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    row = {"images": ["/a.png"], "prompt": [{"role": "user", "content": "hm"}], **answers}
+    data = write_rows(place.folder / "pictured.jsonl", [row])
+    with pytest.raises(DataError, match="picture outside of its folder"):
+        place.run(data=data)
+    with pytest.raises(DataError, match="no such file"):
+        place.run(data=data, picture_folder="/")
+
+
 def ignore_columns(place: Place) -> None:
     data = write_rows(place.folder / "third.jsonl", [row | {"third_response": "c"} for row in ROWS])
     with pytest.raises(DataError, match="--ignore-columns third_response"):
@@ -491,6 +502,7 @@ SHOWN: dict[str, Callable[[Place], None]] = {
     "label_means": label_means,
     "ignore_columns": ignore_columns,
     "header": header,
+    "picture_folder": picture_folder,
     "chat_template": moves("chat_template", "@template", data="@talk"),
     "template_variables": moves("template_variables", ["shout=true"], data="@talk", chat_template="@template"),
     "max_length": moves("max_length", 12),

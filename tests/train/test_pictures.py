@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,16 +21,19 @@ from prefopt.config.sample import ChatConfig
 from prefopt.core.terminal import Reporter
 from prefopt.data.chat.pictures import token_of_pictures
 from prefopt.data.comparisons import read_comparisons
+from prefopt.data.group import PicturedIds, Placed
 from prefopt.data.load import load_groups
 from prefopt.data.tokenizer import load_tokenizer
-from prefopt.errors import ConfigError, DataError, ModelError, UserError
+from prefopt.errors import ConfigError, DataError, ModelError
 from prefopt.evaluate.samples import kl_to_reference
 from prefopt.generate.chat_model import LocalChatModel
 from prefopt.generate.model_io import SampledModel
+from prefopt.generate.sampler import Sample, group_of
 from prefopt.model.architectures import causal_model, takes_pictures
 from prefopt.model.load import load_model
 from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer
+from prefopt.rl.rollouts import Rollouts
 
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 4, "learning_rate": 3e-3, "progress": "none"}
 
@@ -140,12 +145,96 @@ def test_vllm_refuses_pictures(model: Path, data: Path) -> None:
         prefopt.sample(model=str(model), prompts=[str(data)], engine="vllm", progress="none")
 
 
-def test_ppo_refuses_pictures(model: Path, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="pictures"):
-        prefopt.ppo(model=str(model), prompts=[str(data)], reward="length", output=str(tmp_path / "out"))
+DRAWN: dict[str, Any] = {
+    **{"num": 2, "max_new_tokens": 6, "batch_size": 4, "max_steps": 2, "learning_rate": 1e-3, "dtype": "float32"},
+    **{"progress": "none", "max_kl": 1e6},
+}
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILY_PARAMS if f.values != ("qwen3_5",)])
+@pytest.mark.parametrize("algorithm", ["ppo", pytest.param("rloo", marks=pytest.mark.slow)])
+def test_ppo_learns_on_prompts_with_pictures(model: Path, data: Path, tmp_path: Path, algorithm: str) -> None:
+    """Features of a picture are computed once for all responses to a prompt; the tower stays as it is."""
+    out = tmp_path / "out"
+    more = {"critic": "head"} if algorithm == "ppo" else {}
+    found = prefopt.ppo(
+        model=str(model), prompts=[str(data)], reward="length", output=str(out), algorithm=algorithm, **DRAWN, **more
+    )
+    assert found is not None
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, out))
+    assert any(not torch.equal(v, after[n]) for n, v in before.items())
+    assert all(torch.equal(v, after[n]) for n, v in before.items() if "visual" in n)
+    assert (out / "preprocessor_config.json").is_file()
+
+
+def test_online_dpo_keeps_rows_with_pictures(model: Path, data: Path, tmp_path: Path) -> None:
+    """Its rounds hold the pictures, and train another run."""
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"model": str(model), "prompts": [str(data)], "reward": "length", **DRAWN}
+    prefopt.online(output=str(out), **options)
+    kept = sorted((out / "rounds").glob("*.jsonl"))
+    rows = [c for path in kept for c in read_comparisons(path).comparisons]
+    assert rows and any(c.pictures for c in rows)
+    prefopt.dpo(model=str(model), data=[str(kept[0])], output=str(tmp_path / "next"), **{**QUICK, "epochs": 1})
+    assert (tmp_path / "next" / "model.safetensors").is_file()
+
+
+def test_rollouts_keep_their_pictures() -> None:
+    """For a checkpoint and for other ranks: files by path and digest, others by their bytes."""
+    file, held = replace(picture(), source="/somewhere/\udcff.png", data=b""), picture(seed=1)
+    prompts = [
+        PicturedIds(np.array([1, 9, 9, 2], np.int32), (Placed(file, 1, 3),)),
+        np.array([1, 2], np.int32),
+        PicturedIds(np.array([9, 9], np.int32), (Placed(held, 0, 1), Placed(file, 1, 2))),
+    ]
+    sample = Sample(np.array([4, 5], np.int32), np.zeros(2), np.zeros(2), True)
+    groups = tuple(group_of(prompt, [sample, sample]) for prompt in prompts)
+    zero_M, zero_N = torch.zeros(12), torch.zeros(6)
+    found = Rollouts.from_tensors(Rollouts(groups, zero_M, zero_M, zero_M, None, zero_N, zero_N > 0).tensors())
+    assert [g.pictures for g in found.groups] == [g.pictures for g in groups]
+    assert found.groups[2].pictures[0].picture.data == held.data
+    assert [g.prompt.tobytes() for g in found.groups] == [g.prompt.tobytes() for g in groups]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_policy", [0.0, 1.0])
+def test_distillation_and_the_kl_guard_draw_for_pictures(
+    model: Path, data: Path, tmp_path: Path, on_policy: float
+) -> None:
+    """A student on its own responses, and a run of DPO that measures its KL on some."""
+    given: dict[str, Any] = {**QUICK, "model": str(model), "data": [str(data)], "output": str(tmp_path / "out")}
+    given |= {"dtype": "float32", "max_steps": 2, "max_new_tokens": 6}
+    if on_policy:
+        teacher = write_folder("qwen3_vl", tmp_path / "teacher", seed=1)
+        found: Any = prefopt.distil(teacher=str(teacher), on_policy=on_policy, **given)
+    else:
+        found = prefopt.dpo(max_kl=1e6, kl_every=1, kl_samples=4, **given)
+    assert found is not None and (tmp_path / "out" / "model.safetensors").is_file()
+    if not on_policy:
+        lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+        assert any("kl" in name for line in lines for name in json.loads(line))
+
+
+@pytest.mark.slow
+def test_a_reward_model_and_a_critic_see_pictures(data: Path, tmp_path: Path) -> None:
+    """Of one family: scores depend on the pictures, and the critic learns."""
+    model = write_folder("gemma3", tmp_path / "gemma3")
+    prefopt.reward(model=str(model), data=[str(data)], output=str(tmp_path / "reward"), dtype="float32", **QUICK)
+    given = {"prompts": [str(data)], "reward": str(tmp_path / "reward"), **DRAWN}
+    assert prefopt.ppo(model=str(model), output=str(tmp_path / "out"), **given) is not None
+    other = write_folder("gemma3", tmp_path / "other")
+    settings = other / "preprocessor_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "do_normalize": False}))
+    with pytest.raises(ModelError, match="reads pictures in another way"):
+        prefopt.ppo(model=str(other), output=str(tmp_path / "none"), **given)
+
+
+def test_judges_are_not_shown_pictures(model: Path, data: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"model": str(model), "prompts": [str(data)], "output": str(tmp_path / "out")}
+    with pytest.raises(DataError, match="judges are not shown"):
+        prefopt.online(reward="people", study=str(tmp_path / "study"), **given, **DRAWN)
+
+
+@pytest.mark.parametrize("family", FAMILY_PARAMS)
 def test_samples_are_scored_as_they_were_drawn(family: str, data: Path, tmp_path: Path) -> None:
     """The sampler's cache of a prompt with pictures gives the scorer's log-probabilities."""
     folder = write_folder(family, tmp_path / family)
@@ -190,9 +279,8 @@ def test_words_alone_leave_an_adapter_its_processor(model: Path, data: Path, tmp
     assert (tmp_path / "out" / "preprocessor_config.json").is_file()
 
 
-@pytest.mark.parametrize(("family", "takes"), [("qwen3_vl", True), ("qwen3_5", False)])
-def test_chat_loads_a_tower_where_it_takes_pictures(family: str, takes: bool, tmp_path: Path) -> None:
-    folder = write_folder(family, tmp_path)
+def test_chat_loads_a_tower_where_it_takes_pictures(tmp_path: Path) -> None:
+    folder = write_folder("qwen3_5", tmp_path)
     (found,) = open_models(ChatConfig(model=str(folder), device="cpu", dtype="float32"), 0, Reporter("none"))
     assert isinstance(found, LocalChatModel)
-    assert takes_pictures(causal_model(found.model.scorer.model)) == takes
+    assert takes_pictures(causal_model(found.model.scorer.model))

@@ -318,7 +318,7 @@ class Chat:
         if not path:
             raise RunError("/image needs the path of a picture")
         try:
-            picture = read_picture(str(expanded(path)) if path.startswith("~") else path, Path.cwd())
+            picture = read_picture(str(expanded(path)) if path.startswith("~") else path)
         except BadPicture as bad:
             raise RunError(str(bad)) from None
         self._pictures.append(picture)

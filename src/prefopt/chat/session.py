@@ -19,7 +19,7 @@ from prefopt.generate.chat_model import ChatModel, LocalChatModel, RemoteChatMod
 from prefopt.generate.model_io import SampledModel, renderer_for
 from prefopt.generate.sampler import SamplingParams
 from prefopt.model.load import base_and_adapter, load_config
-from prefopt.model.pictures import SAMPLED
+from prefopt.model.pictures import FAMILIES
 from prefopt.model.precision import slow_dtype
 
 
@@ -64,7 +64,7 @@ def open_models(config: ChatConfig, seed: int, reporter: Reporter) -> list[ChatM
 
 def _local(config: ChatConfig, name: str, adapter: str | None, seed: int, reporter: Reporter) -> LocalChatModel:
     model = SampledModel(name, adapter=adapter, quantise=config.quantise, device=config.device, dtype=config.dtype)
-    model.pictures = has_processor(model.source) and load_config(model.source).model_type in SAMPLED
+    model.pictures = has_processor(model.source) and load_config(model.source).model_type in FAMILIES
     template = read_template(config.chat_template) if config.chat_template else None
     renderer = renderer_for(model.tokenizer, template, parse_variables(config.template_variables or ()))
     recommended = _recommended(model.generation_config)

@@ -17,7 +17,8 @@ from prefopt.errors import ConfigError
 
 _OF_VOTES = {"votes", *READING, "json", "progress"}
 _OF_DRAWING = ("num", "max_new_tokens", "temperature")
-_OF_READING = (*READING, "on_bad_row")
+_OF_READING = (*(name for name in READING if name != "picture_folder"), "on_bad_row")
+"""Options that files of samples do not read."""
 _OF_MACHINES = tuple(field.name for field in fields(MachineOptions))
 
 

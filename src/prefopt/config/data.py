@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from prefopt.core.files import expanded
 from prefopt.core.options import Config, option
 from prefopt.errors import ConfigError
 
-READING = ("format", "columns", "label_means", "ignore_columns", "header")
+READING = ("format", "columns", "label_means", "ignore_columns", "header", "picture_folder")
 """The options of :class:`ReadOptions`, for whoever hands them on."""
 
 
@@ -35,13 +37,21 @@ class ReadOptions(Config):
         "first-line",
         "where .csv and .tsv files name their columns; none: nowhere, and the columns are called 1, 2, ...",
     )
+    picture_folder: str | None = option(
+        None,
+        "folder that rows may name files of pictures in: relative paths start there, and rows that name a file outside"
+        " of it are refused; / permits all",
+        default_text="the folder of each data file, and of rows in memory the working folder",
+    )
 
     @property
     def column_words(self) -> list[str] | None:
-        """The options on columns, as :mod:`prefopt.data.layouts.columns` parses them; None without any."""
+        """The options on columns and pictures, as :mod:`prefopt.data.layouts.columns` parses them; None without any."""
         words = list(self.columns or ())
         words += [f"--label-means={word}" for word in self.label_means or ()]
         words += [f"--ignore-columns={word}" for word in self.ignore_columns or ()]
+        if self.picture_folder is not None:  # whole, as keys of the token cache need it
+            words.append(f"--picture-folder={Path(expanded(self.picture_folder)).absolute()}")
         return words + ["--header=none"] * (self.header == "none") or None
 
 

@@ -130,7 +130,21 @@ class FrontierConfig(SweepOptions):
         default_text=" ".join(KL_AT),
     )
     tune: int | None = option(
-        None, "distinct prompts to choose rates on, which are neither trained on nor reported", group="data", at_least=2
+        None,
+        "distinct prompts to choose rates on, which are neither trained on nor reported; with a single rate they are"
+        " set aside, so that the sweep may go on with several --rate-factors",
+        group="data",
+        at_least=2,
+    )
+    task: list[str] | None = option(
+        None,
+        "multiple-choice questions, as rows of preferences whose best answer is right: every policy answers them by"
+        " log-probability per token, and the change against the model before is the alignment tax",
+        group="data",
+        default_text="not measured",
+    )
+    report_only: bool = option(
+        False, "measure and train nothing: report what is finished in --output, and what is missing", group="output"
     )
     checkpoints: int = option(
         1, "points of each training of dpo, sft and unlikelihood, evenly spaced over its steps", at_least=1
@@ -141,8 +155,8 @@ class FrontierConfig(SweepOptions):
             raise ConfigError(f"--judge {self.judge} is the reward of --reward: name another, or leave it out")
         if self.seconds is not None and self.is_given("responses") and not any(t.learned for t in self.trainings()):
             raise ConfigError("--responses: --seconds sets the steps of all methods; leave one of them out")
-        if (len(self.factors) > 1) != (self.tune is not None):
-            raise ConfigError("--tune is for choosing among several --rate-factors: give both, or neither")
+        if len(self.factors) > 1 and self.tune is None:
+            raise ConfigError("--rate-factors: several are chosen from on prompts of their own: give --tune too")
         _ = self.targets
         trainings = list(self.trainings())
         for one in trainings:
@@ -175,7 +189,7 @@ class FrontierConfig(SweepOptions):
 
     def trials(self) -> Iterator[Training]:
         """Trainings to choose rates by: all settings at all rates, with the first seed. None for a single rate."""
-        for factor in self.factors if self.tune is not None else ():
+        for factor in self.factors if len(self.factors) > 1 else ():
             for one in self.trainings(dict.fromkeys(TRAINED_BY, factor)):
                 if one.kind is not None and one.seed == self.seed:
                     yield one

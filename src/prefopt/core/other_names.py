@@ -34,6 +34,7 @@ OTHER_NAMES: dict[str, tuple[str, str]] = {
     "lora-target-modules": ("lora-targets", ""),
     "lr": ("learning-rate", ""),
     "lr-scheduler-type": ("schedule", ""),
+    "media-dir": ("picture-folder", ""),
     "max-completion-length": ("max-new-tokens", ""),
     "max-prompt-length": ("max-length", "tokens of prompt and response together"),
     "max-seq-length": ("max-length", ""),

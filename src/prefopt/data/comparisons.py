@@ -30,6 +30,7 @@ from prefopt.data.layouts.columns import column_map, find_dataset_info, parse_co
 from prefopt.data.layouts.layout import ColumnMap, Layout
 from prefopt.data.layouts.recognise import Recognised, listed, recognise
 from prefopt.data.layouts.values import BadRow
+from prefopt.data.pictures import PictureFolder
 from prefopt.data.sampler import split_by_prompt
 from prefopt.data.table import KEY
 from prefopt.data.validate import Problem, describe, refuse, refused_rows
@@ -101,9 +102,15 @@ class Reading:
         return [p for p in self._all if isinstance(p, Problem)]
 
 
-def read_comparisons(path: str | Path) -> Reading:
-    """The rows of one file; see :func:`open_comparisons`."""
-    return open_comparisons(Source(str(path), Path(path), FileOrigin(Path(path))))
+def read_comparisons(path: str | Path, *, pictures: PictureFolder | None = None) -> Reading:
+    """The rows of one file; see :func:`open_comparisons`. ``pictures``: the folder of their pictures, by default the
+    file's own."""
+    return open_comparisons(Source(str(path), Path(path), FileOrigin(Path(path))), pictures=pictures)
+
+
+def own_folder(source: Source) -> PictureFolder:
+    """The folder that bounds a source's pictures where none is named: that of its file, or the working folder."""
+    return PictureFolder((source.path.parent if source.path is not None else Path()).absolute())
 
 
 def parse_comparisons(
@@ -119,13 +126,15 @@ def open_comparisons(
     *,
     format: str | None = None,
     columns: Sequence[str] | None = None,
+    pictures: PictureFolder | None = None,
     stop: Callable[[], None] = lambda: None,
 ) -> Reading:
     """The rows of a source as comparisons.
 
     The layout is the one named by ``format``; or by a ``dataset_info.json`` beside the file that lists it; or it is
     recognised from all rows. ``columns`` (``NAME=COLUMN``) renames columns and has precedence over
-    ``dataset_info.json``. ``stop`` is called before each row and may raise.
+    ``dataset_info.json``. ``pictures`` is the folder of pictures; by default the one in ``columns``, or
+    :func:`own_folder`. ``stop`` is called before each row and may raise.
 
     Raises :class:`DataError` where there is no row, no row has a known layout, layouts are mixed, or a column of
     ``columns`` does not exist; :class:`ConfigError` for an unknown layout or NAME. A bad row (a missing field, an
@@ -141,7 +150,7 @@ def open_comparisons(
         who = "dataset_info.json beside it, with --columns," if given else "dataset_info.json beside it"
         raise DataError(f"{who} gives {clash} (entry {entry.name}); correct it", file=source.name)
     means = {**(entry.means if entry else {}), **options.means}
-    folder = source.path.parent if source.path is not None else None
+    folder = pictures or options.pictures or own_folder(source)
     understood = column_map(pairs, refused=refused, cells=cells, means=means, ignored=options.ignored, folder=folder)
     if options.headless:
         if source.path is None or not cells:

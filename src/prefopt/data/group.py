@@ -185,6 +185,11 @@ class Group:
         return (*self.pictures, *(p.moved(len(self.prefix)) for p in self.continuations[k].pictures))
 
     @property
+    def prompt(self) -> IntArray | PicturedIds:
+        """The prefix as what a sampler goes on from: with its pictures."""
+        return PicturedIds(self.prefix, self.pictures) if self.pictures else self.prefix
+
+    @property
     def has_pictures(self) -> bool:
         """Whether there is a picture in the prefix or in a response."""
         return bool(self.pictures) or any(c.pictures for c in self.continuations)

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from prefopt.core.terminal import Reporter
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.template import Rendering
-from prefopt.data.comparisons import Reading, open_comparisons
+from prefopt.data.comparisons import Reading, open_comparisons, own_folder
 from prefopt.data.files.sources import Source, find_sources
 from prefopt.data.layouts import code_of_layouts
 from prefopt.data.layouts.columns import find_dataset_info
@@ -120,13 +120,18 @@ class _GroupLoader:
 
         def make(append: Append) -> Report:
             reading = open_comparisons(source, format=self.format, columns=self.columns, stop=self.stop)
-            report = self.tokenise(reading, append)
+            report = replace(self.tokenise(reading, append), folder=str(own_folder(source).path))
             if source.digest() != contents:
                 raise DataError("changed while it was read; run the command again", file=source.name)
             return report
 
         cache = TokenCache()
         found = cache.get(key, make, file=source.name, source=source.entry, stop=self.stop)
+        folder = str(own_folder(source).path)
+        if found.cached and found.named_pictures and found.report.folder != folder:
+            # The same rows, whose paths lead elsewhere.
+            key = replace(key, reading=(*key.reading, folder))
+            found = cache.get(key, make, file=source.name, source=source.entry, stop=self.stop)
         if not found.cached:
             return found
         changed = changed_pictures(found.part.picture_files)

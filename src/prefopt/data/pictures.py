@@ -15,10 +15,12 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefopt.core.cache_folder import file_hashes
+from prefopt.core.files import expanded
 from prefopt.core.plugins import how_to_install
 from prefopt.errors import ConfigError, DataError, first_line
 from prefopt.records import Picture
@@ -52,12 +54,53 @@ class PictureByAddress(BadPicture):
     """A picture is named by an address, which is never fetched."""
 
 
-def read_picture(value: object, folder: Path | None = None) -> Picture:
+class PictureOutside(BadPicture):
+    """A path leads out of the folder that bounds it; the file is not looked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class PictureFolder:
+    """The folder that rows may name files of pictures in, absolute; relative paths start there. ``named``: by
+    ``--picture-folder``, not as the folder of the rows' own file."""
+
+    path: Path
+    named: bool = False
+
+    @classmethod
+    def of(cls, name: str) -> PictureFolder:
+        """The folder that a user named. Raises :class:`ConfigError` where there is none."""
+        path = expanded(name).absolute()
+        if not path.is_dir():
+            raise ConfigError(f"--picture-folder {name}: there is no such folder; check the path")
+        return cls(path, named=True)
+
+    def inside(self, text: str) -> Path:
+        """The absolute path that ``text`` names. Raises :class:`PictureOutside` where it leads out of the folder, by
+        ``..``, as an absolute path or by a link. Links of a snapshot in the Hub's cache to its own blobs stay inside.
+        """
+        path = (self.path / text).absolute()
+        bounds = [self.path.resolve()]
+        if "snapshots" in bounds[0].parts:
+            repository = bounds[0].parts[: bounds[0].parts.index("snapshots")]
+            bounds.append(Path(*repository, "blobs"))
+        real = path.resolve()
+        if not any(real.is_relative_to(bound) for bound in bounds):
+            where = f"--picture-folder {self.path}" if self.named else f"{self.path}, the folder of the rows"
+            what = "name a folder that holds all pictures" if self.named else "permit its folder by --picture-folder"
+            raise PictureOutside(f"picture {text[:200]} is outside of {where}; {what}", str(path))
+        return path
+
+
+ANYWHERE = PictureFolder(Path("/"))
+"""No bound: of rows that this program wrote, whose paths were checked when they were read."""
+
+
+def read_picture(value: object, folder: PictureFolder | None = None) -> Picture:
     """The picture that ``value`` names or holds.
 
-    A path (relative ones in ``folder``), a ``data:`` URL, bytes, the struct of a column of pictures in Arrow (``bytes``
-    and ``path``), or a picture of Pillow. Raises :class:`BadPicture` for all else, and for a file that is missing, no
-    picture or beyond the limits; :class:`ConfigError` without Pillow.
+    A path (in ``folder``; anywhere without one), a ``data:`` URL, bytes, the struct of a column of pictures in Arrow
+    (``bytes`` and ``path``), or a picture of Pillow. Raises :class:`BadPicture` for all else, and for a file that is
+    missing, no picture or beyond the limits; :class:`ConfigError` without Pillow.
     """
     if isinstance(value, dict):
         return _of_struct(value, folder)
@@ -185,20 +228,24 @@ def _may_turn(image: Any) -> bool:
     return image.format != "PNG" or any(name in image.info for name in _EXIF_OF_PNG)
 
 
-def _of_text(text: str, folder: Path | None) -> Picture:
+def _of_text(text: str, folder: PictureFolder | None) -> Picture:
     if match := _DATA_URL.match(text):
         return of_bytes(_decoded_base64(text[match.end() :]))
     if text[:5].lower() == "data:":
         raise BadPicture("a data: URL that is not of the form data:image/...;base64,...")
     if _ADDRESS.match(text):
         raise PictureByAddress(f"{text[:60]} is an address, which is never fetched; save the picture and give its path")
-    path = Path(text.removeprefix("file://"))
-    path = path if path.is_absolute() or folder is None else folder / path
-    path = path.absolute()
+    name = text.removeprefix("file://")
+    try:
+        path = Path(name).absolute() if folder is None else folder.inside(name)
+    except (OSError, RuntimeError, ValueError) as error:  # names too long, links in a circle, zero bytes
+        if isinstance(error, BadPicture):
+            raise
+        raise BadPicture(f"picture {text[:200]} cannot be read ({first_line(error)})") from None
     try:
         if not path.is_file():
             what = "is no file" if path.exists() else "there is no such file"
-            raise BadPicture(f"picture {text[:200]}: {what}; paths are relative to the data file", str(path))
+            raise BadPicture(f"picture {text[:200]}: {what}; relative paths start at {_start(folder)}", str(path))
         if path.stat().st_size > MAX_BYTES:
             what = f"has {path.stat().st_size:,} bytes; at most {MAX_BYTES:,} are read"
             raise BadPicture(f"picture {text[:200]} {what}", str(path))
@@ -213,7 +260,11 @@ def _of_text(text: str, folder: Path | None) -> Picture:
         raise BadPicture(f"picture {text[:200]}: {bad}", str(path)) from None
 
 
-def _of_struct(value: dict[Any, Any], folder: Path | None) -> Picture:
+def _start(folder: PictureFolder | None) -> str:
+    return "the working folder" if folder is None else "--picture-folder" if folder.named else str(folder.path)
+
+
+def _of_struct(value: dict[Any, Any], folder: PictureFolder | None) -> Picture:
     """Of ``{"bytes": ..., "path": ...}`` as in Arrow, where bytes may be base64, or ``{"url": ...}``."""
     data = value.get("bytes")
     if isinstance(data, str) and data:

@@ -91,7 +91,7 @@ class Report:
     """The ``read`` rows of ``file``: problems, notes and warnings, and ``Renderer.template``.
 
     ``pictures``: the files that problems may be in, as :func:`prefopt.data.pictures.file_state` found them; -1 of one
-    that changed meanwhile.
+    that changed meanwhile. ``folder``: where relative paths of pictures started.
     """
 
     file: str
@@ -101,6 +101,7 @@ class Report:
     warnings: Warnings = field(default_factory=dict)
     template: str | None = None
     pictures: dict[str, list[int]] = field(default_factory=dict)
+    folder: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; problems without the file, which :meth:`from_dict` is given."""
@@ -112,7 +113,8 @@ class Report:
         start = f"{plain['file']}: "
         notes = [f"{file}: {n.removeprefix(start)}" if n.startswith(start) else n for n in plain["notes"]]
         problems = [Problem(kind, row, what, file) for kind, row, what in plain["problems"]]
-        return cls(file, plain["read"], problems, notes, plain["warnings"], plain["template"], plain["pictures"])
+        same = {name: plain[name] for name in ("read", "warnings", "template", "pictures", "folder")}
+        return cls(file=file, problems=problems, notes=notes, **same)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,11 @@ class Tokenised:
     part: Part
     report: Report
     cached: bool = False
+
+    @property
+    def named_pictures(self) -> bool:
+        """Whether rows name files of pictures, those of refused rows too."""
+        return bool(self.part.picture_files or self.report.pictures)
 
 
 class TableWriter:

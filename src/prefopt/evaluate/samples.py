@@ -30,6 +30,7 @@ from prefopt.data.comparisons import open_comparisons, parse_comparisons, read_c
 from prefopt.data.files.sources import find_sources
 from prefopt.data.group import Group, pictures_in
 from prefopt.data.load import load_groups
+from prefopt.data.pictures import ANYWHERE, PictureFolder
 from prefopt.data.validate import Problem, refuse, refused_rows
 from prefopt.errors import CacheError, DataError, ModelError, UserError
 from prefopt.evaluate.score import response_logprobs
@@ -93,7 +94,7 @@ def load_samples(
     """The samples of a model, a row for each prompt: drawn, cached, or read from the file ``name``. ``lines``: those of
     .txt prompts, see :func:`lines_of`."""
     if is_file(name):
-        return _read(Path(name))
+        return _read(Path(name), PictureFolder.of(config.picture_folder) if config.picture_folder else None)
     model, own = inputs.load(name, config), inputs.models.get(name)
     options = {n: getattr(config, n) for n in ("num", "max_new_tokens", "temperature", "seed", *READING, "on_bad_row")}
     if own is None:
@@ -116,7 +117,7 @@ def load_samples(
     finally:
         lock.release()
     reporter.say(f"samples of {name}: {path}")
-    return _read(path)
+    return _read(path, ANYWHERE)
 
 
 def _key(options: Mapping[str, Any], model: str, rows: Sequence[Mapping[str, object]] | None) -> str:
@@ -129,8 +130,8 @@ def _key(options: Mapping[str, Any], model: str, rows: Sequence[Mapping[str, obj
     return hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()[:20]
 
 
-def _read(path: Path) -> Rows:
-    found = read_comparisons(str(path))
+def _read(path: Path, pictures: PictureFolder | None) -> Rows:
+    found = read_comparisons(str(path), pictures=pictures)
     if found.problems:
         problem = found.problems[0]
         raise DataError(f"{problem.kind}: {problem.what}", file=str(path), row=problem.row)

@@ -163,7 +163,7 @@ def response_logprobs(scorer: PackedModel, groups: Sequence[Group], token_budget
 
 def _renderer(config: ScorerOptions, tokenizer: Tokenizer, *sources: str) -> Renderer:
     limit = min(sequence_limit(config.max_length, context_length(load_config(source))) for source in sources)
-    return Renderer(tokenizer, Rendering.from_options(config, limit))
+    return Renderer(tokenizer, Rendering.from_options(config, limit), scored=True)
 
 
 @dataclass(frozen=True, slots=True, repr=False)

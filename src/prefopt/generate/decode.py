@@ -154,8 +154,11 @@ class SlotDecoder(Decoder):
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         head, how = self.model.get_output_embeddings(), self.scorer.head
         rows = rows.to(self.scorer.dtype)
-        if how.kind == "fused" and is_packed(head):
-            return transformed(head(rows), how.scale, how.softcap)
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        if (
+            how.kind == "fused" and is_packed(head) and (rows.dtype == wide or head.bias is None)
+        ):  # added to wide logits
+            return transformed(head(rows).to(wide), how.scale, how.softcap)
         return self.scorer.logits(rows)
 
 
@@ -196,6 +199,8 @@ class CacheDecoder(_OwnForward):
     """The model's own cache, whatever it contains."""
 
     name = "cache"
+    _next_N: torch.Tensor | None = None
+    """The next position of each sequence, where a picture has more tokens than positions."""
 
     @staticmethod
     def fits(scorer: Scorer) -> bool:
@@ -216,10 +221,22 @@ class CacheDecoder(_OwnForward):
         return True
 
     def start(self, prompts: Sequence[Ids]) -> torch.Tensor:
-        return self._take(self._forward(self._ids(prompts), use_cache=True))
+        ids = self._ids(prompts)
+        pictures = [pictures_in(prompt) for prompt in prompts]
+        given = self.scorer.vision.of_prompts(ids.cpu().numpy(), pictures, self.device) if any(pictures) else {}
+        if hasattr(body_of(self.model), "get_rope_index"):
+            # Left out, they would be those of the prompts that the class was given last.
+            counted = torch.arange(ids.shape[1], device=self.device).expand(3, *ids.shape)
+            positions = given.setdefault("position_ids", counted)
+            self._next_N = positions.amax((0, 2)) + 1
+        return self._take(self._forward(ids, use_cache=True, **given))
 
     def step(self, token_n: torch.Tensor) -> torch.Tensor:
-        return self._take(self._forward(token_n[:, None], use_cache=True, **{self._argument: self.cache}))
+        given = {self._argument: self.cache}
+        if self._next_N is not None:
+            given["position_ids"] = self._next_N[None, :, None].expand(3, -1, 1)
+            self._next_N = self._next_N + 1
+        return self._take(self._forward(token_n[:, None], use_cache=True, **given))
 
     def _take(self, out: Any) -> torch.Tensor:
         """Keep the cache, and the name of its argument; returns the last token's rows."""
@@ -231,7 +248,9 @@ class CacheDecoder(_OwnForward):
         return self._last(out)
 
     def keep(self, index: torch.Tensor) -> None:
-        self.cache.reorder_cache(index.to(self.device))
+        index = index.to(self.device)
+        self.cache.reorder_cache(index)
+        self._next_N = None if self._next_N is None else self._next_N[index]
 
 
 class WholeDecoder(_OwnForward):

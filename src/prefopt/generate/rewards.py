@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 
 from prefopt.config.scoring import is_model_reward
+from prefopt.data.chat.pictures import same_processor
 from prefopt.data.group import Group
 from prefopt.data.tokenizer import Tokenizer, load_tokenizer
 from prefopt.errors import ModelError, RunError
@@ -164,12 +166,13 @@ def load_reward_scorer(
     attention: str,
     longest: int,
     option: str = "--reward",
+    pictures: bool = False,
 ) -> TextRewardScorer | RewardModelScorer:
     """The rule or function of that name, else the reward model in that folder (or on the Hub).
 
-    ``longest``: tokens of prompt and response together; ``option`` gave the name. Raises :class:`ModelError` for a
-    model with another number of labels, another tokenizer or too short a context, and
-    :class:`prefopt.errors.ConfigError` for an unknown name.
+    ``longest``: tokens of prompt and response together; ``option`` gave the name; ``pictures``: prompts have some,
+    which rules and functions are not shown. Raises :class:`ModelError` for a model with another number of labels,
+    another tokenizer or processor, or too short a context, and :class:`prefopt.errors.ConfigError` for an unknown name.
     """
     if not is_model_reward(name):
         return TextRewardScorer(load_reward(name), tokenizer, stop)
@@ -185,8 +188,11 @@ def load_reward_scorer(
                 f"{option} {name} has another tokenizer: {token!r} is token {i} of the policy, and {there}; use a"
                 " reward model that was made from this policy"
             )
-    model = load_scalar(source, dtype=dtype, device=device, tokenizer=tokenizer).requires_grad_(False)
-    scorer = ScalarScorer(freeze_and_cast(model, dtype), attention=attention)
+    if pictures:
+        same_processor(source, tokenizer.name_or_path, f"{option} {name}")
+    how: dict[str, Any] = {"dtype": dtype, "device": device, "tokenizer": tokenizer, "pictures": pictures}
+    model = load_scalar(source, **how).requires_grad_(False)
+    scorer = ScalarScorer(freeze_and_cast(model, dtype), attention=attention, pictures=pictures)
     context = context_length(causal_model(model).config)
     if context is not None and longest > context:
         what = f"its context is {context} tokens, but prompt and response may have {longest}"

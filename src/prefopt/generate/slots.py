@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,12 +34,24 @@ HOOK = "prefopt_slots"
 """Not among transformers' mask functions, so that models build no mask."""
 GROWTH = 64
 """Slots added at least when they are used up."""
-PARTS, PART_ROWS, PART_SAVES = 4, 8, 0.15
-"""Blocks of rows that attend separately: at most so many, of so many rows at least, where it saves this fraction."""
+PARTS, PART_ROWS, PART_SAVES, PART_COST = 4, 8, 0.15, 256
+"""Blocks of rows that attend separately: at most so many, of so many rows at least, where it saves this fraction, and
+for each further block so many slots of all rows together, since its calls take time."""
 LayerCall = tuple[int, int]
 """An attention module, and the number of its call within a forward pass (from 1): some run several times in one."""
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 """Of one attention layer, [rows, key heads, slots, D]."""
+
+
+class StepCache(NamedTuple):
+    """What one compiled layer reads and extends in a step: ``keys`` and ``values`` [rows, key heads, slots, D] with the
+    step's slot, which is ``last`` [1]; ``start_R`` [rows] is each row's first slot. All are tensors, so that a graph
+    depends on no number of them."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    start_R: torch.Tensor
+    last: torch.Tensor
 
 
 @dataclass(slots=True)
@@ -55,6 +67,8 @@ class Slots:
     called: Counter[int] = field(default_factory=Counter)
     shift: IndexArray = field(init=False)
     _start: torch.Tensor | None = None
+    _first: torch.Tensor | None = None
+    _attentions: dict[int, LayerCall | None] = field(default_factory=dict)
     _bias: torch.Tensor | None = None
     _parts: list[tuple[slice, int]] = field(default_factory=list)
 
@@ -96,11 +110,12 @@ class Slots:
         keys and values [heads, T, D]."""
         if layer not in self.layers:
             room = self.length + GROWTH
-            empty = (x.new_zeros(len(self.start), len(x), room, x.shape[-1]) for x in (key, value))
+            shapes = ((x, (len(self.start), len(x), room, x.shape[-1])) for x in (key, value))
+            empty = (x.new_zeros(shape, dtype=cache_dtype(x.dtype, x.device)) for x, shape in shapes)
             self.layers[layer] = next(empty), next(empty)
         first = self.length - at.shape[1]
         for kept, new in zip(self.layers[layer], (key, value), strict=True):
-            kept[rows, :, first : self.length] = new[:, at].transpose(0, 1)
+            kept[rows, :, first : self.length] = new[:, at].transpose(0, 1).to(kept.dtype)
 
     def extend(self, layer: LayerCall, key: torch.Tensor, value: torch.Tensor) -> KeysAndValues:
         """Write the tokens of this step [rows, heads, D]; returns what they attend to [rows, heads, length + 1, D]."""
@@ -108,6 +123,23 @@ class Slots:
         keys[:, :, self.length] = key
         values[:, :, self.length] = value
         return keys[:, :, : self.length + 1], values[:, :, : self.length + 1]
+
+    def of_layer(self, layer: torch.nn.Module) -> StepCache | None:
+        """What a compiled ``layer`` of the model needs in this step; None where it runs uncompiled: on other devices
+        than the CPU, for one row (a graph of its own), and where a layer attends several times."""
+        if self.device.type != "cpu" or len(self.start) < 2:
+            return None
+        if id(layer) not in self._attentions:
+            inside = {id(module) for module in layer.modules()}
+            calls = [call for call in self.layers if call[0] in inside]
+            self._attentions[id(layer)] = calls[0] if len(calls) == 1 else None
+        call = self._attentions[id(layer)]
+        if call is None:
+            return None
+        if self._first is None:
+            self._first = torch.from_numpy(self.start.copy())
+        keys, values = (x[:, :, : self.length + 1] for x in self.layers[call])
+        return StepCache(keys, values, self._first, torch.tensor([self.length]))
 
     def make_room(self) -> None:
         """Make sure of a free slot; sequences may move."""
@@ -139,7 +171,7 @@ class Slots:
             self.layers[layer] = next(moved), next(moved)
 
     def _moved(self) -> None:
-        self._start = self._bias = None
+        self._start = self._first = self._bias = None
         self._parts.clear()
 
     def parts(self) -> list[tuple[slice, int]]:
@@ -151,7 +183,8 @@ class Slots:
             blocks = [slice(n, min(n + size, rows)) for n in range(0, rows, size)]
             firsts = [min(int(self.start[block].min()), self.length) for block in blocks]
             saved = sum(firsts) / len(firsts) - min(firsts)
-            if saved < PART_SAVES * (self.length + 1 - min(firsts)):
+            least = max(PART_SAVES * (self.length + 1 - min(firsts)), PART_COST * (len(blocks) - 1) / rows)
+            if saved < least:
                 blocks, firsts = [slice(0, rows)], [min(firsts)]
             self._parts = list(zip(blocks, firsts, strict=True))
         return self._parts
@@ -166,6 +199,12 @@ class Slots:
             bias = torch.from_numpy(np.where(before, -np.inf, 0.0)).to(self.device, dtype)
             self._bias = bias[:, None, None]
         return self._bias[..., : self.length + 1]
+
+
+def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of keys and values in slots. On the CPU at least float32: small batched products in bfloat16 take twice
+    as long there, and round scores."""
+    return torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
 
 
 def _with_room(x: torch.Tensor, before: int) -> torch.Tensor:
@@ -197,7 +236,7 @@ def slot_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    slots: Slots | None = None,
+    slots: Slots | StepCache | None = None,
     filling: Filling | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -211,6 +250,8 @@ def slot_attention(
         return shared_attention(module, query, key, value, attention_mask, prefix_gather=filling.gather, **options)
     if slots is None:
         raise ModelError(f"{type(module).__name__} does not pass its keyword arguments to its attention")
+    if isinstance(slots, StepCache):
+        return _compiled_attention(module, query, key, value, attention_mask, slots, **options), None
     return _step_attention(module, query, key, value, attention_mask, slots, **options), None
 
 
@@ -231,10 +272,10 @@ def _step_attention(
 ) -> torch.Tensor:
     refuse_foreign(module, attention_mask, dropout, others)
     keys, values = slots.extend(slots.call_of(module), key[0].transpose(0, 1), value[0].transpose(0, 1))
-    bias = slots.hidden(query.dtype)
+    bias = slots.hidden(keys.dtype)
     rows, heads = query.shape[2], query.shape[1]
     # Queries that share a key head become its rows: [rows, key heads, queries each, D].
-    grouped = query[0].transpose(0, 1).unflatten(1, (keys.shape[1], -1))
+    grouped = query[0].transpose(0, 1).unflatten(1, (keys.shape[1], -1)).to(keys.dtype)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     parts = []
     for part, start in slots.parts():
@@ -246,7 +287,44 @@ def _step_attention(
         else:
             parts.append(_by_products(of, keys[seen], values[seen], masked, scale, softcap, s_aux))
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return out.reshape(1, rows, heads, -1)
+    return out.reshape(1, rows, heads, -1).to(query.dtype)
+
+
+def _compiled_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: StepCache,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **others: Any,
+) -> torch.Tensor:
+    """The same as :func:`_step_attention` for the compiler, which fuses all but the two products. Blocks of rows would
+    depend on numbers of the host, so all rows attend over all slots."""
+    refuse_foreign(module, attention_mask, dropout, others)
+    keys, values, start_R, last = cache
+    for kept, new in ((keys, key), (values, value)):
+        kept.index_copy_(2, last, new[0].transpose(0, 1)[:, :, None].to(kept.dtype))
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    grouped = query[0].transpose(0, 1).unflatten(1, (keys.shape[1], -1)).to(keys.dtype) * scale
+    scores = torch.bmm(grouped.flatten(0, 1), keys.flatten(0, 1).transpose(-1, -2)).unflatten(0, keys.shape[:2])
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    slot = torch.arange(keys.shape[2], device=keys.device)
+    first_R = start_R if sliding_window is None else torch.maximum(start_R, last + 1 - sliding_window)
+    scores = scores.masked_fill(slot < first_R[:, None, None, None], float("-inf"))
+    if s_aux is not None:
+        sink = s_aux.to(scores.dtype).view(1, scores.shape[1], scores.shape[2], 1).expand(len(scores), -1, -1, 1)
+        scores = torch.cat([scores, sink], -1)
+    weights = torch.softmax(scores, -1)[..., : keys.shape[2]]
+    out = torch.bmm(weights.flatten(0, 1), values.flatten(0, 1))
+    return out.view(1, len(keys), query.shape[1], -1).to(query.dtype)
 
 
 def _by_products(

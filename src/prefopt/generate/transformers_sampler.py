@@ -16,9 +16,10 @@ import torch
 from prefopt.data.group import pictures_in
 from prefopt.errors import ModelError, first_line
 from prefopt.generate.batch import Job, Queue, SampleBatch
-from prefopt.generate.decode import Decoder, SlotDecoder, WholeDecoder, decoder_of
+from prefopt.generate.decode import Decoder, WholeDecoder, decoder_of
 from prefopt.generate.packed_linear import FEWEST_ROWS, packed_linears
 from prefopt.generate.sampler import Ids, ProgressCallback, Sample, SamplingParams, occurrences
+from prefopt.generate.slots import cache_dtype
 from prefopt.model.architectures import attention_shapes, causal_model, context_length, vocabulary_size
 from prefopt.model.costs import MEMORY_ERRORS, free_memory, halved
 from prefopt.model.scorer import Scorer
@@ -121,13 +122,15 @@ class TransformersSampler:
     @contextmanager
     def _sampling(self, decoder: Decoder) -> Iterator[None]:
         """What a decoder needs around its passes: its attention, no gradients, no dropout."""
-        with torch.no_grad(), self.scorer.attention_by(decoder.hook), _evaluating(self.scorer):
+        compiled = self.scorer.compiled
+        settings = nullcontext() if compiled is None else compiled.settings()
+        with torch.no_grad(), settings, self.scorer.attention_by(decoder.hook), _evaluating(self.scorer):
             yield
 
     def _check(self, prompts: Sequence[Ids], params: SamplingParams) -> None:
-        if any(map(pictures_in, prompts)) and self._decoder is not SlotDecoder:
+        if any(map(pictures_in, prompts)) and self._decoder is WholeDecoder:
             name = type(self._model).__name__
-            raise ModelError(f"{name} is sampled from with its own cache, which takes no pictures here")
+            raise ModelError(f"{name} is sampled from without a cache, which takes no pictures here")
         size = vocabulary_size(self._model)
         for n, prompt in enumerate(prompts, 1):
             if not len(prompt):
@@ -161,7 +164,7 @@ class TransformersSampler:
             log.warning("samples are not counted by their memory: %s", first_line(error))
             return MAX_ROWS[device.type]
         held = sum(s.key_heads * (s.key_width + s.value_width) for s in shapes)
-        row = max(1, held * tokens * self.scorer.dtype.itemsize)
+        row = max(1, held * tokens * cache_dtype(self.scorer.dtype, device).itemsize)
         affordable = int(free_memory(device) * CACHE_FRACTION / (2 * row))  # twice: growing and compacting copy it
         return max(1, min(MAX_ROWS[device.type], affordable))
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from prefopt.config.distil import DistilConfig
+from prefopt.core.options import flag
 from prefopt.data.chat.ends import trained_ends
 from prefopt.data.table import GroupTable
 from prefopt.errors import ConfigError, ModelError
@@ -63,8 +64,9 @@ def run(
         # One that draws is cut when it trains, beside a copy of its modules that the other ranks need not call.
         world = ALONE if config.on_policy else run.world
         pictures = data.groups.has_pictures
-        if pictures and config.on_policy:
-            raise ConfigError("--on-policy samples from prompts of text alone; leave it out, or rows with pictures")
+        for option in ("teacher_url", "rollout_server") if pictures else ():
+            if getattr(config, option):
+                raise ConfigError(f"rows have pictures, which {flag(option)} is not given; leave out that or those")
         policy = run.loading(
             Policy(config, start.source, run.dtype, run.device, model, world, others, pictures=pictures)
         )
@@ -122,7 +124,10 @@ def _source(offline: OfflineRun, policy: Policy, teacher: RemoteTeacher | None, 
     if not config.on_policy:
         return DataBatches(data, offline.sampler, **columns)
     ends = tuple(trained_ends(data.groups, offline.start.tokenizer))
-    settings = SamplingParams(config.max_new_tokens, ends, seed=config.seed)
+    if policy.pictures and policy.sharded:
+        raise ConfigError("rows have pictures, and models in shards do not sample for them: give --shard none")
+    never = (policy.scorer.vision.token_id,) if policy.pictures else ()
+    settings = SamplingParams(config.max_new_tokens, ends, seed=config.seed, never=never)
     known = (data, offline.sampler, policy.apart, settings, config.on_policy, run.world)
     return StudentBatches(*known, longest=offline.start.limit, teacher=teacher, **columns)
 

@@ -92,7 +92,7 @@ def run(
         prompts, settings = read_rollout_prompts(config, start, rows, run.reporter)
         _check_prompts(terms, prompts)
         comparer = _comparer(run)
-        policy = run.loading(Policy(config, start.source, run.dtype, run.device, model))
+        policy = run.loading(Policy(config, start.source, run.dtype, run.device, model, pictures=start.pictures))
         settle_rate(run, policy.scorer, updates=updates_of(config, len(prompts.ids)))
         config = run.config
         check = check_samples(policy, prompts, settings)
@@ -198,7 +198,8 @@ def _models(
     if comparer is not None:
         judge = Unscored(comparer, tokenizer, settings.stop)
     else:
-        how = {"dtype": run.dtype, "device": run.device, "attention": config.attention, "longest": longest}
+        how: dict[str, Any] = {"dtype": run.dtype, "device": run.device, "attention": config.attention}
+        how |= {"longest": longest, "pictures": policy.pictures}
         judge, _ = rewards.scorers(tokenizer, settings.stop, **how)
     for model in {id(m): m for m in judge.models}.values():
         cut_frozen(model, policy, run.world)

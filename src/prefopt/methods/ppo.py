@@ -90,7 +90,7 @@ def run(
         prompts, settings = read_rollout_prompts(config, start, rows, run.reporter)
         held_out = read_held_out(config, start, prompts, run.reporter)
         longest = longest_of(run, prompts, held_out)
-        policy = run.loading(Policy(config, start.source, run.dtype, run.device, model))
+        policy = run.loading(Policy(config, start.source, run.dtype, run.device, model, pictures=start.pictures))
         settle_rate(run, policy.scorer, updates=updates_of(config, len(prompts.ids)))
         config = run.config
         check = check_samples(policy, prompts, settings)

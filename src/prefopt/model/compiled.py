@@ -2,8 +2,8 @@
 
 Elementwise work between matrix products is fused, which on a GPU is bound by memory. The forward function of a layer's
 class is compiled, and layers of one class share its code. Nothing is wrapped: names of modules, weights, adapters and
-shards stay as they are, and hooks on layers (those of shards) run outside of the graph. Other passes through the model,
-such as sampling, run uncompiled.
+shards stay as they are, and hooks on layers (those of shards) run outside of the graph. Steps of the sampler on the CPU
+are a second graph, of all steps and numbers of rows. Other passes through the model run uncompiled.
 
 A compiler that fails costs speed alone: the layers run uncompiled from then on, and one line says why.
 """
@@ -57,6 +57,8 @@ class CompiledLayers:
         self.backend = backend
         self.failure: str | None = None
         """Why layers run uncompiled, in one line."""
+        self.step_failure: str | None = None
+        """Why the sampler's steps do."""
         # What a recurrent layer computes depends on the numbers of the row's segments: they stay as they are.
         self.layers = [layer for layer in layers_of(model) if not mixers_of(layer)]
         self._functions: dict[type, Callable[..., Any]] = {}
@@ -72,19 +74,36 @@ class CompiledLayers:
 
     def _run(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         kind = type(layer)  # shards give layers a class of their own
+        state = self._state(layer, kwargs)
         # Only scoring hands segments over as a tensor. Where one layer fails, the others stay as they are until the
         # pass ends: activations that its backward pass recomputes must be those of its forward pass.
-        if id(layer) not in self._failed and isinstance(kwargs.get("prefix_segments"), torch.Tensor):
-            if kind not in self._functions:
-                options: dict[str, Any] = {"dynamic": True, "fullgraph": True, "backend": self.backend}
-                self._functions[kind] = torch.compile(kind.forward, **options)
-            try:
-                return self._functions[kind](layer, *args, **kwargs)
-            except TorchDynamoException as error:
-                if out_of_memory(error):
-                    raise
+        scores = id(layer) not in self._failed and isinstance(kwargs.get("prefix_segments"), torch.Tensor)
+        if not scores and state is None:
+            return kind.forward(layer, *args, **kwargs)
+        try:
+            return self._compiled(kind)(layer, *args, **(kwargs if scores else kwargs | {"slots": state}))
+        except TorchDynamoException as error:
+            if out_of_memory(error):
+                raise
+            why = f"torch.compile fails for {kind.__name__} ({first_line(error)})"
+            if not scores:
+                self.step_failure = why
+                log.warning("steps of the sampler are not compiled: %s", why)
+            else:
                 self._failed.add(id(layer))
                 if self.failure is None:
-                    self.failure = f"torch.compile fails for {kind.__name__} ({first_line(error)})"
-                    log.warning("layers are not compiled: %s", self.failure)
+                    self.failure = why
+                    log.warning("layers are not compiled: %s", why)
         return kind.forward(layer, *args, **kwargs)
+
+    def _state(self, layer: torch.nn.Module, kwargs: dict[str, Any]) -> object | None:
+        """What the sampler's cache holds for a compiled layer in this step, in place of the whole cache, whose parts a
+        graph would tell apart; None where this is no step, or none that is compiled."""
+        of_layer = getattr(kwargs.get("slots"), "of_layer", None)
+        return of_layer(layer) if of_layer is not None and self.step_failure is None else None
+
+    def _compiled(self, kind: type) -> Callable[..., Any]:
+        if kind not in self._functions:
+            options: dict[str, Any] = {"dynamic": True, "fullgraph": True, "backend": self.backend}
+            self._functions[kind] = torch.compile(cast(Any, kind).forward, **options)
+        return self._functions[kind]

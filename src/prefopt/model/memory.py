@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from prefopt.data.group import Group
-from prefopt.model.architectures import causal_model
+from prefopt.model.architectures import causal_model, towers_of
 from prefopt.model.costs import uncounted
 from prefopt.model.kernels.device import meta_as
 from prefopt.model.offload import AHEAD
@@ -109,6 +109,11 @@ class PassMemory:
     def workspace(self) -> int:
         """What is needed for a moment."""
         return self.peak - self.kept
+
+    def after(self, tower: PassMemory) -> PassMemory:
+        """The memory of this pass with features that ``tower`` computes before it."""
+        kept = tower.kept + self.kept
+        return PassMemory(kept, self.head, max(tower.peak, tower.kept + self.peak))
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,8 +266,9 @@ def _layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     """The layers of a model. Raises :class:`ValueError` where they are in no list."""
     causal = causal_model(model)
     count = int(causal.config.get_text_config().num_hidden_layers)
+    towers = {id(module) for tower in towers_of(causal) for module in tower.modules()}
     for module in causal.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+        if id(module) not in towers and isinstance(module, torch.nn.ModuleList) and len(module) == count:
             return module
     raise ValueError(f"{type(causal).__name__} has no list of {count} layers")
 

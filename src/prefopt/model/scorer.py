@@ -78,7 +78,7 @@ class PackedModel(torch.nn.Module):
             raise ModelError(f"{type(causal).__name__} is an encoder-decoder; prefopt trains causal language models")
         config = causal.config.get_text_config()
         self.reason = sharing_obstacle(causal, config) if share else "sharing is switched off"
-        self.pictures = pictures
+        self.pictures, self.cut_towers = pictures, False  # the latter set where towers are cut into shards
         self.layout = PackLayout(self.reason is None, rope_limit(config))
         self.attention = attention
         self.compiled: CompiledLayers | None = None
@@ -249,12 +249,14 @@ class PackedModel(torch.nn.Module):
 
     def _of_passes(self, batch: PackedBatch, compute: Callable[[ForwardPass], torch.Tensor]) -> torch.Tensor:
         """``compute`` of all passes of a batch, end to end; more passes, for nothing, where another rank has more."""
-        idle = 0
-        if self.most_passes is not None and (not self.layout.share or self.layout.rope_limit is not None):
-            idle = self.most_passes(len(batch.passes)) - len(batch.passes)
-        # First, since routers are read from the last passes.
-        nothing = [0 * compute(batch.passes[0]).sum() for _ in range(idle)]
-        return sum(nothing, torch.cat([compute(row) for row in batch.passes]))
+        several = not self.layout.share or self.layout.rope_limit is not None
+        idle = self.most_passes(len(batch.passes)) - len(batch.passes) if self.most_passes and several else 0
+        pictured = any(row.pictures for row in batch.passes) and not batch.passes[0].ids.is_meta
+        cut = self.most_passes if self.cut_towers else None
+        with self.vision.encoding(batch.passes, cut) if pictured or cut else nullcontext():
+            # First, since routers are read from the last passes.
+            nothing = [0 * compute(batch.passes[0]).sum() for _ in range(idle)]
+            return sum(nothing, torch.cat([compute(row) for row in batch.passes]))
 
     def count(self, row: ForwardPass) -> None:
         """Count a forward pass in :mod:`prefopt.model.costs`."""
@@ -274,7 +276,7 @@ class PackedModel(torch.nn.Module):
             elif kernel == "varlen":
                 extra["prefix_gather"] = gather_plan(row.segments, row.ids.device)
             extra |= mask_for(body, row.segments)
-        if row.pictures and not row.ids.is_meta:  # whose memory is that of a row of words
+        if row.pictures and not row.ids.is_meta:
             extra |= self.vision.arguments(row, shared=self.layout.share)
         saving = self.offload.saving() if self.offload is not None and torch.is_grad_enabled() else nullcontext()
         with compiled.settings() if compiled is not None else nullcontext(), saving:

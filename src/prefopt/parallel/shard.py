@@ -16,9 +16,9 @@ from typing import Any, Literal, cast
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import PreTrainedModel
 
 from prefopt.core.terminal import size
-from prefopt.errors import ConfigError
 from prefopt.model.architectures import causal_model, layers_of, towers_of
 from prefopt.model.costs import memory_of
 from prefopt.model.placeholders import take_unread
@@ -77,16 +77,7 @@ def shard(
     hybrid: bool,
     device: torch.device | None = None,
 ) -> ShardedWeights:
-    """Cut the weights of a scorer's model into shards over all ranks, on its device or another.
-
-    Raises :class:`ConfigError` where a vision tower trains.
-    """
-    tower = {id(p) for tower in towers_of(causal_model(scorer.model)) for p in tower.parameters()}
-    if scorer.pictures and any(n in weights.masters for n, p in weights.model.named_parameters() if id(p) in tower):
-        raise ConfigError(
-            "weights in shards leave a vision tower as it is, which --vision lora and full do not: use --vision frozen,"
-            " or --shard none"
-        )
+    """Cut the weights of a scorer's model into shards over all ranks, on its device or another."""
     device = device or next(scorer.model.parameters()).device
     scorer.most_passes = world.largest
     return ShardedWeights(scorer, weights, mesh_of(world, device, hybrid=hybrid), dtype)
@@ -96,8 +87,8 @@ class ShardedWeights(MasterWeights):
     """Trainable weights of which a rank holds a part. ``masters`` are DTensors, by the names of the model's parameters.
 
     It takes the place of ``weights``, which are released: the scorer's model computes in the same dtype as before, but
-    holds its shards of the masters. Weights that the class keeps in float32, and those of a vision tower, stay whole on
-    every rank.
+    holds its shards of the masters. Weights that the class keeps in float32, and those of vision towers that do not
+    train, stay whole on every rank. Where a weight of one trains, the blocks of towers are cut as layers are.
     """
 
     def __init__(self, scorer: PackedModel, weights: MasterWeights, mesh: Mesh, dtype: torch.dtype) -> None:
@@ -114,14 +105,18 @@ class ShardedWeights(MasterWeights):
         causal = causal_model(scorer.model)
         kept = kept_in_float32(causal) if dtype.itemsize < 4 else lambda name: False
         whole = {p for n, p in self.model.named_parameters() if kept(n)}
-        # A rank whose rows have no pictures would not gather a tower together with the others.
-        whole |= {p for tower in towers_of(causal) for p in tower.parameters()}
+        # Frozen towers cost less memory than a pass for nothing of a rank whose rows have no pictures costs time.
+        towers = towers_of(causal)
+        masters = {id(p) for n, p in self.model.named_parameters() if n in weights.masters}
+        scorer.cut_towers = scorer.pictures and any(id(p) in masters for t in towers for p in t.parameters())
+        whole |= set() if scorer.cut_towers else {p for tower in towers for p in tower.parameters()}
         # Frozen weights have the dtype of computation already; those that train are float32 until they are gathered.
         # Inputs of layers keep their dtype: a class may add what a float32 router weighs to a residual in bfloat16.
         wide = torch.promote_types(dtype, torch.float32)
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
         options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": whole}
-        for layer in layers_of(scorer.model):
+        blocks = [block for tower in towers for block in _blocks(tower)] if scorer.cut_towers else []
+        for layer in (*layers_of(scorer.model), *blocks):
             fully_shard(layer, **options)
         fully_shard(scorer, **options)
         for module in _sharded(scorer):
@@ -176,6 +171,16 @@ class ShardedWeights(MasterWeights):
         """Forget what was gathered, so that shards may be changed."""
         for module in _sharded(self.scorer):
             module.reshard()
+
+
+def _blocks(tower: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The parts of a tower that are called as one, below its models, whose classes transformers looks up, and below
+    lists: hidden states of each block in a list may be what is read of the tower."""
+    if any(isinstance(module, (PreTrainedModel, torch.nn.ModuleList)) for module in tower.modules()):
+        for child in tower.children():
+            yield from _blocks(child)
+    elif any(True for _ in tower.parameters()):
+        yield tower
 
 
 def _sharded(scorer: torch.nn.Module) -> Iterator[FSDPModule]:

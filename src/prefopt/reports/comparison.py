@@ -10,6 +10,7 @@ from typing import Any
 from prefopt.core.files import read_json
 from prefopt.core.statistics import Interval, p_text
 from prefopt.data.comparisons import read_comparisons
+from prefopt.data.pictures import ANYWHERE
 from prefopt.evaluate.length_control import LengthControlled
 from prefopt.evaluate.result import check_pairs
 from prefopt.evaluate.tasks import TaskChange
@@ -46,7 +47,8 @@ def comparison_report(found: Json) -> dict[str, Any]:
     rows: list[Comparison] = []
     if file := found["output"]:
         check_pairs(Path(file), found["output_sha256"])
-        rows += [row for row in read_comparisons(file) if isinstance(row, Comparison) and len(row.responses) == 2]
+        read = read_comparisons(file, pictures=ANYWHERE)
+        rows += [row for row in read if isinstance(row, Comparison) and len(row.responses) == 2]
     strengths = sorted(found["strengths"].items(), key=lambda item: -item[1]["mean"])
     ranked = any(_behind(row) is not None for row in rows)
     return {

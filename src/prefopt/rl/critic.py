@@ -17,7 +17,7 @@ from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ConfigError, ModelError
 from prefopt.generate.rewards import RewardScorer
 from prefopt.model.adapter import new_lora
-from prefopt.model.architectures import causal_model, checkpoint_activations, vocabulary_size
+from prefopt.model.architectures import causal_model, checkpoint_activations, towers_of, vocabulary_size
 from prefopt.model.kernels.head import TokenScores, wide_dtype
 from prefopt.model.load import local_folder
 from prefopt.model.memory import Blueprint
@@ -186,6 +186,8 @@ def _network_critic(
         if vocabulary_size(causal_model(model)) < len(tokenizer):
             raise ModelError(f"{name}: its vocabulary is smaller than the tokenizer's; they belong to different models")
         model.requires_grad_(not config.lora)
+        for tower in towers_of(causal_model(model)) if actor.pictures and config.vision == "frozen" else ():
+            tower.requires_grad_(False)
     elif kind == "reward":
         model = sharing_copy(base)
     else:
@@ -205,7 +207,7 @@ def _network_critic(
     what = "an adapter on a separate network" if config.lora else "a separate network"
     if base is not None:
         what = f"an adapter on the {kind}{' model' * (kind == 'reward')}'s own base"
-    scorer = ScalarScorer(model, attention=actor.scorer.attention)
+    scorer = ScalarScorer(model, attention=actor.scorer.attention, pictures=actor.pictures)
     if config.offloads("activations"):
         scorer.offload = HostActivations(scorer)
     if compiles(config, scorer):
@@ -230,7 +232,7 @@ def _critic_of_its_own(config: PpoConfig, kind: str, name: str, actor: Policy, t
     folder = local_folder(name)
     quantise = None if is_adapter(folder) else config.quantise  # an adapter is merged into plain weights
     loaded_in = dtype if config.lora else wide
-    options: dict[str, Any] = {"tokenizer": tokenizer, "seed": seed, "quantise": quantise}
+    options: dict[str, Any] = {"tokenizer": tokenizer, "seed": seed, "quantise": quantise, "pictures": actor.pictures}
     return load_scalar(folder, dtype=loaded_in, device=device, **options)
 
 

@@ -127,8 +127,6 @@ def kl_guard(offline: OfflineRun, plan: ReferencePlan) -> KlGuard | None:
     if config.max_kl is None:
         return None
     assert isinstance(policy, Policy) and config.kl_samples is not None and config.max_new_tokens is not None
-    if policy.pictures:
-        raise ConfigError("--max-kl samples from prompts of text alone, and rows have pictures; leave it out")
     if policy.sharded:
         raise ConfigError("--max-kl samples from whole weights in every process: give --shard none")
     if plan.reference is not None and config.ref_model_sync_steps is None:
@@ -136,7 +134,7 @@ def kl_guard(offline: OfflineRun, plan: ReferencePlan) -> KlGuard | None:
     else:
         reference = InMemoryReference(policy.scorer, SwappedWeights(policy.masters))
     places = data.held_out or data.train
-    ids = {p.tobytes(): p for p in (data.groups[i].prefix for i in places) if len(p)}
+    ids = {p.tobytes(): p for p in (data.groups[i].prompt for i in places) if len(p)}
     room = offline.start.limit - config.max_new_tokens
     fitting = [p for p in ids.values() if len(p) <= room][: config.kl_samples]
     if not fitting:
@@ -150,7 +148,8 @@ def kl_guard(offline: OfflineRun, plan: ReferencePlan) -> KlGuard | None:
     known = run.folder.record.get("sampled_at_once")
     sampler.rows = known or sampler.estimate_rows(max(map(len, fitting)) + config.max_new_tokens)
     run.folder.remember(sampled_at_once=sampler.rows)
-    settings = SamplingParams(config.max_new_tokens, ends, seed=config.seed)
+    never = (policy.scorer.vision.token_id,) if policy.pictures else ()
+    settings = SamplingParams(config.max_new_tokens, ends, seed=config.seed, never=never)
     collector = Collector(prompts, sampler, settings, num, unread, policy.scorer, None, reference, run.world)
     every = config.kl_every or max(1, round(offline.steps / TIMES))
     run.say(

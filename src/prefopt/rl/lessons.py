@@ -139,7 +139,7 @@ def _listed(table: GroupTable) -> list[Group]:
 
 
 def _prompts(batch: Batch) -> int:
-    return len({group.prefix.tobytes() for group in batch.groups})
+    return len({group.prompt.tobytes() for group in batch.groups})
 
 
 def _with_judgement(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from prefopt.config.online import OnlineConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.core.terminal import size
+from prefopt.data.chat.pictures import same_processor
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ConfigError, ModelError
 from prefopt.generate.rewards import RewardScorer
@@ -97,9 +99,8 @@ def build_models(
     prompt and response. All are cut into shards if the actor is. Raises :class:`ModelError` where models do not fit
     together, and :class:`ConfigError` for a critic that cannot be made."""
     dtype, device = actor.dtype, actor.device
-    judge, true_judge = rewards.scorers(
-        tokenizer, stop, dtype=dtype, device=device, attention=config.attention, longest=longest
-    )
+    how: dict[str, Any] = {"dtype": dtype, "device": device, "attention": config.attention, "pictures": actor.pictures}
+    judge, true_judge = rewards.scorers(tokenizer, stop, longest=longest, **how)
     critic_base = shared_base(config, actor, source, rewards, judge)
     for model in {id(m): m for m in [*judge.models, *(true_judge.models if true_judge else [])]}.values():
         cut_frozen(model, actor, world)
@@ -122,6 +123,8 @@ def reference_of(
     """The reference of a run: ``config.reference``, else the actor as it is. ``longest`` and ``world``: see
     :func:`build_models`. ``moves``: its values will follow the actor's. Raises :class:`ModelError` where the two do not
     fit together, and :class:`ConfigError` for one in shards that moves."""
+    if actor.pictures and actor.sharded:
+        raise ConfigError("--prompts has pictures, and models in shards do not sample for them: give --shard none")
     if config.reference is None and actor.sharded and moves:
         raise ConfigError("--ref-model-sync-steps does not work with weights in shards: give --shard none")
     if config.reference is None and actor.sharded:
@@ -131,7 +134,10 @@ def reference_of(
     if config.reference is None:
         return InMemoryReference(actor.scorer, SwappedWeights(actor.masters, moves=moves))
     source = local_folder(config.reference)
-    model = load_model(source, dtype=actor.dtype, device=actor.device, quantise=config.quantise).requires_grad_(False)
+    if actor.pictures:
+        same_processor(source, str(causal_model(actor.scorer.model).name_or_path), f"--reference {config.reference}")
+    more: dict[str, Any] = {"quantise": config.quantise, "pictures": actor.pictures}
+    model = load_model(source, dtype=actor.dtype, device=actor.device, **more).requires_grad_(False)
     other = causal_model(model)
     context = context_length(other.config)
     if vocabulary_size(other) != vocabulary_size(causal_model(actor.scorer.model)):
@@ -143,7 +149,7 @@ def reference_of(
             f"--reference {config.reference}: its context is {context} tokens, but prompt and response may have"
             f" {longest}; lower --max-new-tokens"
         )
-    scorer = Scorer(model, attention=config.attention)
+    scorer = Scorer(model, attention=config.attention, pictures=actor.pictures)
     cut_frozen(scorer, actor, world)
     return InMemoryReference(scorer)
 

@@ -74,14 +74,23 @@ def read_rollout_prompts(
     # A response that the context cuts off would be penalised through no fault of the policy.
     prompts, stop = read_prompts(config, start, rows, reporter, room=config.max_new_tokens)
     if start.pictures:
-        raise DataError("--prompts has pictures, which runs that sample do not take yet; leave those rows out")
+        _refuse_blind(config)
     if repeated := len(prompts.ids) - len({ids.tobytes() for ids in prompts.ids}):
         reporter.say(f"prompts: {repeated} duplicate{'s' * (repeated > 1)}, whose responses have more weight")
     if config.chat_template:
         start.tokenizer.chat_template = read_template(config.chat_template)
     if not stop:
         reporter.say("the tokenizer names no end token: all responses are cut off at --max-new-tokens")
-    return prompts, SamplingParams(config.max_new_tokens, stop, temperature=config.temperature, seed=config.seed)
+    drawn: dict[str, Any] = {"temperature": config.temperature, "seed": config.seed, "never": start.never_drawn}
+    return prompts, SamplingParams(config.max_new_tokens, stop, **drawn)
+
+
+def _refuse_blind(config: PpoConfig | OnlineConfig) -> None:
+    """Refuse what reads words alone where prompts have pictures."""
+    if config.rollout_server:
+        raise DataError("--prompts has pictures, which --rollout-server is not given; leave that out, or those rows")
+    if config.judge_url or (isinstance(config, OnlineConfig) and config.judge):
+        raise DataError("--prompts has pictures, which judges are not shown; give --reward a model, rule or function")
 
 
 def read_held_out(config: PpoConfig, start: SampledModel, prompts: PromptSet, reporter: Reporter) -> PromptSet | None:
@@ -89,9 +98,10 @@ def read_held_out(config: PpoConfig, start: SampledModel, prompts: PromptSet, re
     :func:`read_prompts`, and where all of them are trained on."""
     if config.eval_prompts is None:
         return None
+    pictured = start.pictures
     found, _ = read_prompts(config, start, None, reporter, room=config.max_new_tokens, names=config.eval_prompts)
-    if start.pictures:
-        raise DataError("--eval-prompts has pictures, which runs that sample do not take yet; leave those rows out")
+    if start.pictures and not pictured:
+        raise DataError("--eval-prompts has pictures, and --prompts has none; leave those rows out")
     trained = {ids.tobytes() for ids in prompts.ids}
     known = sum(ids.tobytes() in trained for ids in found.ids)
     if known == len(found.ids):

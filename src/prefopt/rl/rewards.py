@@ -66,6 +66,7 @@ class Rewards:
         device: torch.device,
         attention: str,
         longest: int,
+        pictures: bool = False,
     ) -> tuple[RewardScorer, RewardScorer | None]:
         """What scores responses for training, and what measures the true reward. A model that several components name
         is loaded once. Raises as :func:`prefopt.generate.rewards.load_reward_scorer`."""
@@ -84,6 +85,7 @@ class Rewards:
                     attention=attention,
                     longest=longest,
                     option=option,
+                    pictures=pictures,
                 )
             return loaded[term.source]
 

@@ -40,6 +40,7 @@ from prefopt.parallel.world import ALONE, World
 from prefopt.reference.in_memory import InMemoryReference
 from prefopt.rewards import prompt_text
 from prefopt.rl.critic import Critic, look
+from prefopt.rl.pictures import pictures_saved, saved_pictures
 from prefopt.rl.samplers import PolicySampler
 from prefopt.train.batch import Batch, MicroBatch, micro_batches
 
@@ -96,6 +97,7 @@ class Rollouts:
             **{PART + name: part_N for name, part_N in self.part_N.items()},
         }
         found |= {} if self.value_M is None else {"value": self.value_M}
+        found |= saved_pictures(self.groups)
         return found | ({} if self.unscored is None else {"unscored": torch.tensor(self.unscored)})
 
     @classmethod
@@ -103,12 +105,14 @@ class Rollouts:
         """The inverse of :meth:`tensors`."""
         prompts = saved["prefix"].split(saved["prefix_length"].tolist())
         ids = iter(saved["ids"].split(saved["length"].tolist()))
-        groups = []
+        groups: list[Group] = []
+        pictures = pictures_saved(saved)
         for prompt, many in zip(prompts, saved["responses"].tolist(), strict=True):
             start = prompt.numpy()
             whole = [np.concatenate([start, next(ids).numpy()]) for _ in range(many)]
             trained = [np.arange(len(w)) >= len(start) for w in whole]
-            groups.append(Group.from_sequences(list(zip(whole, trained, strict=True)), row=0, pairs=()))
+            shown = [pictures[len(groups)]] * many if pictures else ()
+            groups.append(Group.from_sequences(list(zip(whole, trained, strict=True)), row=0, pairs=(), pictures=shown))
         logps = (saved["logp"], saved["ref_logp"], saved["sampled_logp"])
         parts = {name.removeprefix(PART): part_N for name, part_N in saved.items() if name.startswith(PART)}
         unscored = int(saved["unscored"]) if "unscored" in saved else None

@@ -10,7 +10,7 @@ import numpy as np
 
 from prefopt.config.online import OnlineConfig
 from prefopt.config.ppo import PpoConfig
-from prefopt.data.group import Group, shortened
+from prefopt.data.group import Group, pictures_in, shortened
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import Diverged
 from prefopt.generate.model_io import PromptSet, SampledModel
@@ -49,7 +49,8 @@ def largest_update(run: Run, prompts: PromptSet) -> list[Group]:
     prompt = max(prompts.ids, key=len)
     ids = np.concatenate([prompt, np.zeros(config.max_new_tokens, np.int32)])
     sequence = (ids, np.arange(len(ids)) >= len(prompt))
-    largest = Group.from_sequences([sequence] * config.num, row=0, pairs=())
+    pictures = [pictures_in(prompt)] * config.num if pictures_in(prompt) else ()
+    largest = Group.from_sequences([sequence] * config.num, row=0, pairs=(), pictures=pictures)
     return [largest] * -(-config.batch_size // config.minibatches)
 
 

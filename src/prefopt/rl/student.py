@@ -150,7 +150,7 @@ class StudentBatches(DataBatches):
         ]
 
     def _draw(self, step: int, groups: Sequence[Group], trainer: Trainer) -> list[Group]:
-        prompts, world = [g.prefix for g in groups], self.world
+        prompts, world = [g.prompt for g in groups], self.world
         dealt, streams = deal(prompts, self.settings.max_new_tokens, world), occurrences(prompts)
         mine = dealt[world.rank].tolist()
         settings = replace(self.settings, seed=seed_of_step(self.settings.seed, step))
@@ -167,10 +167,12 @@ class StudentBatches(DataBatches):
             samples = world.together(draw)
         every = [sample for part in world.gather(samples) for sample in part]
         back = np.argsort(np.concatenate(dealt))
-        return [self._cut(group_of(g.prefix, every[n], g.row)) for g, n in zip(groups, back.tolist(), strict=True)]
+        return [self._cut(group_of(g.prompt, every[n], g.row)) for g, n in zip(groups, back.tolist(), strict=True)]
 
     def _cut(self, group: Group) -> Group:
         if group.longest <= self.longest:
             return group
         ids, trained = group.sequence(0)
-        return Group.from_sequences([(ids[: self.longest], trained[: self.longest])], row=group.row, pairs=())
+        pictures = [group.pictures] if group.pictures else ()  # prompts with pictures fit, or were refused
+        cut = [(ids[: self.longest], trained[: self.longest])]
+        return Group.from_sequences(cut, row=group.row, pairs=(), pictures=pictures)

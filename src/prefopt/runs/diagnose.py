@@ -8,12 +8,13 @@ import re
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from prefopt.core.statistics import wilson
+from prefopt.core.statistics import student, wilson
 from prefopt.runs.findings import LEAST, Change, Finding, change
 from prefopt.runs.hacking import hacking
-from prefopt.runs.history import History
+from prefopt.runs.history import Curve, History
 
 HARDLY_MOVED = 0.002  # nats per token: a token is 0.2 % more or less likely
 CHOSEN_FELL = 0.3  # nats per token: a token of chosen responses is a quarter less likely
@@ -121,6 +122,36 @@ def _held_out(run: History) -> Iterator[Finding]:
     else:
         more = ", still falling" if at == curve.steps[-1] and len(curve.steps) > 1 else ""
         yield Finding("held out", f"the held-out loss was lowest at step {at}: {best:.4f}{more}")
+
+
+def _memorised(run: History) -> Iterator[Finding]:
+    """Without held-out rows: the loss of a row that was trained on before is lower than that of the same model on rows
+    that are new, so a loss that falls where a pass begins again, and less within it, shows rows that are memorised."""
+    epochs, losses = run.curve("epoch"), dict(zip(*_columns(run.curve("loss")), strict=True))
+    if run.curve("loss", held_out=True) or run.curve("objective/scores"):
+        return
+    passes: dict[int, list[float]] = {}
+    for step, epoch in zip(*_columns(epochs), strict=True):
+        if step in losses:
+            passes.setdefault(math.ceil(epoch - 1e-6), []).append(losses[step])
+    halves = [(p[: len(p) // 2], p[len(p) // 2 :]) for _, p in sorted(passes.items()) if len(p) >= 4 * LEAST]
+    if len(halves) < 2:
+        return
+    within = statistics.fmean(statistics.fmean(a) - statistics.fmean(b) for a, b in halves[:-1])
+    between = statistics.fmean(statistics.fmean(b) - statistics.fmean(c) for (_, b), (c, _) in pairwise(halves))
+    spread = statistics.fmean(statistics.variance(half) / len(half) for pair in halves for half in pair)
+    noise = student(sum(len(half) - 1 for pair in halves for half in pair)) * math.sqrt(6 * spread / (len(halves) - 1))
+    if between - max(within, 0.0) > noise:
+        text = (
+            f"rows are memorised: the training loss fell by {between:.3g} where a pass over the same rows began again,"
+            f" and by {within:.3g} within a pass (noise {noise:.2g}); give fewer --epochs, a smaller --learning-rate"
+            f"{_rate(run)} or more data, and --eval-fraction to see the loss on other rows"
+        )
+        yield Finding("memorised", text, look=True)
+
+
+def _columns(curve: Curve) -> tuple[list[int], list[float]]:
+    return curve.steps, curve.values
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +280,10 @@ def _reward(run: History) -> Iterator[Finding]:
     yield from hacking(run)
 
 
-CHECKS = (_length, _loss, _moved, _held_out, _accuracy, _chosen, _gradients, _clipped, _rows, _reference, _reward)
+CHECKS = (
+    *(_length, _loss, _moved, _held_out, _memorised, _accuracy, _chosen),
+    *(_gradients, _clipped, _rows, _reference, _reward),
+)
 
 
 def _rate(run: History) -> str:

@@ -35,7 +35,7 @@ class Table:
 
 def tables(sweep: Frontier) -> list[Table]:
     """All tables that the sweep's points can fill."""
-    makers = (_at_fixed_kl, _judged, _differences, _areas, _tax, _rates, _costs)
+    makers = (_done, _at_fixed_kl, _judged, _differences, _areas, _tax, _task, _rates, _costs)
     return [table for make in makers if (table := make(sweep)).rows]
 
 
@@ -63,6 +63,22 @@ def curves_of(sweep: Frontier, method: str, rewards: str = "rewards") -> dict[in
         )
         for seed, points in found.items()
     }
+
+
+def _done(sweep: Frontier) -> Table:
+    """What is missing of an unfinished sweep."""
+    rows = [
+        (d.method, f"{d.tried} of {d.trials}" if d.trials else "-", f"{d.trained} of {d.trainings}")
+        for d in sweep.done
+        if not sweep.finished
+    ]
+    return Table(
+        "Finished so far",
+        ("method", "trials of rates", "trainings"),
+        tuple(rows),
+        "All other tables hold what is finished. Where not all rates of a method were tried, its trainings are those at"
+        " the rate as given",
+    )
 
 
 def _kl(target: float) -> str:
@@ -204,12 +220,52 @@ def _tax(sweep: Frontier) -> Table:
     )
 
 
+def _task(sweep: Frontier) -> Table:
+    """The change of accuracy on a task, question by question. Of trainings measured without it there is no number."""
+    start = next((p for p in sweep.points if p.method == "reference" and p.task), None)
+    if start is None:
+        return Table("", (), (), "")
+    rows = []
+    for method in methods_of(sweep):
+        if curves := _task_curves(sweep, method, start):
+            cells = [_interval(found, "+") for found in rewards_at(curves, sweep.kl_at)]
+            furthest = max((p for p in last_points(sweep.points) if p.method == method), key=lambda p: p.kl or 0.0)
+            rows.append((method, *cells, f"{np.mean(furthest.task) - np.mean(start.task):+.3f} at {furthest.kl:.2f}"))
+    return Table(
+        "Alignment tax: change of accuracy on the task, at fixed KL",
+        ("method", *map(_kl, sweep.kl_at), "furthest"),
+        tuple(rows),
+        f"Of {len(start.task):,} questions, {np.mean(start.task):.3f} right before. Average over seeds,"
+        " interpolated as the reward is; 95 % intervals over questions, and over prompts for the KL. Furthest: the"
+        " policy of most KL",
+    )
+
+
+def _task_curves(sweep: Frontier, method: str, start: Point) -> list[RewardCurve]:
+    """Curves of the change of each question against the reference; none where a training was not measured."""
+    points = [p for p in last_points(sweep.points) if p.method == method]
+    if any(len(p.task) != len(start.task) or not p.kls for p in points):
+        return []
+    before = np.array(start.task)
+    seeds = [[p for p in points if p.seed == seed] for seed in dict.fromkeys(p.seed for p in points)]
+    return [
+        RewardCurve(
+            np.array([p.kls for p in of_seed]),
+            np.array([np.array(p.task) - before for p in of_seed]),
+            np.zeros(len(before)),
+            apart=True,
+        )
+        for of_seed in seeds
+    ]
+
+
 def _rates(sweep: Frontier) -> Table:
     factors = list(dict.fromkeys(t.factor for t in sweep.tuning))
     rows = []
     for method in dict.fromkeys(t.method for t in sweep.tuning):
         of_method = {t.factor: t for t in sweep.tuning if t.method == method}
-        rows.append((method, *(_trial(of_method[f].area, of_method[f].chosen) for f in factors)))
+        known = (of_method.get(f) for f in factors)
+        rows.append((method, *("not tried yet" if t is None else _trial(t.area, t.chosen) for t in known)))
     return Table(
         "Sensitivity: area by learning rate",
         ("method", *(f"{f:g} times" for f in factors)),

@@ -26,6 +26,7 @@ from prefopt.data.layouts import LAYOUTS
 from prefopt.data.validate import Problem, refuse
 from prefopt.errors import DataError, RunError
 from prefopt.evaluate import score
+from prefopt.evaluate.choices import ChoiceTask
 from prefopt.evaluate.samples import log_ratios, of_prompts, perplexity
 from prefopt.evaluate.score import RowScorer, load_row_scorer
 from prefopt.generate.model_io import SampledModel, read_prompt_set, renderer_for
@@ -52,7 +53,7 @@ class Measurement:
     """A policy on the held-out prompts: mean true reward with its 95 % interval, KL to the reference in nats per
     response with its standard error over prompts (None where not measured), and tokens per response. ``rewards`` and
     ``kls`` are those of each prompt; ``perplexity`` is that of a text, where one is measured; ``judged`` are the scores
-    of a second reward, of each prompt."""
+    of a second reward, of each prompt; ``task`` says of each question of a task whether it was answered right."""
 
     reward: float
     interval: tuple[float, float]
@@ -63,6 +64,7 @@ class Measurement:
     kls: tuple[float, ...] = ()
     perplexity: float | None = None
     judged: tuple[float, ...] = ()
+    task: tuple[float, ...] = ()
 
     def means(self) -> dict[str, Any]:
         """The averages alone, by name."""
@@ -90,12 +92,21 @@ def prepare_data(config: SweepOptions, reference: SampledModel, reporter: Report
     reporter.say(f"prompts: {len(train)} to train on, {len(held_out)} to measure on{choose}")
     if config.data is not None:
         apart = {row.prompt_key for row in (*held_out, *tuned)}
-        preferences, made = _given(config, folder, apart, reporter), "given"
+        preferences = _given(config, folder, apart, reporter)
     else:
-        preferences, made = _sampled(config, folder, train)
+        preferences = _sampled(config, folder, train)
     counts = [len(row.responses) for row in _read([str(preferences)])]
     each = float(np.mean(counts))
-    return SweepData(*files, preferences, each, made, folder / "tune.jsonl" if tuned else None)
+    return SweepData(*files, preferences, each, made_from(config), folder / "tune.jsonl" if tuned else None)
+
+
+def made_from(config: SweepOptions) -> str:
+    """How the preferences of a sweep are made, in words."""
+    if config.data is not None:
+        return "given"
+    if config.labels == "order":
+        return f"{config.samples} samples of a prompt in the order of {config.reward}"
+    return f"pairs of samples, drawn by Bradley-Terry on {config.reward}"
 
 
 def true_reward(config: SweepOptions, name: str | None = None) -> RowScorer:
@@ -106,7 +117,8 @@ def true_reward(config: SweepOptions, name: str | None = None) -> RowScorer:
 
 class Measure:
     """Draws samples of a policy for some prompts, always with the same seed, and scores them by ``reward``
-    (:func:`true_reward`). ``text``: data to measure its perplexity on, too; ``judge``: a second reward."""
+    (:func:`true_reward`). ``text``: data to measure its perplexity on, too; ``judge``: a second reward; ``task``:
+    questions that it answers."""
 
     def __init__(
         self,
@@ -116,9 +128,10 @@ class Measure:
         reward: RowScorer,
         text: Sequence[str] | None = None,
         judge: RowScorer | None = None,
+        task: ChoiceTask | None = None,
     ) -> None:
         self._config, self._prompts, self._reference, self._text = config, prompts, reference, text
-        self._scores, self._judge = reward, judge
+        self._scores, self._judge, self.task = reward, judge, task
 
     def __call__(
         self,
@@ -163,21 +176,28 @@ class Measure:
         length = float(np.mean([n for many in lengths for n in many]))
         found = Measurement(reward.mean, (reward.low, reward.high), None, None, length, tuple(rewards), judged=judged)
         if best_of is None:
-            policy = SampledModel(
-                name,
-                adapter=adapter,
-                device=config.device,
-                dtype=scoring_dtype(config.dtype),
-                given=model,
-                tokenizer=tokenizer,
-            )
+            policy = self._policy(name, adapter, given=model, tokenizer=tokenizer)
             kls = of_prompts(rows, log_ratios(rows, self._reference, policy))
             error = float(kls.std(ddof=1) / len(kls) ** 0.5)
             found = replace(found, kl=float(kls.mean()), kl_se=error, kls=tuple(kls.tolist()))
             if self._text is not None:
                 found = replace(found, perplexity=perplexity(policy, self._text)[0])
+            if self.task is not None:
+                found = replace(found, task=self.task(policy))
             policy.release()
         return found
+
+    def answers(self, name: str, adapter: str | None) -> tuple[float, ...]:
+        """What the model in folder ``name`` answers to the task, as in :class:`Measurement`."""
+        assert self.task is not None
+        policy = self._policy(name, adapter)
+        found = self.task(policy)
+        policy.release()
+        return found
+
+    def _policy(self, name: str, adapter: str | None, **given: Any) -> SampledModel:
+        device, dtype = self._config.device, scoring_dtype(self._config.dtype)
+        return SampledModel(name, adapter=adapter, device=device, dtype=dtype, **given)
 
 
 def _prompts(config: SweepOptions, reference: SampledModel, reporter: Reporter) -> list[Comparison]:
@@ -204,7 +224,7 @@ def _cut(row: Comparison, size: int, tokenizer: Any) -> Comparison:
     return replace(row, prompt=(Message("user", tokenizer.decode(ids)),))
 
 
-def _sampled(config: SweepOptions, folder: Path, train: Sequence[Comparison]) -> tuple[Path, str]:
+def _sampled(config: SweepOptions, folder: Path, train: Sequence[Comparison]) -> Path:
     """Preferences of the true reward between samples of the model."""
     asked, drawn, scored = (folder / f"{name}.jsonl" for name in ("asked", "samples", "scored"))
     _write_once(asked, [*train] * config.rounds, "the prompts")
@@ -224,10 +244,10 @@ def _sampled(config: SweepOptions, folder: Path, train: Sequence[Comparison]) ->
         )
         score.run(_scoring(config, drawn, scored))
     if config.labels == "order":
-        return scored, f"{config.samples} samples of a prompt in the order of {config.reward}"
+        return scored
     pairs = folder / "pairs.jsonl"
     _write_once(pairs, bradley_terry(_read([str(scored)]), config.seed), "the preferences")
-    return pairs, f"pairs of samples, drawn by Bradley-Terry on {config.reward}"
+    return pairs
 
 
 def bradley_terry(rows: Iterable[Comparison], seed: int) -> list[Comparison]:

@@ -35,12 +35,14 @@ MOST_SPLITS = 20_000
 class RewardCurve:
     """The policies S of one method and seed, on the same prompts P: ``kl_SP`` and ``reward_SP`` are means over samples.
 
-    ``start_P`` is the reward of the reference, at a KL of 0.
+    ``start_P`` is the reward of the reference, at a KL of 0. ``apart``: the rewards are not of those prompts but of
+    others, such as the questions of a task [Q]; then ``reward_SP`` and ``start_P`` have theirs.
     """
 
     kl_SP: Floats
     reward_SP: Floats
     start_P: Floats
+    apart: bool = False
 
     def reward_at(self, targets: Sequence[float]) -> Floats:
         """The reward at KLs ``targets``, NaN beyond the curve's largest."""
@@ -96,21 +98,25 @@ def rewards_at(
     interval; None where a curve does not reach it.
 
     A paired bootstrap: each resample of the prompts is that of all curves and of both methods, since their prompts are
-    the same; the interval is for these trainings, and says nothing of other seeds. A KL that a tenth of the resamples
-    do not reach counts as not reached.
+    the same, and so is each of the questions of a task, which are drawn apart from the prompts; the interval is for
+    these trainings, and says nothing of other seeds. A KL that a tenth of the resamples do not reach counts as not
+    reached.
     """
     every = [*curves, *others]
-    count = every[0].reward_SP.shape[1]
     rng = np.random.Generator(np.random.PCG64(seed))
-    weights_BP = rng.multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
+    drawn_BP = _resampled(every[0].kl_SP.shape[1], rng)
+    count = every[0].reward_SP.shape[1]
+    drawn_BQ = _resampled(count, rng) if every[0].apart else drawn_BP
 
-    def mean(some: Sequence[RewardCurve], weights: Floats) -> Floats:
-        parts = [interpolated(weights @ c.kl_SP.T, weights @ c.reward_SP.T, weights @ c.start_P, targets) for c in some]
-        return np.mean(parts, axis=0) if parts else np.zeros((len(weights), len(targets)))
+    def mean(some: Sequence[RewardCurve], of_kl: Floats, of_reward: Floats) -> Floats:
+        parts = [
+            interpolated(of_kl @ c.kl_SP.T, of_reward @ c.reward_SP.T, of_reward @ c.start_P, targets) for c in some
+        ]
+        return np.mean(parts, axis=0) if parts else np.zeros((len(of_kl), len(targets)))
 
-    whole = np.full((1, count), 1 / count)
-    value = (mean(curves, whole) - mean(others, whole))[0]
-    resampled = mean(curves, weights_BP) - mean(others, weights_BP)
+    whole = [np.full((1, drawn.shape[1]), 1 / drawn.shape[1]) for drawn in (drawn_BP, drawn_BQ)]
+    value = (mean(curves, *whole) - mean(others, *whole))[0]
+    resampled = mean(curves, drawn_BP, drawn_BQ) - mean(others, drawn_BP, drawn_BQ)
     found: list[Interval | None] = []
     for middle, column in zip(value.tolist(), resampled.T, strict=True):
         known = column[~np.isnan(column)]
@@ -120,6 +126,11 @@ def rewards_at(
         low, high = np.quantile(known, [0.025, 0.975])
         found.append(Interval(middle, float(low), float(high), count))
     return found
+
+
+def _resampled(count: int, rng: np.random.Generator) -> Floats:
+    """Weights [resamples, count] that sum to 1."""
+    return rng.multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
 
 
 def permutation_test(one: Sequence[float], other: Sequence[float]) -> float:

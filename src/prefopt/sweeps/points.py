@@ -27,6 +27,8 @@ from prefopt.core.shown import ShownLines
 from prefopt.core.statistics import mean_interval
 
 VERSION = 1
+LISTS = ("rewards", "kls", "earlier", "judged", "task")
+"""Fields of a point with a number for each prompt or question."""
 FILE = "frontier.json"
 Result = TypeVar("Result")
 
@@ -78,6 +80,22 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
+class Done:
+    """How many of a method's trials of rates, ``tried`` of ``trials``, and of its trainings, ``trained`` of
+    ``trainings``, are finished. Without rates to choose from there are no trials."""
+
+    method: str
+    tried: int
+    trials: int
+    trained: int
+    trainings: int
+
+    @property
+    def complete(self) -> bool:
+        return (self.tried, self.trained) == (self.trials, self.trainings)
+
+
+@dataclass(frozen=True, slots=True)
 class Point:
     """One policy, measured on its own samples for prompts that no method was trained on.
 
@@ -87,8 +105,8 @@ class Point:
     reward model of its own, None where unknown. ``counted`` is False, with ``why_not``, for an excluded point.
 
     ``factor``: on the learning rate. ``rewards`` and ``kls`` are those of each prompt, ``kls`` empty for a bound.
-    ``judged``: scores of each prompt by a second reward. ``perplexity``: of the text of ``--perplexity``. ``costs``:
-    :class:`prefopt.model.costs.Costs` of its trainings.
+    ``judged``: scores of each prompt by a second reward. ``task``: whether each question of a task is answered right.
+    ``perplexity``: of the text of ``--perplexity``. ``costs``: :class:`prefopt.model.costs.Costs` of its trainings.
     ``earlier``: of PPO and RLOO, the rewards of each prompt at ``earlier_step``, which show a plateau.
     """
 
@@ -115,6 +133,7 @@ class Point:
     earlier: tuple[float, ...] = ()
     earlier_step: int = 0
     judged: tuple[float, ...] = ()
+    task: tuple[float, ...] = ()
 
     @property
     def included(self) -> bool:
@@ -125,7 +144,7 @@ class Point:
     def from_dict(cls, values: Mapping[str, Any]) -> Point:
         """What ``asdict`` wrote. Raises ``TypeError`` and ``ValueError`` for other names, types or ranges."""
         plateau = values.get("plateau")
-        lists = {name: tuple(values.get(name, ())) for name in ("rewards", "kls", "earlier", "judged")}
+        lists = {name: tuple(values.get(name, ())) for name in LISTS}
         point = parse_result(cls, {**values, **lists, "plateau": None if plateau is None else typed(Plateau, plateau)})
         if point.kl_se is not None and point.kl_se < 0:
             raise ValueError(f"kl_se is {point.kl_se!r:.80}")
@@ -137,7 +156,8 @@ class Frontier(ShownLines):
     """All points of a sweep: ``samples`` responses of at most ``max_new_tokens`` to each of ``prompts`` prompts.
     ``made`` describes the preferences. ``kl_at``: KLs to compare methods at. ``tuning``: how rates were chosen, on
     ``tune`` prompts of their own. ``judge``: a second reward, that no method was trained on. ``seconds``: processor
-    seconds of each training, where their number is what all have in common, not that of responses."""
+    seconds of each training, where their number is what all have in common, not that of responses. ``task``: the data
+    of a task that every policy answers. ``done``: how far each method has come."""
 
     reference: str
     reward: str
@@ -152,6 +172,8 @@ class Frontier(ShownLines):
     tuning: tuple[Trial, ...] = ()
     judge: str | None = None
     seconds: float | None = None
+    task: tuple[str, ...] | None = None
+    done: tuple[Done, ...] = ()
 
     def lines(self) -> Iterator[str]:
         """The points, their comparisons, and what they say."""
@@ -177,7 +199,10 @@ def _sweep(found: dict[str, Any]) -> Frontier:
     found = printable(found)
     points = tuple(Point.from_dict(p) for p in found.pop("points"))
     tuning = tuple(typed(Trial, t) for t in found.pop("tuning", ()))
-    return typed(Frontier, {**found, "points": points, "tuning": tuning, "kl_at": tuple(found.pop("kl_at", ()))})
+    done = tuple(typed(Done, d) for d in found.pop("done", ()))
+    task = None if (names := found.pop("task", None)) is None else tuple(names)
+    lists = {"points": points, "tuning": tuning, "done": done, "task": task, "kl_at": tuple(found.pop("kl_at", ()))}
+    return typed(Frontier, {**found, **lists})
 
 
 def parse_result(kind: type[Result], values: Mapping[str, Any]) -> Result:

@@ -90,8 +90,10 @@ def lines(sweep: Frontier) -> Iterator[str]:
     if sweep.seconds is not None:
         yield f"equal cost: about {sweep.seconds:g} processor seconds for every training, by the time of a few steps"
     yield f"preferences: {sweep.made}"
+    if sweep.task is not None:
+        yield f"task: {' '.join(sweep.task)}, answered by log-probability"
     if not sweep.finished:
-        yield "the sweep is not finished: more points are to come"
+        yield unfinished(sweep)
     yield ""
     yield from columns([HEAD, *map(astuple, rows_of(sweep))])
     yield ""
@@ -101,6 +103,15 @@ def lines(sweep: Frontier) -> Iterator[str]:
         yield table.title
         yield from columns([table.head, *table.rows])
         yield f"({table.note})"
+
+
+def unfinished(sweep: Frontier) -> str:
+    """How much of the sweep is missing."""
+    tried, trials = sum(d.tried for d in sweep.done), sum(d.trials for d in sweep.done)
+    trained, trainings = sum(d.trained for d in sweep.done), sum(d.trainings for d in sweep.done)
+    rates = f"{tried} of {trials} trials of rates and " if trials else ""
+    counts = f": {rates}{trained} of {trainings} trainings are done" if sweep.done else ""
+    return f"the sweep is not finished{counts}; more points are to come"
 
 
 # -- figure ----------------------------------------------------------------------------------------------------
@@ -182,8 +193,9 @@ def frontier_section(folder: str | Path, *, number: int = 0) -> page.Section:
         ("judge", sweep.judge),
         ("equal cost", sweep.seconds and f"about {sweep.seconds:g} processor seconds for every training"),
         ("prompts", f"{sweep.prompts:,}, {sweep.samples} samples each, at most {sweep.max_new_tokens} tokens"),
+        ("task", sweep.task and " ".join(sweep.task)),
         ("preferences", sweep.made),
-        ("status", "finished" if sweep.finished else "unfinished: more points are to come"),
+        ("status", "finished" if sweep.finished else unfinished(sweep)),
     ]
     drawn = [replace(p, method=page.plain(p.method)) for p in sweep.points if None not in (p.reward, p.interval, p.kl)]
     figure = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 from prefopt.config.methods import METHODS, MethodConfig, method_of, read_options
 from prefopt.config.scoring import is_model_reward
 from prefopt.config.sweeps import SweepOptions
-from prefopt.core.files import output_errors, read_json, write_json
+from prefopt.core.files import expanded, output_errors, read_json, write_json
 from prefopt.core.model_folder import is_adapter
 from prefopt.core.options import flag
 from prefopt.core.terminal import StopRequest
@@ -21,20 +22,32 @@ from prefopt.methods.rlhf import contents_of_name, status_of
 from prefopt.rewards import load_reward
 
 
-def take_folder(config: SweepOptions, may_grow: Collection[str], *, judge: str | None = None) -> None:
+def take_folder(
+    config: SweepOptions,
+    may_grow: Collection[str],
+    *,
+    judge: str | None = None,
+    task: Sequence[str] | None = None,
+    begun: bool = False,
+) -> None:
     """Start a sweep in its output folder, or continue one with the same options (apart from ``may_grow``), model,
-    reward and ``judge``. What no method of it has read so far is not compared, and recorded once one does. Raises
-    :class:`RunError` for another sweep, or other content."""
+    reward, ``judge`` and ``task``. What no method of it has read so far is not compared, and recorded once one does, as
+    is a task that it begins without. Raises
+    :class:`RunError` for another sweep, or other content, and with ``begun`` where there is none yet."""
     folder = Path(config.output)
     file = folder / "sweep.json"
     options = {name: value for name, value in config.to_dict().items() if name not in {*may_grow, *config.unread}}
     made_of = {"model": contents_of_name(config.model), "reward": _reward_of(config.reward)}
     if judge is not None:
         made_of["judge"] = _reward_of(judge)
+    if task is not None:
+        made_of["task"] = _contents_of_files(task)
     now = {"command": type(config).__name__, "options": options, **made_of}
     if folder.exists() and not folder.is_dir():
         raise RunError(f"--output {folder} is a file; name a folder")
     if not file.exists():
+        if begun:
+            raise RunError(f"--output {folder} holds no sweep to report; name its folder")
         if folder.exists() and any(folder.iterdir()):
             raise RunError(f"--output {folder} is not empty and holds no sweep; name another folder")
         with output_errors(folder):
@@ -42,7 +55,11 @@ def take_folder(config: SweepOptions, may_grow: Collection[str], *, judge: str |
         write_json(file, now)
         return
     before = read_json(
-        file, lambda found: {"judge": None} | {name: found[name] for name in now}, "name another --output"
+        file,
+        lambda found: (
+            {"judge": None} | {name: found[name] for name in now if name != "task"} | {"task": found.get("task")}
+        ),
+        "name another --output",
     )
     old: dict[str, Any] = dict(before["options"])
     absent = {"judge": None, "seconds": None}  # of sweeps that began before these options
@@ -57,9 +74,12 @@ def take_folder(config: SweepOptions, may_grow: Collection[str], *, judge: str |
     elif other := [n for n in ("reward", "judge") if before[n] != now.get(n)]:
         name = getattr(config, other[0])
         what = f"a sweep with another {'model in' if is_model_reward(name) else 'code of'} {flag(other[0])} {name}"
+    elif None not in (before["task"], made_of.get("task")) and before["task"] != made_of["task"]:
+        what = f"a sweep with other questions than those of --task {' '.join(task or ())}"
     else:
-        if options.keys() - old.keys():
-            write_json(file, {**before, "options": {**old, **options}})
+        kept = {**before, "options": {**old, **options}, "task": made_of.get("task") or before["task"]}
+        if kept != before:
+            write_json(file, kept)
         return
     raise RunError(f"--output {folder} holds {what}{'' if changed else ';'} name another folder")
 
@@ -67,6 +87,15 @@ def take_folder(config: SweepOptions, may_grow: Collection[str], *, judge: str |
 def _reward_of(name: str) -> str | None:
     """A digest of a reward model, or of a function's code; None for a built-in rule."""
     return contents_of_name(name) if is_model_reward(name) else load_reward(name).digest()
+
+
+def _contents_of_files(names: Sequence[str]) -> str:
+    """A digest of files, of the name of what is none."""
+    found = hashlib.sha256()
+    for name in names:
+        path = Path(expanded(name))
+        found.update(path.read_bytes() if path.is_file() else name.encode())
+    return found.hexdigest()
 
 
 def train_once(config: MethodConfig, callbacks: Sequence[Any] = ()) -> None:

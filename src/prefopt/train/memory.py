@@ -27,6 +27,7 @@ from prefopt.model.kernels.head import KEEP_BYTES
 from prefopt.model.memory import Blueprint, PassMemory
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import PackedModel
+from prefopt.model.tower_memory import TowerMemory, different
 from prefopt.parallel.tensors import local_of
 from prefopt.parallel.world import ALONE, World
 from prefopt.train.budget import CEILING, bytes_per_token, largest_batch
@@ -54,9 +55,11 @@ class Trainee:
     weights: MasterWeights
     blueprint: Blueprint | None = None
     gathered: int = field(init=False)
+    tower: TowerMemory = field(init=False)
     _unknown: bool = False
 
     def __post_init__(self) -> None:
+        self.tower = TowerMemory(self.scorer)
         self.gathered = self.blueprint.gathered() if self.blueprint is not None else 0
 
     def count(self, groups: Sequence[Group]) -> PassMemory | None:
@@ -124,6 +127,7 @@ class TrainingMemory:
     def of(self, groups: Sequence[Group]) -> PassMemory:
         """The memory of a pass over ``groups``: counted, or where that is impossible roughly estimated."""
         found = [t.count(groups) or self._rough(t, _tokens(t.scorer, groups)) for t in self.trainees]
+        found = [pass_of.after(t.tower.of(groups)) for t, pass_of in zip(self.trainees, found, strict=True)]
         kept, gathered = sum(p.kept for p in found), sum(t.gathered for t in self.trainees)
         workspace = max(p.workspace for p in found) + gathered
         return PassMemory(kept, max(p.head for p in found), kept + workspace)
@@ -147,7 +151,8 @@ class TrainingMemory:
 
     def is_small(self, tokens: int) -> bool:
         """Whether a pass of so many tokens takes so little that it need not be counted."""
-        return self.rough(tokens) < SMALL * self.room
+        pictured = any(t.scorer.pictures for t in self.trainees)  # whose towers the estimate does not know
+        return not pictured and self.rough(tokens) < SMALL * self.room
 
     def token_budget(self, groups: Sequence[Group]) -> tuple[int, bool]:
         """Tokens of a micro-batch of ``groups``, and whether it fits: the largest group may not."""
@@ -213,7 +218,7 @@ class TrainingMemory:
             found = self._largest(groups, tokens)
             parts.append(f"{pass_of} {size(found.peak)} ({size(found.kept)} kept for backward)")
             total = sum(self.parts().values()) + found.peak
-            parts[-1] += f": {size(total)} in all"
+            parts[-1] += f": {size(total)} in all{self._picture_words(groups, tokens)}"
         return f"memory: {', '.join(parts)}{self._host_words()}"
 
     def whole_line(self, groups: Sequence[Group], tokens: int) -> str:
@@ -223,11 +228,21 @@ class TrainingMemory:
         rows["workspace, mostly of the head" if found.head >= found.workspace else "workspace"] = found.workspace
         parts = ", ".join(f"{name} {size(count)}" for name, count in rows.items())
         total = f"{size(sum(rows.values()))} in all"
-        return f"memory on {self.device}, {tokens} tokens at once: {parts}: {total}{self._host_words()}"
+        told = f"{total}{self._picture_words(groups, tokens)}{self._host_words()}"
+        return f"memory on {self.device}, {tokens} tokens at once: {parts}: {told}"
 
     def _largest(self, groups: Sequence[Group], tokens: int) -> PassMemory:
+        return self.of(self._batch(groups, tokens))
+
+    def _batch(self, groups: Sequence[Group], tokens: int) -> list[Group]:
         costs = self.trainees[0].scorer.layout.costs(GroupTable.of(groups))
-        return self.of([groups[i] for i in largest_batch(costs, tokens)])
+        return [groups[i] for i in largest_batch(costs, tokens)]
+
+    def _picture_words(self, groups: Sequence[Group], tokens: int) -> str:
+        batch = self._batch(groups, tokens)
+        most = max(t.tower.of(batch).peak for t in self.trainees)
+        count = len(different(batch))
+        return f"; encoding {count} picture{'s' * (count > 1)} takes {size(most)} of a pass" if most else ""
 
     def _host_words(self) -> str:
         return f"; {size(self.on_host)} in host memory" if self.on_host else ""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from prefopt.data.comparisons import read_comparisons
+from prefopt.data.pictures import ANYWHERE
 from prefopt.errors import RunError, UserError
 from prefopt.records import Comparison, Message
 from prefopt.runs.history import METRICS
@@ -136,7 +137,7 @@ KEYS = {"responses", "chosen", "rejected", "completion", "response", "output", "
 def _read_file(path: Path) -> tuple[list[Row], list[str]]:
     rows: list[Row] = []
     refused = 0
-    reading = read_comparisons(path)
+    reading = read_comparisons(path, pictures=ANYWHERE)
     for number, row in enumerate(reading):
         if number >= MOST_ROWS:
             return rows, [f"{path.name}: the first {MOST_ROWS:,} of {reading.count:,} rows are shown"]

@@ -10,8 +10,10 @@ import hashlib
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ FILES = ("processor_config.json", "preprocessor_config.json")
 _PARTS = ("image_processor", "video_processor", "feature_extractor", "audio_processor", "tokenizer")
 _NOT_SETTINGS = {*_PARTS, "processor_class", "auto_map", "chat_template", "audio_tokenizer"}
 _TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets"}
+_BY_TORCHVISION = {"PixtralProcessor": "pixtral"}
+"""Classes of processors that transformers makes only beside torchvision, of which they use nothing here."""
 REMEMBERED = 4096
 """Pictures whose image tokens are remembered."""
 
@@ -117,6 +121,15 @@ def processor_digest(source: str) -> str:
     return hashlib.blake2b(json.dumps([held, libraries], sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
+def same_processor(source: str, other: str, name: str) -> None:
+    """Raise :class:`ModelError` unless the folder ``source``, of what ``name`` gave, turns pictures into the tokens and
+    pixels of ``other``: tokens are handed on from the one model to the other."""
+    found = [processor_digest(folder) for folder in (source, other)]
+    if not found[0] or found[0] != found[1]:
+        what = "reads pictures in another way than the model" if found[0] else "has no processor of pictures"
+        raise ModelError(f"{name} {what}; take a model of the same family, with the same {FILES[1]}")
+
+
 def token_of_pictures(source: str) -> int | None:
     """The token in whose place a model puts features of pictures, by its ``config.json``."""
     path = processor_file(source, "config.json")
@@ -180,6 +193,19 @@ def json_settings(folder: str) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in _NOT_SETTINGS}
 
 
+def _by_pillow(name: str) -> Any:
+    """A class of :data:`_BY_TORCHVISION` without torchvision: its module asks that of an image processor for a function
+    on sizes, which Pillow's has too and takes the place of while the class is imported."""
+    family = f"transformers.models.{_BY_TORCHVISION[name]}"
+    wanted = f"{family}.image_processing_{_BY_TORCHVISION[name]}"
+    instead = import_module(f"{family}.image_processing_pil_{_BY_TORCHVISION[name]}")
+    sys.modules[wanted] = instead
+    try:
+        return getattr(import_module(f"{family}.processing_{_BY_TORCHVISION[name]}"), name)
+    finally:
+        del sys.modules[wanted]
+
+
 def _class_of(folder: str, settings: Mapping[str, Any], tokenizer: Tokenizer) -> Any:
     """The processor's class of transformers, by the folder's settings, tokenizer or model type."""
     import transformers
@@ -191,5 +217,6 @@ def _class_of(folder: str, settings: Mapping[str, Any], tokenizer: Tokenizer) ->
     for name in [*named, PROCESSOR_MAPPING_NAMES.get(model_type)]:
         name = name[0] if isinstance(name, tuple) else name
         if isinstance(name, str) and name.endswith("Processor") and hasattr(transformers, name):
-            return getattr(transformers, name)
+            found = getattr(transformers, name)
+            return _by_pillow(name) if getattr(found, "is_dummy", False) and name in _BY_TORCHVISION else found
     raise ModelError(f"{folder}: no class of transformers is named for its processor; copy {FILES[1]} again")

@@ -84,12 +84,13 @@ class Renderer:
     A conversation goes through the chat template or :func:`plain_template`; a ``text`` comparison is prompt and
     response, after a BOS where the tokenizer wants it. ``template`` is the source to save with a model trained on
     conversations where its tokenizer has another or none. ``warnings`` maps each to the rows concerned (empty: all).
+    ``scored``: rows are scored and not trained on, and a sampled answer that is empty is its end token.
     """
 
-    def __init__(self, tokenizer: Tokenizer, rendering: Rendering | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, rendering: Rendering | None = None, *, scored: bool = False) -> None:
         """Raises :class:`ConfigError` and :class:`ModelError` as :class:`ChatTemplate`."""
         self.rendering = rendering or Rendering()
-        self.tokenizer = tokenizer
+        self.tokenizer, self.scored = tokenizer, scored
         self.warnings: Warnings = {}
         self._template = ChatTemplate(tokenizer, self.rendering)
         self.template: str | None = self._template.carried
@@ -229,7 +230,7 @@ class Renderer:
         if not turns:
             return Problem("no response", c.row, "the row is a prompt without a response", c.file)
         answers = [m for r in turns for m in r if m.trained and m.role == "assistant"]
-        if not all(m.content.strip() or m.tool_calls for m in answers):
+        if not self.scored and not all(m.content.strip() or m.tool_calls for m in answers):
             return Problem("empty response", c.row, "an answer holds no words, or nothing but reasoning", c.file)
         self._report_template(c.text)
         if c.text:

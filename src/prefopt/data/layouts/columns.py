@@ -17,19 +17,23 @@ from prefopt.data.layouts import LAYOUTS, all_layouts
 from prefopt.data.layouts.layout import ColumnMap
 from prefopt.data.layouts.messages import CALL, TAGS, Tags
 from prefopt.data.layouts.values import parse_means
+from prefopt.data.pictures import PictureFolder
 from prefopt.errors import ConfigError, DataError
 
 # Prefixes of the options other than --columns in ReadOptions.column_words; no NAME=COLUMN begins so.
 MEANS, IGNORED, HEADLESS = "--label-means=", "--ignore-columns=", "--header=none"
+PICTURES_IN = "--picture-folder="
 
 
 class ColumnOptions(NamedTuple):
-    """Columns by name, meanings of labels, columns to ignore, and whether a table of text has no header."""
+    """Columns by name, meanings of labels, columns to ignore, whether a table of text has no header, and the folder of
+    pictures where one is named."""
 
     pairs: dict[str, str]
     means: dict[str, str]
     ignored: tuple[str, ...]
     headless: bool
+    pictures: PictureFolder | None
 
 
 def parse_column_options(words: Sequence[str] | None) -> ColumnOptions:
@@ -37,8 +41,10 @@ def parse_column_options(words: Sequence[str] | None) -> ColumnOptions:
     words = words or ()
     means = parse_means([word.removeprefix(MEANS) for word in words if word.startswith(MEANS)])
     ignored = tuple(word.removeprefix(IGNORED) for word in words if word.startswith(IGNORED))
-    named = [word for word in words if not word.startswith((MEANS, IGNORED)) and word != HEADLESS]
-    return ColumnOptions(parse_columns(named), means, ignored, HEADLESS in words)
+    named = [word for word in words if not word.startswith((MEANS, IGNORED, PICTURES_IN)) and word != HEADLESS]
+    folders = [PictureFolder.of(w.removeprefix(PICTURES_IN)) for w in words if w.startswith(PICTURES_IN)]
+    pictures = folders[0] if folders else None
+    return ColumnOptions(parse_columns(named), means, ignored, HEADLESS in words, pictures)
 
 
 # LLaMA-Factory's options for the names of roles.
@@ -91,10 +97,10 @@ def column_map(
     cells: bool = False,
     means: Mapping[str, str] | None = None,
     ignored: Sequence[str] = (),
-    folder: Path | None = None,
+    folder: PictureFolder | None = None,
 ) -> ColumnMap:
-    """The :class:`ColumnMap` of NAME=COLUMN pairs; a tag among them is tried before the known ones. Paths of pictures
-    are relative to ``folder``."""
+    """The :class:`ColumnMap` of NAME=COLUMN pairs; a tag among them is tried before the known ones. Files of pictures
+    are in ``folder``."""
     names = {name: column for name, column in pairs.items() if name not in MESSAGE_TAGS}
     roles = {role: ROLE_TAGS[tag] for tag, role in pairs.items() if tag in ROLE_TAGS}
     role, content = (pairs.get(tag) for tag in KEY_TAGS)

@@ -11,11 +11,10 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from prefopt.data.layouts.pictures import checked, picture_of_part
 from prefopt.data.layouts.values import BadRow, json_of, object_text, type_name
-from prefopt.data.pictures import data_url
+from prefopt.data.pictures import PictureFolder, data_url
 from prefopt.records import PICTURE, Message, Picture, ToolCall
 
 # Role of an assistant turn whose text is JSON: one function call or a list of them.
@@ -45,15 +44,15 @@ PARTS = {
 class Tags:
     """The keys and role names of messages; of several keys the first that a message has is read.
 
-    ``verbatim`` keeps JSON text and empty text unchanged, as the canonical layout needs. Paths of pictures are relative
-    to ``folder``. Keys of messages that are not read are collected in ``unread``.
+    ``verbatim`` keeps JSON text and empty text unchanged, as the canonical layout needs. Files of pictures are in
+    ``folder``. Keys of messages that are not read are collected in ``unread``.
     """
 
     role: tuple[str, ...] = ("role", "from")
     content: tuple[str, ...] = ("content", "value")
     roles: Mapping[str, str] = field(default_factory=lambda: ROLES)
     verbatim: bool = False
-    folder: Path | None = None
+    folder: PictureFolder | None = None
     unread: set[str] = field(default_factory=set, compare=False)
 
     def exactly(self, verbatim: bool) -> Tags:

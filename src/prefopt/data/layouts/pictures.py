@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from prefopt.data.layouts.values import BadRow
-from prefopt.data.pictures import BAD_PICTURE, BadPicture, PictureByAddress, read_picture
+from prefopt.data.pictures import BAD_PICTURE, BadPicture, PictureByAddress, PictureFolder, PictureOutside, read_picture
 from prefopt.records import PICTURE, Comparison, Message, Picture
 
 TAG = "<image>"
@@ -21,7 +20,7 @@ WAITING = Picture(b"", 0, 0)
 _HOLDERS = ("image", "image_url", "url", "path", "base64", "bytes", "value", "source")
 
 
-def picture_of_part(part: Mapping[str, object], name: str, folder: Path | None) -> Picture:
+def picture_of_part(part: Mapping[str, object], name: str, folder: PictureFolder | None) -> Picture:
     """The picture of a part of a message: HF's and TRL's ``image``, OpenAI's ``image_url``, Anthropic's ``source``;
     :data:`WAITING` where the part only marks its place. Raises :class:`BadRow`."""
     held = next((part[key] for key in _HOLDERS if part.get(key)), None)
@@ -34,7 +33,7 @@ def picture_of_part(part: Mapping[str, object], name: str, folder: Path | None) 
     return _read(held, name, folder)
 
 
-def pictures_of_column(value: object, folder: Path | None) -> list[Picture]:
+def pictures_of_column(value: object, folder: PictureFolder | None) -> list[Picture]:
     """The pictures of a row's column: one, or a list, which in a table of text is JSON. Raises :class:`BadRow`."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
@@ -45,11 +44,12 @@ def pictures_of_column(value: object, folder: Path | None) -> list[Picture]:
     return [_read(item, "images", folder) for item in items]
 
 
-def _read(value: object, name: str, folder: Path | None) -> Picture:
+def _read(value: object, name: str, folder: PictureFolder | None) -> Picture:
     try:
         return read_picture(value, folder)
     except BadPicture as bad:
-        kind = "picture by address" if isinstance(bad, PictureByAddress) else BAD_PICTURE
+        kinds = {PictureByAddress: "picture by address", PictureOutside: "picture outside of its folder"}
+        kind = kinds.get(type(bad), BAD_PICTURE)
         raise BadRow(kind, f"{name}: {bad}", (bad.source,) if bad.source else ()) from None
 
 
