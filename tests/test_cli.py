@@ -46,7 +46,7 @@ BAD = {
     "unknown option with equals": (["--lerning-rate=1"], "did you mean --learning-rate?"),
     "underscore": (["--max_lenght", "5"], "did you mean --max-length?"),
     "abbreviated": (["--be", "1"], "unknown option '--be'"),
-    "no option": (["pairs.json"], "'pairs.json' belongs to no option"),
+    "no option": (["pairs.json"], "'pairs.json' has no option before it"),
     "no value": (["--beta"], "--beta has no value; it must be a number above 0"),
     "no file": (["--config"], "--config has no value"),
     "not a number": (["--beta", "high"], "--beta is 'high'; it must be a number above 0"),

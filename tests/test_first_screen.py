@@ -146,7 +146,7 @@ def test_a_second_value_is_not_dropped(name: str, words: str, flag: str) -> None
     [("losses -- kto dpo", "dpo"), ("collect stats s.db more", "more"), ("collect invite s.db --name anna bea", "bea")],
 )
 def test_a_word_too_many_is_refused(words: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert f"{word!r} belongs to no option" in printed(capsys, *words.split(), status=2)
+    assert f"{word!r} has no option before it" in printed(capsys, *words.split(), status=2)
 
 
 def test_hints_install_packages_by_names_that_the_index_has() -> None:

@@ -29,6 +29,18 @@ BANNED = {
     r"(is|are) nobody's": "is not counted",
     r"roads?": "method",
     r"the first there is of": "the first available of",
+    r"in spite of": "despite",
+    r"something else than": "something other than",
+    r"otherwise than": "differently from",
+    r"draw equally many": "draw the same number",
+    r"most tokens of": "maximum tokens of",
+    r"beyond all measure": "too large",
+    r"(put (it|them|the \w+) back|go on with it by)": "restore, continue with",
+    r"make room": "free some space",
+    r"(its )?bytes (do not|of \w+ do not) give the checksum": "the checksum does not match",
+    r"run away from": "diverged from",
+    r"handed the weights": "sent the weights",
+    r"(and|,) \S+ \S+ is none: leave it out": "is not one of them",
 }
 BANNED_ON_PAGES = {
     r"once, ever": "once",

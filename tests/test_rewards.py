@@ -31,7 +31,7 @@ def test_a_function_of_ones_own_is_found_in_the_working_folder(tmp_path: Path, m
     assert reward(["a b", "c d"], ["a b c", "x"]) == [2.0, 0.0]
     for name, what in {
         "my_rewards_for_a_test:overlaps": "has no overlaps",
-        "my_rewards_for_a_test:seven": "is no function",
+        "my_rewards_for_a_test:seven": "is not a function",
         "no_such_module_anywhere:f": "no module no_such_module_anywhere",
         "vadr": "did you mean vader",
     }.items():

@@ -262,7 +262,7 @@ def test_a_full_disk_is_told_and_the_vote_can_be_sent_again(site: Served, monkey
     from prefopt.errors import StudyError
 
     def full(study: Study, *_: object, **__: object) -> None:
-        raise StudyError(f"{study.path}: the disk is full, so nothing was stored; make room and try again")
+        raise StudyError(f"{study.path}: the disk is full, so nothing was stored; free some space and try again")
 
     ann = site.signed_in("Ann")
     page = ann.get("/")

@@ -132,7 +132,7 @@ BAD: dict[str, tuple[object, str]] = {
     "address": ("https://example.org/a.png", "never fetched"),
     "missing": ("c.png", "no such file"),
     "folder": (".", "is no file"),
-    "text": ("words.txt", "no picture of a kind"),
+    "text": ("words.txt", "not a picture in a supported format"),
     "cut": ("cut.png", "damaged"),
     "base64": ({"bytes": "%%"}, "not base64"),
     "number": (3, "int"),

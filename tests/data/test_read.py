@@ -140,7 +140,7 @@ UNUSABLE: list[tuple[str | bytes, str]] = [
     (b"\x1f\x8b\x08", "is damaged or cut off"),
     (b"PAR1\x00", "is damaged or cut off"),
     ("[" * 100_000, "nested more than 100 deep"),
-    (json.dumps([{"a": 1, "b": 2}]), "unknown layout: no row has all fields of one; row 1 has a, b"),
+    (json.dumps([{"a": 1, "b": 2}]), "unknown layout: no row has all fields of a known layout; row 1 has a, b"),
     (json.dumps([{"prompt": "a", "rejected": "b"}]), "needs chosen as well"),
     ("[1, 2]", "row 1: unknown layout: it is a number"),
     (

@@ -216,7 +216,7 @@ def test_files_that_hold_no_rows(tmp_path: Path) -> None:
 
 def test_names_that_do_not_fit_the_contents(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_text("hello")
-    assert "is no parquet file, in spite of its name" in error(tmp_path / "a.parquet")
+    assert "is not a parquet file, despite its name" in error(tmp_path / "a.parquet")
     (tmp_path / "a.txt").write_text("hello")
     assert "is of no known kind; name it by what it holds" in error(tmp_path / "a.txt")
 
@@ -351,7 +351,7 @@ FAILURES: list[tuple[Callable[[], Exception], str]] = [
     (lambda: hub_errors.RepositoryNotFoundError("401", response=response(401)), "hf auth login"),
     (lambda: hub_errors.GatedRepoError("403", response=response(403)), "is gated"),
     (lambda: hub_errors.HfHubHTTPError("502 Bad Gateway", response=response(502)), "(502 Bad Gateway; HF_HUB_"),
-    (lambda: RuntimeError("Dataset scripts are no longer supported, but found n.py"), "a script of its author"),
+    (lambda: RuntimeError("Dataset scripts are no longer supported, but found n.py"), "its author's script"),
     (lambda: OSError(28, "No space left on device"), "No space left on device; the library keeps its files"),
     (lambda: DatasetGenerationError("An error\noccurred"), "cannot be loaded (An error occurred)"),
     (lambda: ZeroDivisionError(), "cannot be loaded (ZeroDivisionError)"),
@@ -371,7 +371,7 @@ def test_what_the_library_raises_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.usefixtures("cache")
 def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "o/n: is no file or folder here, and the Hub cannot be asked (" in error("o/n")
+    assert "o/n: is not a file or folder here, and the Hub cannot be asked (" in error("o/n")
     # The library takes the last one it has where it cannot ask; that may be another than the one that is wanted.
     cached = type("Cache", (SimpleNamespace,), {"__module__": "datasets.packaged_modules.cache.cache"})
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: cached(builder_configs={}, repo_id="o/n"))
@@ -384,7 +384,7 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_readers_of_the_library_are_no_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path, "other.jsonl")
-    assert "json: is no file or folder here, and names no data set" in error("json")
+    assert "json: is not a file or folder here, and names no data set" in error("json")
 
 
 def test_real_folders(shared: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,25 @@ def test_a_planted_difference_is_found_and_one_of_length_alone_is_not(tmp_path: 
     assert v.equal_length is not None and v.equal_length.rate is not None and not v.equal_length.rate.excludes(0.5)
     turned = compared(worse, best, judge="regex:good").versus[0].rate
     assert turned.rate is not None and turned.wins == result.versus[0].rate.losses
+
+
+def test_lines_are_one_kind_of_prompt_for_all_models(model: str, tmp_path: Path) -> None:
+    """One model has a chat template, the other has none: both answer user turns."""
+    chat = tmp_path / "chat"
+    shutil.copytree(model, chat)
+    template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token if m['role'] != 'user' }}{% endfor %}a"
+    )
+    (chat / "chat_template.jinja").write_text(template)
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("k1\nk2\n")
+    options: dict[str, Any] = {"prompts": [str(lines)], **QUICK}
+    for one, two, turns in ((model, str(chat), True), (model, f"{model}/", False), (str(chat), f"{chat}/", True)):
+        result = compared(one, two, output=str(tmp_path / f"{turns}{one == model}.jsonl"), **options)
+        assert result.output is not None
+        (first, _) = map(json.loads, result.output.read_text().splitlines())
+        assert first["prompt"] == ([{"role": "user", "content": "k1"}] if turns else "k1")
+        assert any("user's turns for all models" in note for note in result.notes) == (one != two.rstrip("/"))
 
 
 def test_models_are_sampled_with_the_same_seed_and_told_about(
@@ -203,7 +223,7 @@ def test_what_does_not_compare_is_refused(tmp_path: Path, model: str) -> None:
     for texts, prompts, said in (
         ([["x"]] * 16, others, r"b\.jsonl, row 5: .*prompt"),
         ([["x"]] * 5, PROMPTS[:5], "16 prompts.* 5: "),
-        ([["x", "y"]] * 16, PROMPTS, "has 2 samples, and .* 1: draw equally many"),
+        ([["x", "y"]] * 16, PROMPTS, "has 2 samples, and .* 1: draw the same number"),
     ):
         b = samples(tmp_path / "b.jsonl", texts, prompts)
         with pytest.raises(DataError, match=said):
@@ -250,14 +270,14 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ),
     ({**FILES, "prompts": ["nowhere.txt"]}, "--prompts are for models to answer"),
     ({**FILES, "held_out": ["nowhere.jsonl"]}, "--held-out measures models"),
-    *(({**FILES, **more}, "is about sampling") for more in ({"num": 7}, {"max_new_tokens": 3})),
-    ({**FILES, "temperature": 0.5}, "--temperature is about sampling"),
+    *(({**FILES, **more}, "configures sampling") for more in ({"num": 7}, {"max_new_tokens": 3})),
+    ({**FILES, "temperature": 0.5}, "--temperature configures sampling"),
     *(
         ({**FILES, **more}, "is for prompts and held-out data")
         for more in ({"format": "canonical"}, {"columns": ["prompt=q"]}, {"on_bad_row": "skip"})
     ),
     *(
-        ({**FILES, **more}, "is about running models")
+        ({**FILES, **more}, "is for running models")
         for more in ({"threads": 2}, {"device": "cpu"}, {"dtype": "float32"})
     ),
     ({**FILES, "overwrite": True}, "--overwrite does nothing without --output"),

@@ -124,7 +124,7 @@ def test_a_key_is_not_sent_to_where_a_server_redirects(status: int, monkeypatch:
 @pytest.mark.parametrize("key", ["sk-1\r\nX: y", "sk 1", "sk-\xfc", "sk-\u20ac"])
 def test_a_key_that_cannot_be_sent_is_not_shown(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", key)
-    with pytest.raises(ConfigError, match="--url-key SECRET: the key in this environment variable has") as error:
+    with pytest.raises(ConfigError, match="--url-key SECRET: the key in this environment variable contains") as error:
         talker("http://localhost", key="SECRET")
     assert "sk" not in str(error.value)
     monkeypatch.setenv("SECRET", " sk-1\r\n")
@@ -133,7 +133,7 @@ def test_a_key_that_cannot_be_sent_is_not_shown(key: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("url", ["http://[::1/v1", "http://h:x/v1", "http://h:99999", "http://:8000", "http://a..ü:1"])
 def test_an_address_that_is_none_is_one_line(url: str) -> None:
-    with pytest.raises(ConfigError, match=r"--teacher .* is no address of a server"):
+    with pytest.raises(ConfigError, match=r"--teacher .* is not the address of a server"):
         base_url(url, "--teacher")
 
 

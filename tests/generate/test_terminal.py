@@ -82,7 +82,7 @@ def test_blind_votes(models: tuple[str, str], tmp_path: Path) -> None:
     votes = tmp_path / "votes.jsonl"
     options = ["--model", models[0], "--against", models[1], "--blind", "--votes", str(votes), "--max-new-tokens", "12"]
     with terminal("chat", *options, "--seed", "3", "--device", "cpu", "--threads", "1") as t:
-        t.wait("votes go to")
+        t.wait("votes are written to")
         t.wait(READY)
         for vote in ("a", "b", "tie"):
             t.wait("> ")

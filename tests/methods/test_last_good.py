@@ -35,7 +35,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def ran_away(start: str, output: Path, **options: Any) -> str:
     """What a run says that goes too far."""
-    with pytest.raises(Diverged, match=rf"more than --max-kl {MAX_KL}: the policy has run away") as caught:
+    with pytest.raises(Diverged, match=rf"more than --max-kl {MAX_KL}: the policy has diverged") as caught:
         ppo(start, output, **{**AWAY, **options})
     return str(caught.value)
 

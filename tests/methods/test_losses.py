@@ -77,8 +77,8 @@ def test_a_loss_without_a_reference_touches_none(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"loss": "plackett_luce", "pairs": "all"}, "--pairs: plackett_luce is no loss on pairs"),
-        ({"loss": "kto", "pairs": "best-worst"}, "--pairs: kto is no loss on pairs"),
+        ({"loss": "plackett_luce", "pairs": "all"}, "--pairs: plackett_luce is not a loss on pairs"),
+        ({"loss": "kto", "pairs": "best-worst"}, "--pairs: kto is not a loss on pairs"),
         ({"loss": "slic-hf", "beta": 0.1}, "--beta: slic_hf does not read beta"),
         ({"loss": "hinge", "label_smoothing": 0.1}, "--label-smoothing: hinge does not read label_smoothing"),
         ({"loss": "kto", "divergence": "js"}, "--divergence: kto does not read divergence"),

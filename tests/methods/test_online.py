@@ -170,7 +170,7 @@ def test_only_prompts_that_are_left_out_are_skipped(
         lines = metrics(tmp_path / loss)
         assert [(line["round/skipped"], line["round/equal"]) for line in lines] == [(skipped, 4)] * 2
         assert ("loss" in lines[0]) == (not skipped)
-        assert ("2 of 2 rounds taught nothing" in capsys.readouterr().out) == bool(skipped)
+        assert ("2 of 2 rounds had nothing to learn from" in capsys.readouterr().out) == bool(skipped)
 
 
 def test_dynamic_sampling_leaves_out_what_is_equal(small: str, tmp_path: Path) -> None:
@@ -514,16 +514,16 @@ def test_several_votes_of_people_are_fractions(tmp_path: Path) -> None:
         ({"reward": "llm"}, "--reward llm needs --judge-url"),
         ({"judge_url": "http://x"}, "--judge-url belongs to --reward llm"),
         ({"study": "s.db"}, "--study belongs to --reward people"),
-        ({"reward": "people", "missing_eos_score": -1.0}, "--missing-eos-score is about scores"),
+        ({"reward": "people", "missing_eos_score": -1.0}, "--missing-eos-score applies to scores"),
         ({"loss": "grppo"}, "did you mean grpo"),
-        ({"loss": "dpo", "clip": 0.1}, "--clip is of policy gradients"),
-        ({"loss": "grpo", "label_smoothing": 0.1}, "--label-smoothing is of losses on preferences"),
-        ({"loss": "best_of_k", "beta": 0.1}, "--beta is of losses with a reference"),
-        ({"loss": "dpo", "beta": 0.0}, "--beta 0: only policy gradients do without"),
-        ({"loss": "rloo", "average": "rows"}, "--average is of losses of tokens"),
+        ({"loss": "dpo", "clip": 0.1}, "--clip applies to policy gradients"),
+        ({"loss": "grpo", "label_smoothing": 0.1}, "--label-smoothing applies to losses on preferences"),
+        ({"loss": "best_of_k", "beta": 0.1}, "--beta applies to losses with a reference"),
+        ({"loss": "dpo", "beta": 0.0}, "--beta 0 works for policy gradients alone"),
+        ({"loss": "rloo", "average": "rows"}, "--average applies to losses per token"),
         ({"loss": "best_of_k", "average": "constant"}, "--average constant"),
-        ({"loss": "kto", "labels": "soft"}, "--labels is of losses on pairs"),
-        ({"loss": "dpo", "desirable_above": 1.0}, "--desirable-above is of losses on labels"),
+        ({"loss": "kto", "labels": "soft"}, "--labels applies to losses on pairs"),
+        ({"loss": "dpo", "desirable_above": 1.0}, "--desirable-above applies to losses on labels"),
         ({"loss": "simpo", "ref_model_sync_steps": 1}, "--ref-model-sync-steps"),
         ({"loss": "aot", "num": 3}, "sorts the pairs"),
         ({"loss": "tdpo", "temperature": 0.5}, "--temperature 0.5"),
@@ -546,7 +546,7 @@ def test_what_does_not_go_together_is_refused(options: dict[str, Any], words: st
 
 def test_a_study_that_is_none_is_refused_before_anything_is_read(small: str, tmp_path: Path) -> None:
     (tmp_path / "s.db").write_text("no study")
-    with pytest.raises(StudyError, match="no SQLite file"):
+    with pytest.raises(StudyError, match="not an SQLite file"):
         online(small, tmp_path / "out", reward="people", study=str(tmp_path / "s.db"))
     assert not (tmp_path / "out").exists()
 

@@ -244,7 +244,7 @@ def test_options_that_do_nothing_are_refused() -> None:
     served: dict[str, Any] = {"rollout_server": ["http://here:1"]}
     for more, line in (
         ({"rollout_folder": "x"}, "--rollout-folder"),
-        ({"loss": "grpo", "stale": "correct"}, "--stale is about rollout servers"),
+        ({"loss": "grpo", "stale": "correct"}, "--stale does nothing without --rollout-server"),
         ({**served, "stale": "correct"}, "--stale correct weights the advantages of policy gradients, and --loss dpo"),
         ({**served, "loss": "grpo", "stale": "correct", "temperature": 0.7}, "--stale correct needs"),
         ({**served, "loss": "grpo", "importance_cap": 3.0}, "--importance-cap"),

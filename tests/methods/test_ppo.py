@@ -333,10 +333,10 @@ BAD: dict[str, tuple[type[UserError], str, dict[str, Any]]] = {
     "no such reward model": (ModelError, "no such folder", {"reward": "./nowhere"}),
     "a prompt over the context": (DataError, "row 1; has 14 tokens, --max-new-tokens 3 more", {"rows": LONG}),
     "nothing to compare": (ConfigError, "--num 2 or more", {"algorithm": "rloo", "num": 1}),
-    "a critic for RLOO": (ConfigError, "--gae-lambda is the critic's", {"algorithm": "rloo", "gae_lambda": 0.9}),
+    "a critic for RLOO": (ConfigError, "--gae-lambda configures the critic", {"algorithm": "rloo", "gae_lambda": 0.9}),
     "dropout": (ConfigError, "must not be random", {"lora": True, "lora_dropout": 0.1}),
     "two wishes": (ConfigError, "give one of them", {"missing_eos_penalty": 1.0, "missing_eos_score": -1.0}),
-    "no model to start from": (ModelError, "take --critic actor", {"critic": "reward"}),
+    "no model to start from": (ModelError, "use --critic actor", {"critic": "reward"}),
     "horizon alone": (ConfigError, "without --kl-target", {"kl_horizon": 5.0}),
     "more minibatches than prompts": (ConfigError, "--minibatches 5", {"minibatches": 5}),
 }  # fmt: skip
@@ -361,11 +361,11 @@ def test_repeated_prompts_and_a_single_step_are_told(
 ) -> None:
     ppo(small, tmp_path / "out", rows=[*ROWS[:2], ROWS[0]], progress="plain")
     said = capsys.readouterr()
-    assert "1 repeat others" in said.out + said.err and "before the only step" in said.out + said.err
+    assert "1 duplicate, whose" in said.out + said.err and "before the only step" in said.out + said.err
     assert "1 step of PPO, from 3 prompts, will change little" in said.out
     ppo(small, tmp_path / "more", rows=ROWS, progress="plain")
     said = capsys.readouterr()
-    assert "repeat others" not in said.out + said.err and "in the first step" in said.out + said.err
+    assert "duplicate" not in said.out + said.err and "in the first step" in said.out + said.err
 
 
 def test_reward_models_that_do_not_fit_are_refused(small: str, reward_model: str, tmp_path: Path) -> None:

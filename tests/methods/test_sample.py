@@ -252,7 +252,7 @@ def test_a_file_cut_off_anywhere_is_gone_on_with_to_the_same_bytes(
     record = killed(whole, cut, int(part * len(data)))
     (tmp_path / "s.jsonl.run.json").write_text(json.dumps(record))
     words = arguments(base, whole / "p.jsonl", cut, **MANY)
-    refused(words, "exists; go on with it by --resume", capsys)
+    refused(words, "exists; continue it with --resume", capsys)
     assert main([*words, "--resume", "--progress=plain"][:-1]) == 0
     assert cut.read_bytes() == data and not (tmp_path / "s.jsonl.lock").exists()
     assert json.loads((tmp_path / "s.jsonl.run.json").read_text())["status"] == "finished"

@@ -326,7 +326,7 @@ def test_shapes_that_do_not_fit_are_refused(folders: tuple[str, str], tmp_path: 
     wider = write_model(tmp_path / "wide", hidden_size=48)
     more = write_model(tmp_path / "more", vocab_size=300)
     for other in (wider, more):
-        with pytest.raises(ModelError, match="its weights have other shapes than those of the model"):
+        with pytest.raises(ModelError, match="its weights do not have the shapes of the model's"):
             load_model(other, dtype=torch.float32, device=CPU, adapter=str(tmp_path / "a"))
 
 

@@ -178,7 +178,7 @@ def test_the_operator_is_what_the_compiler_expects(kernel: str, sinks: bool) -> 
         ({"something_new": 3}, "'something_new'"),
         ({"attention_mask": torch.zeros(1, 1, 5, 5)}, "mask of its own"),
         ({"is_causal": False}, "not causal"),
-        ({"prefix_segments": None}, "does not hand its keyword arguments"),
+        ({"prefix_segments": None}, "does not pass its keyword arguments"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )

@@ -203,7 +203,7 @@ def broken(place: Path, base: str, how: str) -> dict[str, Any]:
     ("how", "said"),
     [
         ("quantised", "q is quantised: .* serve model and adapter side by side"),
-        ("another model", "its weights have other shapes than those of the model"),
+        ("another model", "its weights do not have the shapes of the model's"),
         ("no name", "does not name its base model; give --model"),
         ("no adapter", "it is not a PEFT adapter"),
         ("weights missing", "lacks weights for this model"),

@@ -95,8 +95,8 @@ def test_a_public_repository_cannot_be_made_private_by_this(folder: Path, monkey
 @pytest.mark.parametrize(
     ("status", "said"),
     [
-        (401, "the Hub does not know you (401); log in with: hf auth login"),
-        (403, "your token may not write there (403)"),
+        (401, "not logged in to the Hub (401); log in with: hf auth login"),
+        (403, "your token has no write access there (403)"),
         (404, "the Hub knows no 'me', or your token may not see it (404)"),
     ],
 )
@@ -123,7 +123,7 @@ def test_an_upload_that_breaks_off_is_one_line(folder: Path, monkeypatch: pytest
 def test_names_and_networks_that_do_not_work_are_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(url="http://127.0.0.1:9")  # nobody listens there
     for words, said, offline in (
-        (["--repo", "a/b/c d"], "no name for a repository; give OWNER/NAME", False),
+        (["--repo", "a/b/c d"], "not a repository name; give OWNER/NAME", False),
         (["--repo", "me/x"], "the Hub cannot be reached; try again", False),
         (["--repo", "me/x"], "the Hub cannot be reached (HF_HUB_OFFLINE is set)", True),
     ):

@@ -326,7 +326,7 @@ def test_a_file_that_went_away_is_one_line(tmp_path: Path) -> None:
     lines = on_ranks(2, _gone, dpo(tmp_path, "--shard", "full", "--batch-size", "4"))
     assert [status for status, _ in lines] == [2, 2]
     told = [line for _, text in lines for line in text.splitlines()]
-    assert len(told) == 1 and "embed_tokens" in told[0] and "put the model back" in told[0]
+    assert len(told) == 1 and "embed_tokens" in told[0] and "restore the model" in told[0]
 
 
 def _gone(words: list[str]) -> tuple[int, str]:

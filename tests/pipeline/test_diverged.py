@@ -15,7 +15,7 @@ from prefopt.methods import sft
 from prefopt.sweeps import frontier, train
 from train.small import write_rows
 
-AWAY = r"step \d: the divergence .* --max-kl 0\.001: the policy has run away from its reference"
+AWAY = r"step \d: the divergence .* --max-kl 0\.001: the policy has diverged from its reference"
 NO_NUMBER = r"step \d: (loss|grad_norm) is (nan|inf)"
 
 

@@ -1,4 +1,4 @@
-"""Methods that get equally many processor seconds instead of equally many responses."""
+"""Methods that get equally many processor seconds instead of the same number of responses."""
 
 from __future__ import annotations
 

@@ -349,7 +349,7 @@ def test_a_training_that_runs_away_is_a_point_that_does_not_count(place: Path, t
         *[("ppo-true", False, True)] * 2,
         *[("sft", True, False)] * 2,
     ]
-    assert "run away from its reference" in str(found.points[1].why_not)
+    assert "diverged from its reference" in str(found.points[1].why_not)
     assert frontier.run(given) == found, "and is not tried again"
 
 
@@ -417,7 +417,7 @@ def test_options_of_a_method_are_compared_from_when_it_has_joined_the_sweep(plac
         ({"checkpoints": 2, "methods": ["ppo-true:beta=1"]}, "--checkpoints is read by dpo or sft or unlikelihood"),
         ({"prefix_min": 3}, "go together"),
         ({"prefix_min": 3, "prefix_max": 2}, "is more than"),
-        ({"data": ["d"], "rounds": 2}, "--rounds is about generated data"),
+        ({"data": ["d"], "rounds": 2}, "--rounds is for generated data"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(

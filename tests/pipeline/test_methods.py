@@ -111,7 +111,7 @@ def test_a_road_that_diverges_is_counted_as_such(place: Path, tmp_path: Path, mo
     assert [(o.method, o.diverged is None) for o in found.outcomes] == [("dpo", True), ("ppo", False)]
     assert loaded == [REWARD], "one for all models that are measured"
     page = (tmp_path / "out/methods.md").read_text()
-    assert "| policies | 1, 0 diverged | 1, 1 diverged |" in page and "run away from its reference\n" in page
+    assert "| policies | 1, 0 diverged | 1, 1 diverged |" in page and "diverged from its reference\n" in page
 
 
 def test_the_table_says_the_numbers_of_its_outcomes() -> None:

@@ -126,7 +126,7 @@ def test_studies_and_copies_are_their_owners(tmp_path: Path, capsys: pytest.Capt
     path = voted(tmp_path / "s.db")
     assert main(["collect", "backup", str(path), str(tmp_path / "copy.db")]) == 0
     assert main(["collect", "check", str(tmp_path / "copy.db")]) == 0
-    assert "every item and event is what was written" in capsys.readouterr().out
+    assert "no damage: every item and event is as it was written" in capsys.readouterr().out
     with Study(path) as study:
         people(study, "Cem")
         for file in tmp_path.iterdir():

@@ -158,4 +158,4 @@ def test_a_study_of_the_version_before_gets_the_column_and_keeps_its_digests(tmp
     with Study(tmp_path / "s.db") as opened:
         assert opened.version == 4
         with opened.reading() as connection:
-            assert list(problems(connection)) == ["item 2 is not what was written"]
+            assert list(problems(connection)) == ["item 2 was changed after it was written"]

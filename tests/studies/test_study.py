@@ -283,7 +283,7 @@ def test_invitations_end(study: Study) -> None:
     with pytest.raises(StudyError, match=r"'Bob'.*Ann"):
         revoke(study, "Bob")
     for name in ("", "  ", "x" * 81, "a\x00b"):
-        with pytest.raises(StudyError, match="is no name"):
+        with pytest.raises(StudyError, match="is not a name"):
             invite(study, name)
 
 
@@ -343,7 +343,7 @@ def test_files_that_are_no_study_are_refused_in_one_line(tmp_path: Path) -> None
         "none.db": "no such study; make one with prefopt collect new",
         "folder": "is a folder",
         "empty.db": "is empty",
-        "text.db": "is no SQLite file",
+        "text.db": "is not an SQLite file",
         "other.db": "not a study",
         "newer.db": f"is a study of version 99, newer than {VERSION}; update prefopt",
         "damaged.db": "is damaged",
@@ -369,7 +369,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path: Path) -> None:
     kept, seen = say(study, ann, 0, 1), shown(study, ann)
     pages = study.connection.execute("PRAGMA page_count").fetchone()[0]
     study.connection.execute(f"PRAGMA max_page_count = {pages}")
-    with pytest.raises(StudyError, match=r"disk is full.*make room"):
+    with pytest.raises(StudyError, match=r"disk is full.*free some space"):
         for n in range(100):
             add_items(study, [new_item(1000 + n, prompt="x" * 5000 + str(n))])
     with pytest.raises(StudyError, match="the disk is full"):

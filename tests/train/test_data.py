@@ -48,7 +48,7 @@ def test_held_out_rows_never_enter_a_mixture(files: tuple[str, str], capsys: pyt
 
 
 def test_a_weight_that_takes_nothing_is_refused(files: tuple[str, str]) -> None:
-    with pytest.raises(ConfigError, match=r"0\.03 takes none of the 14 rows of .*b\.jsonl.*at least 0\.071"):
+    with pytest.raises(ConfigError, match=r"0\.03 selects none of the 14 rows of .*b\.jsonl.*at least 0\.071"):
         load(*files, data_weights=["1", "0.03"])
 
 
@@ -58,7 +58,7 @@ def test_a_prompt_on_both_sides_is_counted_and_said(
     rows = [row | {"chosen": "other"} for row in pairs(20)[3:6]] + pairs(2, seed=9)
     more = write_rows(tmp_path / "more.jsonl", rows)
     data = load(*files, eval_data=[more])
-    assert "evaluation data: 3 prompts are in the training data too" in capsys.readouterr().out
+    assert "evaluation data: 3 prompts are also in the training data" in capsys.readouterr().out
     assert list(data.held_out) == [34, 35, 36, 37, 38] and list(data.train) == list(range(34))
     assert [data.groups[i].row for i in data.held_out] == [1, 2, 3, 4, 5]
 

@@ -103,7 +103,7 @@ STAIRS = noisy(lambda t: LN2 - 0.15 * min(2, int(3 * t)))
 """A loss that falls where a pass begins again."""
 
 CASES: dict[str, tuple[dict[str, Any], str]] = {
-    "loss rose": ({"training": {"loss": noisy(lambda t: LN2 + 0.5 * t)}}, r"rose from 0.6931 to 1.1.* \(1e-06\)"),
+    "loss rose": ({"training": {"loss": noisy(lambda t: LN2 + 0.5 * t)}}, r"rose from 0.6931 to 1.1.* \(now 1e-06\)"),
     "loss flat": ({"training": {"loss": noisy(lambda t: LN2, 0.1)}}, "did not change beyond noise"),
     "hardly moved": (
         {
@@ -112,7 +112,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
                 "log_ratios_per_token/rejected": noisy(lambda t: -2e-4 * t, 2e-5),
             }
         },
-        r"\+0.0002 \(chosen\) and -0.0002 \(rejected\) nats; raise the learning rate \(1e-06\)",
+        r"\+0.0002 \(chosen\) and -0.0002 \(rejected\) nats; raise the learning rate \(now 1e-06\)",
     ),
     "nothing held out": ({"held_out": NONE_HELD_OUT}, "give --eval-fraction or --eval-data"),
     "memorised": (

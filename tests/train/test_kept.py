@@ -62,7 +62,7 @@ def test_merging_keeps_them_too_and_checks_their_names(
     said = capsys.readouterr().out
     before, after = (load_file(f / "model.safetensors") for f in (vlm, tmp_path / "out"))
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before if "visual" in n)
-    assert f"kept as they are: {LEFT}" in said and f"its {len(before)} tensors under the same names" in said
+    assert f"kept as they are: {LEFT}" in said and f"its {len(before)} tensors have the same names" in said
     monkeypatch.setattr(merge, "save_weights", lambda folder, model, state, dtype: model.save_pretrained(folder))
     assert main([*line, str(tmp_path / "less")]) != 0
     assert "34 tensors are not as in" in capsys.readouterr().err

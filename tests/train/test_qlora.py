@@ -201,7 +201,7 @@ def test_what_cannot_be_is_one_line(options: dict[str, Any], said: str, model: s
 
 def test_ppo_refuses_weights_that_are_packed_and_cut_by_its_options_alone() -> None:
     asked: dict[str, Any] = {"model": "m", "prompts": "p", "reward": "length", "output": "o", "lora": True}
-    with pytest.raises(ConfigError, match="--shard full cuts weights into parts, which --quantise nf4 has packed"):
+    with pytest.raises(ConfigError, match="--shard full cuts weights into parts, which --quantise nf4 packs"):
         PpoConfig(**asked, quantise="nf4", shard="full")
     assert PpoConfig(**asked, quantise="nf4").quantises and PpoConfig(**asked, shard="full").shard == "full"
 
@@ -212,7 +212,7 @@ def test_without_its_library_a_run_is_refused_before_data_are_read(
     monkeypatch.setattr(quantised, "installed_version", lambda name: None)
     with pytest.raises(ConfigError, match="bitsandbytes is not installed: pip install --upgrade bitsandbytes"):
         dpo(model, str(tmp_path / "absent.jsonl"), tmp_path / "o", **NF4)
-    with pytest.raises(ConfigError, match="vllm, which loads by itself"):
+    with pytest.raises(ConfigError, match="vllm, which loads the model itself"):
         SampleConfig(model=model, prompts=["p"], engine="vllm", quantise="nf4")
     with pytest.raises(ConfigError, match="--quantise does nothing without --model"):
         ChatConfig(url="http://localhost:8000/v1", quantise="nf4")

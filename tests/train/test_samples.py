@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.reports.page import page
 from prefopt.runs.history import read_history
 from prefopt.runs.samples import AFTER, BEFORE, SAMPLES, read_samples
+from prefopt.train.samples import HeldOutSamples
 from train.small import dpo, pairs, same_bits, write_model
 from train.test_resume import stopped_at
 
@@ -57,6 +60,24 @@ def test_both_are_what_prefopt_sample_draws(model: str, whole: Path) -> None:
         assert [row["responses"][0] for row in found] == [row["responses"][k] for row in rows]
         assert [row["finish"][0] for row in found] == [row["finish"][k] for row in rows]
     assert any(before != after for before, after in (row["responses"] for row in rows))
+
+
+def test_the_time_of_a_run_counts_its_samples(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Samples that take 40 minutes each time, before and after training."""
+    ahead, draw, clock = 0.0, HeldOutSamples._draw, time.monotonic
+
+    def slow(self: HeldOutSamples) -> Any:
+        nonlocal ahead
+        ahead += 2400
+        return draw(self)
+
+    monkeypatch.setattr(HeldOutSamples, "_draw", slow)
+    monkeypatch.setattr("prefopt.core.phases.time.monotonic", lambda: clock() + ahead)
+    dpo(model, ROWS, tmp_path / "out", **OPTIONS, max_steps=1, progress="plain")
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(rf"done in 1 h 2\d min \(samples 1 h 2\d min\b.*\): {tmp_path / 'out'}", line), line
 
 
 def test_a_model_that_does_not_change_writes_the_same(model: str, tmp_path: Path) -> None:

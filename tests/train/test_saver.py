@@ -179,7 +179,7 @@ def test_a_full_disk_is_told_and_what_was_there_is_kept(
     full(name, monkeypatch)
     saver.save_best(2, [("w", torch.ones(4))])
     saver.save(found(2, 2.0, best=2), keep_last=1, wait=False)
-    with pytest.raises(RunError, match=rf"{said}cannot be written \(No space left on device\); make room"):
+    with pytest.raises(RunError, match=rf"{said}cannot be written \(No space left on device\); free some space"):
         saver.settle()
     assert [path.name for path, _ in checkpoint.whole(tmp_path)] == ["step-00000001"]
     monkeypatch.undo()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from prefopt.chat.input import Interrupts, LineReader
-from prefopt.core.files import expanded
+from prefopt.core.files import expanded, making_room
 from prefopt.core.options import nearest
 from prefopt.core.terminal import write
 from prefopt.data.layouts.messages import write_messages
@@ -94,7 +94,7 @@ def check_appendable(path: Path, column: str, option: str) -> None:
     except ValueError:
         row = None
     if not data.endswith(b"\n") or not isinstance(row, dict) or column not in row:
-        raise RunError(f"{option} {path} holds something else than rows of this kind; name another file")
+        raise RunError(f"{option} {path} holds other rows than this command writes; name another file")
 
 
 def append_row(path: Path, row: object) -> None:
@@ -106,7 +106,9 @@ def append_row(path: Path, row: object) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror}); make room, or name another file") from error
+        raise RunError(
+            f"{path}: cannot be written ({error.strerror}); {making_room(error)}name another file"
+        ) from error
 
 
 @dataclass(slots=True)
@@ -238,7 +240,7 @@ class Chat:
         answers = [answer.strip() for answer in answers]
         if not any(answers):
             self._take_back()
-            self._say("(no answer; the message is taken back)")
+            self._say("(no answer; the message is removed)")
             return
         for participant, answer in zip(order, answers, strict=True):
             participant.messages.append(Message("assistant", answer))

@@ -30,9 +30,9 @@ def chat(config: ChatConfig) -> None:
     models = open_models(config, seed, reporter)
     votes = VoteFile(Path(config.votes), [model.name for model in models]) if config.blind else None
     if votes is not None:
-        reporter.say(f"they answer blind, as A and B in a random order; votes go to {votes.path}")
+        reporter.say(f"the models answer blind, as A and B in random order; votes are written to {votes.path}")
     if config.complete:
-        reporter.say("what you type is continued as text; an empty line lets it go on")
+        reporter.say("what you type is continued as text; an empty line continues it further")
     reporter.say("/help lists commands, Ctrl-C stops an answer, Ctrl-D ends")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # for terminals that lack a character

@@ -15,6 +15,7 @@ from prefopt.cli.screen import help_of, overview, still_needed
 from prefopt.cli.verbs import VERBS, verbs_below
 from prefopt.cli.words import parse
 from prefopt.config.methods import method_of
+from prefopt.core.files import FULL, making_room
 from prefopt.core.options import MissingOptions, nearest, options
 from prefopt.core.plugins import imported
 from prefopt.core.ranks import RANK_VARIABLES, check_ranks, ranks_in
@@ -26,7 +27,6 @@ __all__ = ["VERBS", "main", "parse", "values_of"]
 
 HELP = ("-h", "--help")
 # Errors of the disk and of names; any other OSError that gets here is a bug.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR)
 
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in DISK:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        remedy = f"{'free some space, or ' if error.errno in FULL else ''}name another file or folder"
+        remedy = f"{making_room(error)}name another file or folder"
         return _complain(2, f"error: {place}{error.strerror}; {remedy}")
 
 

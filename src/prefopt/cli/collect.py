@@ -107,14 +107,14 @@ def collect_invite(config: collect.CollectInviteConfig) -> int:
     with Study(Path(config.study)) as study:
         if config.revoke:
             annotator = revoke(study, config.name)
-            tell(f"{annotator.name} is signed out everywhere and has no link any more; their votes stay")
+            tell(f"{annotator.name} is signed out everywhere and has no link any more; the votes are kept")
             return 0
         annotator, secret = invite(study, config.name, lead=config.lead, days=config.days)
     tell(f"{annotator.name} ({annotator.pseudonym}{', lead' if annotator.lead else ''}), for {config.days:g} days:")
     served = address_of(Path(config.study))
     tell(f"{(config.url or served or NOT_SERVED).rstrip('/')}/join/{secret}")
     if config.url is None and served is None:
-        tell("the study is not being served now; this is where prefopt collect serve would serve it by default")
+        tell("the study is not being served now; this is the default address of prefopt collect serve")
     return 0
 
 
@@ -206,7 +206,11 @@ def collect_export(config: collect.CollectExportConfig) -> int:
     for line in found.lines():
         tell(line)
     if not found.rows:
-        raise DataError("the votes give no rows with these options", file=str(path))
+        raise DataError(
+            "the votes give no rows with these options; lower --min-votes, or change --disagreement, --ties or"
+            " --all-bad",
+            file=str(path),
+        )
     # The keys of annotations and sampling settings differ from row to row.
     with row_files(outputs, overwrite=config.overwrite, inputs=[path], loose={"annotations", "sampling"}) as files:
         for row, side in zip(found.rows, _sides(found, config), strict=True):
@@ -249,7 +253,7 @@ def collect_check(config: collect.CollectCheckConfig) -> int:
     for line in found:
         tell(f"{path}: {line}")
     if found:
-        tell(f"{len(found)} damaged; go back to a copy made by prefopt collect backup")
+        tell(f"{len(found)} damaged; restore a copy made by prefopt collect backup")
     else:
-        tell(f"{path}: every item and event is what was written")
+        tell(f"{path}: no damage: every item and event is as it was written")
     return int(bool(found))

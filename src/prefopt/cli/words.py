@@ -76,6 +76,6 @@ def _placed(words: Sequence[str], places: Sequence[Option]) -> dict[str, list[st
     most = len(words) if taken and list[str] in taken[0].kinds else min(1, len(taken))
     if cut > most:
         word = words[most]
-        raise ConfigError(f"{word!r} belongs to no option: names and values follow an option, such as --model NAME")
+        raise ConfigError(f"{word!r} has no option before it: write each value after its option, such as --model NAME")
     others = {o.flag: [word] for o, word in zip(taken[1:], words[cut:], strict=True)}
     return {taken[0].flag: list(words[:cut])} | others

@@ -86,7 +86,7 @@ def _check_certificate(config: CollectServeConfig) -> None:
     )
 
     def refuse() -> str:
-        raise ConfigError(f"{given}: the key has a password; give one without")
+        raise ConfigError(f"{given}: the key has a password; give one without a password")
 
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.certfile, config.keyfile, password=refuse)

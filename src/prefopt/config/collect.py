@@ -39,8 +39,8 @@ class ImportOptions(RowOptions):
     gold: list[str] | None = option(None, "files with known preferences, mixed in to measure the quality of annotators")
     for_everyone: float = option(
         0.0,
-        "fraction of the new items that every annotator judges, to measure agreement; a column overlap of --responses"
-        " sets the annotators of its item (a number, or all)",
+        "fraction of the new items that every annotator judges, to measure agreement; a column overlap of"
+        " --responses gives the annotators of its item (a number, or all)",
         at_least=0,
         at_most=1,
     )
@@ -54,18 +54,22 @@ class CollectNewConfig(MachineOptions, SamplingOptions, ImportOptions, StudyOpti
         None, "files, folders, globs or Hub data sets with prompts for --model; or .txt, one per line", group="items"
     )
     model: list[str] | None = option(
-        None, "models to sample responses from, folders or Hub names; several give equally many each"
+        None, "models to sample responses from, folders or Hub names; of several, each gives the same number"
     )
     num: int = option(2, "responses per prompt, from all models together", at_least=2, at_most=9)
     top_p: float = option(
-        1.0, "sample from the most likely tokens with this total probability", group="sampling", above=0, at_most=1
+        1.0,
+        "nucleus sampling: from the most likely tokens with this total probability",
+        group="sampling",
+        above=0,
+        at_most=1,
     )
 
     title: str | None = option(None, "title of the page", group="study", default_text="the file's name")
     instructions: str | None = option(None, "file with instructions for annotators, in Markdown")
     tags: list[str] | None = option(None, "tags to choose from, at most one per vote")
     overlap: int = option(1, "annotators per item", at_least=1)
-    gold_every: int = option(10, "one in this many items is a gold item, while there are any", at_least=2)
+    gold_every: int = option(10, "show one gold item in this many items, while there are any", at_least=2)
 
     def check(self) -> None:
         if self.prompts is None and self.responses is None and self.gold is None:
@@ -77,7 +81,7 @@ class CollectNewConfig(MachineOptions, SamplingOptions, ImportOptions, StudyOpti
         if self.model is not None and self.num % len(self.model):
             raise ConfigError(f"--num {self.num} is not divisible by the {len(self.model)} models: make it a multiple")
         if self.temperature == 0 and self.model is not None and self.num > len(self.model):
-            raise ConfigError("--temperature 0 draws the same response again and again: raise it")
+            raise ConfigError("--temperature 0 draws the same response every time: raise it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +97,14 @@ class CollectImportConfig(ImportOptions, StudyOptions):
 class CollectServeConfig(StudyOptions):
     """The server of a study. Construction raises ``ConfigError``."""
 
-    host: str = option("127.0.0.1", "address to listen on; any but localhost needs invitations", group="server")
+    host: str = option("127.0.0.1", "address to listen on; other than localhost needs invitations", group="server")
     port: int = option(8700, "port to listen on; 0 takes a free one", at_least=0, at_most=65535)
     allowed_hosts: list[str] | None = option(
         None, "host names that the server accepts", default_text="--host and localhost, or the name in --url"
     )
-    url: str | None = option(None, "public address behind a TLS proxy, such as https://votes.example.org")
+    url: str | None = option(None, "public address of the TLS proxy in front of it, such as https://votes.example.org")
     certfile: str | None = option(
-        None, "certificate (PEM) to serve https with, its chain behind it", default_text="none: http"
+        None, "TLS certificate (PEM, with its chain) to serve https", default_text="none: http"
     )
     keyfile: str | None = option(None, "private key of --certfile", default_text="the one in --certfile")
     trusted_proxies: list[str] | None = option(
@@ -120,7 +124,7 @@ class CollectServeConfig(StudyOptions):
             _check_proxy(proxy)
         if self.host in EVERYWHERE and self.url is None and self.allowed_hosts is None:
             raise ConfigError(
-                f"--host {self.host} is no host name: give the names of the server with --allowed-hosts, or --url"
+                f"--host {self.host} is not a host name: give the names of the server with --allowed-hosts, or --url"
             )
 
 
@@ -185,7 +189,7 @@ class CollectExportConfig(StudyOptions):
     min_votes: int = option(1, "drop items with fewer votes", at_least=1)
     exclude: list[str] | None = option(None, "annotators to exclude, by name or pseudonym")
     eval_fraction: float = option(
-        0.0, "fraction of the prompts for --eval-output; no prompt is on both sides", at_least=0, below=1
+        0.0, "fraction of the prompts to write to --eval-output; no prompt is in both files", at_least=0, below=1
     )
     seed: int = option(0, "seed of the held-out prompts")
 
@@ -195,7 +199,7 @@ class CollectExportConfig(StudyOptions):
         if self.form == "votes":
             names = ("disagreement", "ties", "all_bad", "min_votes", "eval_fraction")
             if given := [flag(name) for name in names if self.is_given(name)]:
-                raise ConfigError(f"--form votes is every vote as it was given: leave out {' and '.join(given)}")
+                raise ConfigError(f"--form votes writes every vote as it was given: leave out {' and '.join(given)}")
         if self.form == "soft" and self.disagreement != "majority":
             raise ConfigError(
                 f"--form soft uses all votes, so --disagreement {self.disagreement} does nothing: leave it out"

@@ -49,23 +49,27 @@ class CompareConfig(
     others: list[str] | None = option(
         None, "more models: all pairs are compared, and all models get a place on one scale"
     )
-    reference: str | None = option(None, "model that each model's KL is measured from, on the model's own samples")
+    reference: str | None = option(
+        None, "reference model: each model's KL from it is measured on that model's own samples"
+    )
 
     prompts: list[str] | None = option(
         None,
         "files, folders, globs or Hub data sets with prompts, in any layout; or .txt, one prompt per line",
         group="data",
-        default_text="required; of files of samples only --judge gsm8k needs them",
+        default_text="required; where all models are files of samples, only --judge gsm8k needs them",
     )
     category: str | None = option(None, "column of the prompts to report rates by")
     held_out: list[str] | None = option(None, "data to measure each model's perplexity on, over their best responses")
     votes: list[str] | None = option(None, "count people's votes instead: files of prefopt chat, or studies")
 
     tasks: list[str] | None = option(
-        None, "tasks of lm-eval to run on each model: what alignment costs elsewhere", group="tasks"
+        None, "lm-eval tasks to run on each model, to measure the alignment tax", group="tasks"
     )
     task_folder: str | None = option(None, "folder with your own tasks, in lm-eval's YAML", needs="tasks")
-    task_limit: int | None = option(None, "most questions of a task", default_text="all", needs="tasks", at_least=2)
+    task_limit: int | None = option(
+        None, "maximum number of questions per task", default_text="all", needs="tasks", at_least=2
+    )
     task_results: list[str] | None = option(
         None, "existing results of lm-eval, one file per model in this order: --a, --b, --others"
     )
@@ -73,7 +77,7 @@ class CompareConfig(
     num: int = option(1, "samples per prompt and model", group="sampling", at_least=1)
 
     output: str | None = option(
-        None, "file for the judged pairs, JSON lines in a layout of preferences", group="output"
+        None, "file for the judged pairs: JSON lines, in a layout that dpo and reward read", group="output"
     )
     overwrite: bool = option(False, "replace an existing output file")
     json: bool = option(False, "print one JSON document, and nothing else")
@@ -105,7 +109,7 @@ class CompareConfig(
         """Refuse options of sampling and of models where all models are files of samples."""
         why = "all models are files of samples"
         for name in (n for n in _OF_DRAWING if self.is_given(n)):
-            raise ConfigError(f"{flag(name)} is about sampling, and {why}; leave it out")
+            raise ConfigError(f"{flag(name)} configures sampling, and {why}; leave it out")
         if self.held_out is not None:
             raise ConfigError(f"--held-out measures models, and {why}; leave it out")
         if self.prompts is not None and self.judge != "gsm8k":
@@ -114,7 +118,7 @@ class CompareConfig(
             raise ConfigError(f"{flag(name)} is for prompts and held-out data, and {why}; leave it out")
         by_model = self.judge is not None and (is_model_reward(self.judge) or self.judge.startswith("implicit:"))
         for name in (n for n in _OF_MACHINES if self.reference is None and not by_model and self.is_given(n)):
-            raise ConfigError(f"{flag(name)} is about running models, and {why}; leave it out")
+            raise ConfigError(f"{flag(name)} is for running models, and {why}; leave it out")
 
     def _check_tasks(self, sampled: list[str]) -> None:
         if self.tasks is not None and self.task_results is not None:

@@ -34,7 +34,8 @@ class ReadOptions(Config):
     )
     ignore_columns: list[str] | None = option(None, "columns to ignore on purpose, such as responses or scores")
     header: Literal["first-line", "none"] = option(
-        "first-line", "where .csv and .tsv files name their columns; none: they are called 1, 2, ..."
+        "first-line",
+        "where .csv and .tsv files name their columns; none: nowhere, and the columns are called 1, 2, ...",
     )
     picture_folder: str | None = option(
         None,
@@ -82,11 +83,15 @@ class PromptOptions(Config):
 class SamplingOptions(Config):
     """How samples are drawn."""
 
-    max_new_tokens: int = option(256, "most tokens of a sample", group="sampling", at_least=1)
-    temperature: float = option(1.0, "divides the logits; 0 is greedy decoding", at_least=0)
+    max_new_tokens: int = option(256, "maximum tokens of a sample", group="sampling", at_least=1)
+    temperature: float = option(
+        1.0,
+        "sampling temperature, which divides the logits; 0 is greedy decoding",
+        at_least=0,
+    )
     seed: int = option(
         0,
-        "seed of the samples; each prompt has its own random stream, whatever else is in its batch",
+        "seed of the samples; each prompt has its own random stream, so its samples do not depend on the batch",
         at_least=0,
         at_most=2**32 - 1,
     )
@@ -110,7 +115,7 @@ class RenderOptions(TemplateOptions):
 
     max_length: int | None = option(
         None,
-        "most tokens of prompt and response together; longer conversations lose their oldest turns first, then words"
+        "maximum tokens of prompt and response together; longer conversations lose their oldest turns first, then words"
         " of a turn, then the ends of responses, and are counted",
         group="data",
         default_text="1024, or the model's context where that is smaller",
@@ -131,8 +136,8 @@ class CompareOptions(RenderOptions):
 
     compare: Literal["responses", "steps"] = option(
         "responses",
-        "what is compared: whole responses, or each assistant turn of them that has a label or a rejected alternative,"
-        " behind the turns before it",
+        "what is compared: whole responses, or each assistant turn that has a label or a rejected alternative,"
+        " after the turns before it",
         group="data",
     )
 
@@ -144,14 +149,14 @@ class DataOptions(CompareOptions, RowOptions):
     data: list[str] = option(help="files, folders, globs or Hub data sets to train on; one or more", group="data")
     data_weights: list[str] | None = option(
         None,
-        "how often an epoch repeats the rows of each --data, in their order: 2 is twice, 0.5 another half every epoch",
+        "times that an epoch reads each --data, one number for each: 2 is twice, 0.5 a different half every epoch",
         default_text="once each",
     )
     eval_data: list[str] | None = option(None, "evaluation data, named like --data")
     eval_fraction: float | None = option(
-        0.0, "fraction of the prompts to hold out for evaluation; no prompt is on both sides", at_least=0, below=1
+        0.0, "fraction of the prompts to hold out for evaluation; no prompt is in both sets", at_least=0, below=1
     )
-    shuffle: bool = option(True, "draw a new order every epoch, from the seed")
+    shuffle: bool = option(True, "shuffle the rows every epoch, by the seed")
 
     @property
     def evaluates(self) -> bool:

@@ -37,14 +37,14 @@ class DistilConfig(SampleOptions, RolloutOptions, ModelOptions):
     )
     teacher_key: str | None = option(None, "environment variable with the server's key", default_text="no key is sent")
     teacher_top_k: int | None = option(
-        help="likeliest tokens that the server is asked for at every place; all others together are one bin of the"
+        help="most likely tokens to ask the server for at each position; all others together are one bin of the"
         " loss. vLLM gives more than 20 with --max-logprobs",
         computed=lambda c: TOP_K if c.teacher_url else None,
         default_text=f"{TOP_K}, with a server",
         at_least=1,
     )
     teacher_concurrency: int | None = option(
-        help="sequences that the server is asked about at once",
+        help="concurrent requests to the server",
         computed=lambda c: CONCURRENCY if c.teacher_url else None,
         default_text=f"{CONCURRENCY}, with a server",
         at_least=1,
@@ -78,7 +78,7 @@ class DistilConfig(SampleOptions, RolloutOptions, ModelOptions):
         at_most=1,
     )
     max_new_tokens: int | None = option(
-        help="most tokens of a response that is drawn; prompt and response are cut at --max-length",
+        help="maximum tokens of a sampled response; prompt and response are cut at --max-length",
         computed=lambda c: MAX_NEW_TOKENS if c.on_policy else None,
         default_text=f"{MAX_NEW_TOKENS}",
         at_least=1,
@@ -92,7 +92,9 @@ class DistilConfig(SampleOptions, RolloutOptions, ModelOptions):
     def check(self) -> None:
         for name in ("teacher_model", "teacher_key", "teacher_top_k", "teacher_concurrency", "same_tokenizer"):
             if getattr(self, name) and not self.teacher_url:
-                raise ConfigError(f"{flag(name)} is about a teacher behind a URL: leave it out")
+                raise ConfigError(
+                    f"{flag(name)} is for a teacher on a server, and --teacher is not a URL: leave it out"
+                )
         if self.teacher_url:
             base_url(self.teacher, "--teacher")
             if self.teacher_adapter is not None:

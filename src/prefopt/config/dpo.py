@@ -61,7 +61,7 @@ class LossOptions(Config):
     )
     loss_options: list[str] | None = option(
         None,
-        "options of the loss, NAME=VALUE, such as gamma=1.0; in a sum LOSS.NAME=VALUE is for one of the losses",
+        "options of the loss, NAME=VALUE, such as gamma=1.0; in a sum, LOSS.NAME=VALUE sets that of one loss",
         default_text="those of each loss, see prefopt losses",
     )
     beta: float | None = option(
@@ -115,8 +115,8 @@ class DpoConfig(LossOptions, PreferenceOptions, SampleOptions, ModelOptions):
     )
     find_learning_rate: bool | Literal["stop"] = option(
         False,
-        "before training, try rates around --learning-rate in short branches from the same weights, and take the one"
-        " with the lowest held-out loss; stop: print the table and train nothing",
+        "before training, try rates around --learning-rate in short branches from the same weights, and use the"
+        " one with the lowest held-out loss; stop: print the table and train nothing",
     )
     reference: str | None = option(
         None, "reference model of the log-ratios", group="model", default_text="the model before training"
@@ -140,13 +140,13 @@ class DpoConfig(LossOptions, PreferenceOptions, SampleOptions, ModelOptions):
         at_least=1,
     )
     kl_samples: int | None = beside(
-        "max_kl", KL_SAMPLES, "samples of a measurement, of held-out prompts if any", at_least=2
+        "max_kl", KL_SAMPLES, "samples per measurement of --max-kl, to held-out prompts if there are any", at_least=2
     )
-    max_new_tokens: int | None = beside("max_kl", MAX_NEW_TOKENS, "most tokens of such a sample", at_least=1)
+    max_new_tokens: int | None = beside("max_kl", MAX_NEW_TOKENS, "maximum tokens of a sample for --max-kl", at_least=1)
     eval_dtype: Literal["auto", "float32", "run"] = option(
         "auto",
-        "type to compute held-out losses in: run is that of training; auto is float32 where the rounding of a narrower"
-        " run, measured at the first evaluation, would exceed a tenth of the spread of log-ratios to the reference",
+        "precision of held-out losses: run is that of training; auto is float32 where rounding, measured at the"
+        " first evaluation, exceeds a tenth of the spread of log-ratios to the reference",
         group="evaluation",
     )
 

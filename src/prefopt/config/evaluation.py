@@ -39,7 +39,7 @@ class PreferenceOptions(MethodOptions):
 
     eval_fraction: float | None = option(
         None,
-        "fraction of the prompts to hold out for evaluation; no prompt is on both sides, and 0 trains on all",
+        "fraction of the prompts to hold out for evaluation; no prompt is in both sets, and 0 trains on all",
         group="data",
         default_text=f"{HELD_OUT:g} with {LEAST_PROMPTS} prompts or more and no --eval-data, else 0; where --max-steps"
         f" ends the run early, {HELD_OUT:g} of the rows that it reads, {LEAST_HELD_OUT} prompts at least",

@@ -89,7 +89,7 @@ class FrontierConfig(SweepOptions):
     methods: list[str] = option(
         help="methods with an option to vary and its values, METHOD:NAME=VALUE,VALUE: dpo, ppo-true and rloo-true (the"
         " true reward), ppo-learned and rloo-learned (a reward model of the same data), sft, unlikelihood and best-of;"
-        " each with as many values",
+        " each with the same number of values",
         group="stages",
         computed=lambda c: list(DEFAULT_SWEEPS),
         default_text=" ".join(DEFAULT_SWEEPS),
@@ -99,7 +99,7 @@ class FrontierConfig(SweepOptions):
         None,
         "processor seconds of each training, with those of its reward model, which --responses still sets: a few steps"
         " of each setting are timed, and it makes as many as fit; on CPUs",
-        default_text="equally many responses",
+        default_text="the same number of responses",
         above=0,
     )
     rloo: list[str] | None = stage_options("ppo with --algorithm rloo")

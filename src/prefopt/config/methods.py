@@ -129,11 +129,11 @@ class RlhfConfig(MachineOptions, ProgressOptions, TemplateOptions, RowOptions):
     )
     max_length: int | None = option(
         None,
-        "most tokens of prompt and response together; longer rows are truncated and counted",
+        "maximum tokens of prompt and response together; longer rows are truncated and counted",
         default_text="1024, or the model's context where that is smaller",
         at_least=2,
     )
-    max_new_tokens: int = option(128, "most tokens of a response of PPO", group="stages", at_least=1)
+    max_new_tokens: int = option(128, "maximum tokens of a response of PPO", group="stages", at_least=1)
     sft: list[str] | None = stage_options("sft", "epochs=2")
     reward: list[str] | None = stage_options("reward", "centre=0")
     ppo: list[str] | None = stage_options("ppo", "kl_target=6")

@@ -78,14 +78,14 @@ class JudgeOptions(JudgeServerOptions, ComponentOptions):
         group="reward",
     )
     judge_parallel: int | None = option(
-        help="questions to the judge llm at once",
+        help="concurrent requests to the judge llm",
         group="judge",
         computed=lambda c: PARALLEL if c.judge == "llm" else None,
         default_text=f"{PARALLEL}",
         at_least=1,
     )
     study: str | None = option(
-        help="study in which people vote, made where there is none; the run waits until every item has its votes",
+        help="study in which people vote, created if absent; the run waits until every item has its votes",
         computed=lambda c: f"{c.output}.db" if c.judge == "people" else None,
         default_text="the output folder's name and .db",
     )
@@ -118,7 +118,7 @@ class JudgeOptions(JudgeServerOptions, ComponentOptions):
         if self.judge != "people":
             _refuse(self, OF_PEOPLE, "belongs to --reward people; leave it out")
         if self.judge is not None:
-            why = f"is about scores, and --reward {self.judge} compares; leave it out"
+            why = f"applies to scores, and --reward {self.judge} compares; leave it out"
             _refuse(self, ("missing_eos_penalty", "missing_eos_score"), why)
 
 
@@ -137,7 +137,7 @@ class OnlineConfig(
 ):
     """One run of a loss on fresh responses of the policy. Construction raises ``ConfigError``."""
 
-    shuffle: bool = option(True, "draw a new order of the prompts every epoch, from the seed", group="data")
+    shuffle: bool = option(True, "shuffle the prompts every epoch, by the seed", group="data")
     num: int = option(
         help="responses per prompt, K; they share its encoding",
         group="sampling",
@@ -145,15 +145,17 @@ class OnlineConfig(
         default_text=f"{NUM}, for {BEST_OF} {NUM_OF_BEST}, for policy gradients {NUM_OF_GRADIENTS}",
         at_least=2,
     )
-    max_new_tokens: int = option(128, "most tokens of a response", at_least=1)
+    max_new_tokens: int = option(128, "maximum tokens of a response", at_least=1)
     temperature: float = option(
-        1.0, "divides the logits, in sampling and in all log-probabilities of policy and reference", above=0
+        1.0,
+        "sampling temperature, which divides the logits, also in all log-probabilities of policy and reference",
+        above=0,
     )
 
     loss: str = option(
         "dpo",
-        "what learns from a round: a loss that prefopt losses lists, a weighted sum of them, or your own as"
-        f" module:function; {', '.join(GRADIENTS)}, policy gradients; or {BEST_OF}, SFT on the best response of each"
+        "loss on the responses of a round: one that prefopt losses lists, a weighted sum of them, or your own as"
+        " module:function; {', '.join(GRADIENTS)}, policy gradients; or {BEST_OF}, SFT on the best response of each"
         " prompt",
         group="loss",
     )
@@ -165,7 +167,8 @@ class OnlineConfig(
     )
     kl: Literal["reward", "loss"] | None = of_gradient(
         "kl",
-        "where beta counts, of policy gradients: reward, beta times a response's log-ratio is taken from its score;"
+        "where beta counts, of policy gradients: reward, beta times a response's log-ratio is subtracted from"
+        " its score;"
         " loss, beta times k3 of every token is added to the loss",
     )
     reference: str | None = option(
@@ -173,8 +176,8 @@ class OnlineConfig(
     )
     ref_model_sync_steps: int | None = option(
         None,
-        "rounds between updates of the reference towards the policy: iterative DPO, whose papers move it every round"
-        " or few",
+        "rounds between updates of the reference towards the policy: iterative DPO, whose papers update it every"
+        " round, or every few rounds",
         group="loss",
         default_text="the reference is fixed",
         at_least=1,
@@ -188,15 +191,15 @@ class OnlineConfig(
     )
     max_kl: float | None = option(
         help="KL from the reference in nats per response at which the run stops; the last good weights are saved as a"
-        " model; not with --ref-model-sync-steps, which takes the reference along",
+        " model; not with --ref-model-sync-steps, which updates the reference",
         computed=lambda c: MAX_KL if c.ref_model_sync_steps is None else None,
         default_text=f"{MAX_KL:g}",
         above=0,
     )
     labels: Literal["hard", "soft"] | None = option(
         None,
-        "what a comparison says, for losses on pairs: hard, the response of the higher score or of most votes is"
-        " better; soft, it is better with the probability 1 / (1 + exp(-difference of scores)), or the fraction of"
+        "labels of pairs: hard, the response with the higher score or most votes is better; soft, it is better"
+        " with the probability 1 / (1 + exp(-difference of scores)), or the fraction of"
         " votes",
         default_text="hard",
     )
@@ -207,12 +210,12 @@ class OnlineConfig(
     )
     clip: float | None = of_gradient(
         "clip",
-        "clip range of policy gradients: ratios of probabilities are clipped to [1 - clip, 1 + clip-high]",
+        "clip range of policy gradients: probability ratios are clipped to [1 - clip, 1 + clip-high]",
         above=0,
         below=1,
     )
     clip_high: float | None = of_gradient(
-        "clip_high", "its upper end; larger than --clip it is DAPO's clip-higher", above=0
+        "clip_high", "upper clip range; larger than --clip it is DAPO's clip-higher", above=0
     )
     advantage_std: bool | None = of_gradient(
         "advantage_std", "divide the advantages of a prompt's responses by their standard deviation"
@@ -224,11 +227,12 @@ class OnlineConfig(
         default_text=f"rows for grpo, tokens for dapo and {BEST_OF}",
     )
     dynamic_sampling: bool | None = of_gradient(
-        "dynamic_sampling", "leave prompts out, and count them, whose responses all have the same score"
+        "dynamic_sampling", "skip, and count, prompts whose responses all have the same score"
     )
     overlong_buffer: int | None = option(
         None,
-        "DAPO's overlong shaping: over the last so many tokens before --max-new-tokens up to 1 is taken from the score",
+        "DAPO's overlong shaping: in this many tokens before --max-new-tokens, a penalty that rises from 0 to 1"
+        " is subtracted from the score",
         default_text="no such penalty",
         at_least=1,
     )
@@ -237,16 +241,18 @@ class OnlineConfig(
     max_steps: int | None = option(None, "stop after this many rounds, even if the epochs are longer", at_least=1)
     batch_size: int = option(64, "prompts per round", at_least=1)
     passes: int = option(1, "passes over the responses of a round", at_least=1)
-    minibatches: int = option(1, "optimiser steps per pass; each gets its share of prompts", at_least=1)
+    minibatches: int = option(1, "optimiser steps per pass; each takes an equal share of the prompts", at_least=1)
     learning_rate: float | Literal["auto"] = option(
         AUTO,
-        f"peak learning rate; auto: that of large models, {dpo.LEARNING_RATE[False]:g} and with LoRA"
+        f"peak learning rate; auto: the usual one for large models, {dpo.LEARNING_RATE[False]:g} and with LoRA"
         f" {dpo.LEARNING_RATE[True]:g} ({LEARNING_RATE[True]:g} for policy gradients), of {BEST_OF}"
         f" {sft.LEARNING_RATE[False]:g} and {sft.LEARNING_RATE[True]:g}, and more for models below half a billion"
         " weights",
         above=0,
     )
-    warmup: float = option(0.0, "fraction of the steps with a rising learning rate", at_least=0, below=1)
+    warmup: float = option(
+        0.0, "fraction of the steps in which the learning rate warms up, linearly from 0", at_least=0, below=1
+    )
 
     @property
     def published_rate(self) -> float:
@@ -283,15 +289,27 @@ class OnlineConfig(
         if self.lora_dropout:
             raise ConfigError("--lora-dropout: ratios and log-ratios must not be random: leave it out")
         if self.gradient is None:
-            _refuse(self, OF_GRADIENTS, f"is of policy gradients, and --loss {self.loss} is none: leave it out")
+            _refuse(
+                self,
+                OF_GRADIENTS,
+                f"applies to policy gradients, and --loss {self.loss} is not one of them: leave it out",
+            )
             if self.stale == "correct":
                 raise ConfigError(
                     f"--stale correct weights the advantages of policy gradients, and --loss {self.loss} has none:"
                     " leave it out"
                 )
         if not self.prefers:
-            _refuse(self, OF_PREFERENCES, f"is of losses on preferences, and --loss {self.loss} is none: leave it out")
-            _refuse(self, ("desirable_above",), f"is of losses on labels, and --loss {self.loss} is none: leave it out")
+            _refuse(
+                self,
+                OF_PREFERENCES,
+                f"applies to losses on preferences, and --loss {self.loss} is not one of them: leave it out",
+            )
+            _refuse(
+                self,
+                ("desirable_above",),
+                f"applies to losses on labels, and --loss {self.loss} is not one of them: leave it out",
+            )
         self._check_loss_options()
         if self.ref_model_sync_steps is not None and self.reference is not None:
             raise ConfigError(
@@ -313,13 +331,23 @@ class OnlineConfig(
         """Refuse options that the loss does not read."""
         why = f"--loss {self.loss}"
         if self.imitates:
-            _refuse(self, ("beta", "ref_model_sync_steps"), f"is of losses with a reference, and {why} has none")
+            _refuse(
+                self,
+                ("beta", "ref_model_sync_steps"),
+                f"applies to losses with a reference, and {why} has none: leave it out",
+            )
             if self.average == "constant":
-                raise ConfigError(f"--average constant is of policy gradients, and {why} is none: take tokens or rows")
+                raise ConfigError(
+                    f"--average constant applies to policy gradients, and {why} is not one of them: use tokens or rows"
+                )
         if self.average is not None and (self.prefers or (self.gradient and self.gradient.average is None)):
-            raise ConfigError(f"--average is of losses of tokens, and {why} is of whole responses: leave it out")
+            raise ConfigError(
+                f"--average applies to losses per token, and {why} is computed per response: leave it out"
+            )
         if self.beta == 0 and not self.gradient:
-            raise ConfigError(f"--beta 0: only policy gradients do without, and {why} is none; give one above 0")
+            raise ConfigError(
+                f"--beta 0 works for policy gradients alone, and {why} is not one of them; give a value above 0"
+            )
         if self.overlong_buffer is not None and self.overlong_buffer > self.max_new_tokens:
             raise ConfigError(
                 f"--overlong-buffer {self.overlong_buffer} is more than --max-new-tokens {self.max_new_tokens}: lower"

@@ -72,7 +72,9 @@ class KlOptions(Config):
     kl_target: float | None = option(
         None, "adapt beta to keep the KL at this many nats per response; 6 is usual", above=0
     )
-    kl_horizon: float | None = beside("kl_target", KL_HORIZON, "responses over which beta is adapted", above=0)
+    kl_horizon: float | None = beside(
+        "kl_target", KL_HORIZON, "responses over which beta adapts (horizon of the controller)", above=0
+    )
     max_kl: float = option(
         help="KL in nats per response at which the run stops; the last good weights are saved as a model",
         computed=lambda c: MAX_KL if c.kl_target is None else MAX_KL_TARGETS * c.kl_target,
@@ -88,7 +90,7 @@ class KlOptions(Config):
         default_text="no such term",
     )
     ptx_coefficient: float | None = beside(
-        "ptx_data", PTX_COEFFICIENT, "weight of that term, a mean over its tokens", above=0
+        "ptx_data", PTX_COEFFICIENT, "weight of the --ptx-data term, a mean over its tokens", above=0
     )
     ptx_batch_size: int | None = option(
         help="rows of --ptx-data per update",
@@ -114,13 +116,13 @@ class PpoConfig(
 ):
     """One run of PPO or RLOO. Construction raises ``ConfigError``."""
 
-    shuffle: bool = option(
-        True, "draw a new order of the prompts, and of --ptx-data, every epoch, from the seed", group="data"
-    )
+    shuffle: bool = option(True, "shuffle the prompts, and --ptx-data, every epoch, by the seed", group="data")
     num: int = by_algorithm(NUM, "responses per prompt; they share its encoding", group="sampling")
-    max_new_tokens: int = option(128, "most tokens of a response", at_least=1)
+    max_new_tokens: int = option(128, "maximum tokens of a response", at_least=1)
     temperature: float = option(
-        1.0, "divides the logits, in sampling and in all log-probabilities of policy and reference", above=0
+        1.0,
+        "sampling temperature, which divides the logits, also in all log-probabilities of policy and reference",
+        above=0,
     )
 
     algorithm: Literal["ppo", "rloo"] = option(
@@ -133,16 +135,18 @@ class PpoConfig(
     max_steps: int | None = option(None, "stop after this many batches, even if the epochs are longer", at_least=1)
     batch_size: int = option(64, "prompts per step", at_least=1)
     ppo_epochs: int = by_algorithm(PPO_EPOCHS, "passes over the responses of a step")
-    minibatches: int = option(1, "optimiser steps per pass; each gets its share of prompts", at_least=1)
+    minibatches: int = option(1, "optimiser steps per pass; each takes an equal share of the prompts", at_least=1)
     learning_rate: float | Literal["auto"] = auto_rate_option(LEARNING_RATE)
-    warmup: float = option(0.0, "fraction of the steps with a rising learning rate", at_least=0, below=1)
+    warmup: float = option(
+        0.0, "fraction of the steps in which the learning rate warms up, linearly from 0", at_least=0, below=1
+    )
     adam_epsilon: float = option(1e-5, "AdamW's epsilon; PPO needs more than the usual 1e-8", above=0)
     clip: float = option(0.2, "PPO clip range: probability ratios are clipped to [1 - eps, 1 + eps]", above=0, below=1)
     max_update_kl: float | None = option(
         None,
         "KL in nats per token from the policy that drew the responses at which the updates of a step end; the rest of"
         " them are skipped and counted. 0.01 to 0.05 is usual",
-        default_text="all updates are made",
+        default_text="no limit",
         above=0,
     )
     whiten_advantages: bool = option(
@@ -151,11 +155,11 @@ class PpoConfig(
         default_text="true, with --algorithm rloo false",
     )
     whiten_rewards: bool = option(False, "scale the rewards of a batch to deviation 1, mean kept")
-    gamma: float = option(1.0, "discount of later rewards", above=0, at_most=1)
+    gamma: float = option(1.0, "gamma, the discount factor of later rewards", above=0, at_most=1)
 
     critic: Literal["auto", "reward", "actor", "head"] | None = of_critic(
         "auto",
-        "reward, actor: a network of its own, initialised from the reward model or the actor; head: a head on the"
+        "reward, actor: a separate network, initialised from the reward model or the actor; head: a head on the"
         " actor's own layers; auto: reward where that is a model, else actor (head, for a model object in Python)",
     )
     critic_learning_rate: float | None = option(
@@ -167,7 +171,9 @@ class PpoConfig(
     gae_lambda: float | None = of_critic(
         0.95, "lambda of generalised advantage estimation: 1 relies on rewards, 0 on the critic", at_least=0, at_most=1
     )
-    value_clip: float | None = of_critic(0.2, "clip range of values around those before the update", above=0)
+    value_clip: float | None = of_critic(
+        0.2, "clip range of the critic's values, around those before the update", above=0
+    )
     value_coefficient: float | None = of_critic(0.1, "weight of the critic's loss", above=0)
 
     @property
@@ -186,7 +192,9 @@ class PpoConfig(
         if self.algorithm == "rloo":
             for name in CRITIC_ONLY:
                 if getattr(self, name) is not None:
-                    raise ConfigError(f"{flag(name)} is the critic's, and --algorithm rloo has none: leave it out")
+                    raise ConfigError(
+                        f"{flag(name)} configures the critic, and --algorithm rloo has none: leave it out"
+                    )
             if self.gamma != 1:
                 raise ConfigError("--gamma: --algorithm rloo scores whole responses without discount: leave it out")
             if self.num < 2:

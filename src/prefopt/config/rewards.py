@@ -77,8 +77,8 @@ class ComponentOptions(Config):
 
     reward: str | list[str] = option(
         help="score of a response: a rule (vader, length), MODULE:FUNCTION of prompts and responses, the folder or Hub"
-        " name of a reward model with one label and this model's tokenizer, or llm (with --judge-url). Several are"
-        " added up: NAME=REWARD*WEIGHT each, name and weight (1) may be left out",
+        " name of a reward model with one label and this model's tokenizer, or llm (with --judge-url). Several"
+        " are summed: NAME=REWARD*WEIGHT each, where name and weight (1) may be left out",
         group="reward",
     )
     missing_eos_penalty: float | None = option(
@@ -138,8 +138,7 @@ class RewardOptions(JudgeServerOptions, ComponentOptions):
     )
     true_reward: str | None = option(
         None,
-        "what the reward stands for, such as --reward takes one: measured on responses to --eval-prompts, never"
-        " trained on",
+        "true reward, in the form that --reward takes: measured on responses to --eval-prompts, never trained on",
         group="reward",
     )
     eval_prompts: list[str] | None = option(

@@ -19,13 +19,13 @@ class RolloutOptions(Config):
 
     rollout_server: list[str] | None = option(
         None,
-        "URLs of vLLM servers of this model, such as http://localhost:8000, that draw the responses; they are handed"
-        " the weights of every step",
+        "URLs of vLLM servers of this model, such as http://localhost:8000, that sample the responses; they are"
+        " sent the weights of every step",
         group="rollout servers",
-        default_text="this process draws",
+        default_text="this process samples",
     )
     rollout_model: str | None = option(
-        None, "name of the model on the servers", needs="rollout_server", default_text="their only one"
+        None, "name of the model on the servers", needs="rollout_server", default_text="the servers' only model"
     )
     rollout_key: str | None = option(
         None,
@@ -35,20 +35,23 @@ class RolloutOptions(Config):
     )
     rollout_folder: str | None = option(
         None,
-        "folder for the weights that are handed over; the servers must see it under the same path",
+        "folder for the weights sent to the servers, which must see it under the same path",
         needs="rollout_server",
         default_text="rollout-weights in the output folder",
     )
     server_concurrency: int | None = beside(
-        "rollout_server", CONCURRENCY, "responses in flight at each server", at_least=1
+        "rollout_server", CONCURRENCY, "concurrent requests to each server", at_least=1
     )
     server_timeout: float | None = beside(
-        "rollout_server", SECONDS, "seconds after which a response or the loading of weights counts as failed", above=0
+        "rollout_server",
+        SECONDS,
+        "seconds until a request for responses, or to load weights, counts as failed",
+        above=0,
     )
     server_gap: float | None = option(
         None,
-        "mean difference in nats per token of the servers' log-probabilities from the scorer's that is rounding; a"
-        " server in bfloat16 needs about 0.05",
+        "largest mean difference, in nats per token, between log-probabilities of server and scorer that counts"
+        " as rounding; a server in bfloat16 needs about 0.05",
         needs="rollout_server",
         default_text="0.05 with --dtype bfloat16, 0.0001 with float32",
         above=0,
@@ -82,7 +85,7 @@ class StaleOptions(RolloutOptions):
     def check(self) -> None:
         config: Any = self
         if self.stale == "correct" and self.rollout_server is None:
-            raise ConfigError("--stale is about rollout servers: give --rollout-server, or leave it out")
+            raise ConfigError("--stale does nothing without --rollout-server: add it, or leave --stale out")
         if self.stale == "correct" and config.temperature != 1:
             raise ConfigError(
                 f"--stale correct needs the log-probabilities of older weights at --temperature {config.temperature:g},"

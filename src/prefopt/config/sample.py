@@ -26,9 +26,11 @@ class SampleConfig(MachineOptions, ProgressOptions, TemplateOptions, SamplingOpt
     adapter: str | None = option(None, "LoRA adapter on the model")
     quantise: Quantise = quantise_option("load the model in")
     num: int = option(1, "samples per prompt", group="sampling", at_least=1)
-    min_new_tokens: int = option(0, "fewest tokens of a sample", at_least=0)
-    top_p: float = option(1.0, "sample from the most likely tokens with this total probability", above=0, at_most=1)
-    top_k: int | None = option(None, "sample from this many most likely tokens", default_text="all", at_least=1)
+    min_new_tokens: int = option(0, "minimum tokens of a sample", at_least=0)
+    top_p: float = option(
+        1.0, "nucleus sampling: from the most likely tokens with this total probability", above=0, at_most=1
+    )
+    top_k: int | None = option(None, "sample from this many of the most likely tokens", default_text="all", at_least=1)
     best_of: int | None = option(
         None, "draw this many for each sample and keep the one with the highest --reward (best-of-N)", at_least=2
     )
@@ -50,7 +52,7 @@ class SampleConfig(MachineOptions, ProgressOptions, TemplateOptions, SamplingOpt
     resume: bool = option(False, "continue the output file of an interrupted run", needs="output")
 
     batch_size: int | None = option(
-        None, "samples drawn at once", group="machine", default_text="estimated from memory", at_least=1
+        None, "samples drawn in parallel", group="machine", default_text="estimated from memory", at_least=1
     )
 
     def check(self) -> None:
@@ -59,17 +61,17 @@ class SampleConfig(MachineOptions, ProgressOptions, TemplateOptions, SamplingOpt
                 f"--min-new-tokens {self.min_new_tokens} is more than --max-new-tokens {self.max_new_tokens}: lower it"
             )
         if self.temperature == 0 and (self.top_p < 1 or self.top_k is not None):
-            raise ConfigError("--top-p and --top-k do nothing at --temperature 0, which is greedy: leave them out")
+            raise ConfigError("--top-p and --top-k do nothing at --temperature 0 (greedy decoding): leave them out")
         if (self.best_of is None) != (self.reward is None):
             raise ConfigError("--best-of and --reward go together: --reward chooses the best")
         if self.temperature == 0 and self.best_of is not None:
-            raise ConfigError("--temperature 0 draws the same sample again and again: leave --best-of out")
+            raise ConfigError("--temperature 0 draws the same sample every time: leave --best-of out")
         if self.temperature == 0 and self.num > 1:
             raise ConfigError(f"--temperature 0 draws the same sample {self.num} times: leave --num out")
         if self.engine == "vllm" and self.quantise not in (None, NOT_QUANTISED):
-            raise ConfigError("--quantise does nothing with --engine vllm, which loads by itself: leave it out")
+            raise ConfigError("--quantise does nothing with --engine vllm, which loads the model itself: leave it out")
         if self.engine == "vllm" and self.batch_size is not None:
-            raise ConfigError("--batch-size does nothing with --engine vllm, which makes its own batches: leave it out")
+            raise ConfigError("--batch-size does nothing with --engine vllm, which forms its own batches: leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,22 +105,22 @@ class ChatConfig(MachineOptions, TemplateOptions):
     system: str | None = option(None, "system prompt to start with")
     complete: bool = option(False, "continue text, without turns and chat template")
 
-    max_new_tokens: int = option(512, "most tokens of an answer", group="sampling", at_least=1)
+    max_new_tokens: int = option(512, "maximum tokens of an answer", group="sampling", at_least=1)
     temperature: float | None = option(
         None,
-        "divides the logits; 0 is greedy decoding",
+        "sampling temperature, which divides the logits; 0 is greedy decoding",
         default_text="that of the model's generation_config.json, else 1",
         at_least=0,
     )
     top_p: float | None = option(
         None,
-        "sample from the most likely tokens with this total probability",
+        "nucleus sampling: from the most likely tokens with this total probability",
         default_text="as for --temperature",
         above=0,
         at_most=1,
     )
     top_k: int | None = option(
-        None, "sample from this many most likely tokens", default_text="as for --temperature", at_least=1
+        None, "sample from this many of the most likely tokens", default_text="as for --temperature", at_least=1
     )
     seed: int | None = option(None, "seed of the answers", default_text="random", at_least=0, at_most=2**32 - 1)
 

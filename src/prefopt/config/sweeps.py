@@ -70,7 +70,7 @@ class SweepOptions(MachineOptions, ProgressOptions, PromptOptions):
         group="reward",
     )
     num: int = option(4, "samples per held-out prompt to measure each policy on", at_least=1)
-    max_new_tokens: int = option(48, "most tokens of a sample, in the data, in PPO and in evaluation", at_least=1)
+    max_new_tokens: int = option(48, "maximum tokens of a sample, in the data, in PPO and in evaluation", at_least=1)
 
     responses: int = option(
         4096, "responses that each training learns from, with repetitions", group="stages", at_least=1
@@ -102,7 +102,7 @@ class SweepOptions(MachineOptions, ProgressOptions, PromptOptions):
             raise ConfigError(f"--prefix-min {self.prefix_min} is more than --prefix-max {self.prefix_max}")
         for name in ("samples", "rounds", "labels"):
             if self.data is not None and self.is_given(name):
-                raise ConfigError(f"{flag(name)} is about generated data, and --data gives some: leave it out")
+                raise ConfigError(f"{flag(name)} is for generated data, and --data gives the data: leave it out")
 
     @property
     def unread(self) -> set[str]:

@@ -41,7 +41,7 @@ class DataCheckConfig(CompareOptions, ReadOptions):
     def check(self) -> None:
         for f in fields(CompareOptions):
             if self.model is None and self.is_given(f.name):
-                raise ConfigError(f"{flag(f.name)} is about tokens: add --model with a model or tokenizer")
+                raise ConfigError(f"{flag(f.name)} needs tokens: add --model with a model or tokenizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class DataConvertConfig(WriteOptions):
 class DataSplitConfig(WriteOptions):
     """Split of rows into two files, by prompt."""
 
-    fraction: float = option(help="fraction of the prompts for --output-eval", group="data", above=0, below=1)
+    fraction: float = option(help="fraction of the prompts to write to --output-eval", group="data", above=0, below=1)
     seed: int = option(0, "seed of the split; a run with --eval-fraction and this seed holds out the same prompts")
     output_train: str = option(
         help="file for the rows to train on: .jsonl or .parquet", group="output", positional=True

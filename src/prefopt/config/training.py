@@ -114,8 +114,8 @@ class LoraOptions(Config):
 
     vision: Literal["frozen", "lora", "full"] = option(
         "frozen",
-        "of a model with a vision tower, trained on rows with pictures: tower and projector stay as they are, get"
-        " adapters too (with --lora), or train in full (without)",
+        "vision tower and projector of a model that trains on rows with pictures: frozen, with adapters too"
+        " (with --lora), or trained in full (without)",
     )
     quantise: Quantise = quantise_option(
         "QLoRA: hold the frozen weights under the adapter, and a reference or teacher, in"
@@ -214,7 +214,8 @@ def auto_rate_option(rates: dict[bool, float], usual: str = "") -> Any:
     training (False) and for LoRA (True)."""
     return option(
         AUTO,
-        f"peak learning rate{usual}; auto: that of large models, {rates[False]:g} and with LoRA {rates[True]:g}, and"
+        f"peak learning rate{usual}; auto: the usual one for large models, {rates[False]:g} and with LoRA"
+        f" {rates[True]:g}, and"
         " more for models below half a billion weights",
         group="optimiser",
         above=0,
@@ -229,18 +230,21 @@ class RunOptions(MachineOptions, ProgressOptions):
     max_steps: int | None = option(None, "stop after this many steps, even if the epochs are longer", at_least=1)
     batch_size: int = option(
         16,
-        "rows or pairs per optimiser step, however many fit into memory at once; with hundreds of rows, more steps help"
+        "rows or pairs per optimiser step, on all devices together, however many fit into memory at once; with"
+        " hundreds of rows, more steps help"
         " more than larger batches",
         at_least=1,
     )
     learning_rate: float | Literal["auto"] = option(help="peak learning rate", above=0)
     schedule: Literal["linear", "cosine", "constant"] = option(
-        "linear", "learning rate after the warm-up: falls to zero, or is constant"
+        "linear", "learning rate after the warm-up: decays to zero, linearly or as a cosine, or stays constant"
     )
-    warmup: float = option(0.1, "fraction of the steps with a rising learning rate", at_least=0, below=1)
+    warmup: float = option(
+        0.1, "fraction of the steps in which the learning rate warms up, linearly from 0", at_least=0, below=1
+    )
     weight_decay: float = option(0.0, "AdamW's weight decay", at_least=0)
-    adam_beta1: float = option(0.9, "AdamW's decay of the mean", at_least=0, below=1)
-    adam_beta2: float = option(0.999, "AdamW's decay of the square", at_least=0, below=1)
+    adam_beta1: float = option(0.9, "AdamW's beta1, decay of the first moment", at_least=0, below=1)
+    adam_beta2: float = option(0.999, "AdamW's beta2, decay of the second moment", at_least=0, below=1)
     adam_epsilon: float = option(1e-8, "AdamW's epsilon", above=0)
     optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = option(
         "adamw",
@@ -248,7 +252,7 @@ class RunOptions(MachineOptions, ProgressOptions):
         ' moments move to host memory where a GPU is full. Both need pip install "prefopt[quantise]"',
     )
     max_grad_norm: float = option(
-        1.0, "gradient clipping: gradients are scaled down to this norm; 1e9 turns it off", above=0
+        1.0, "gradient clipping: larger gradients are scaled down to this norm; 1e9 turns it off", above=0
     )
 
     output: str = option(help="folder for the model, its card and the metrics", group="output")
@@ -260,7 +264,8 @@ class RunOptions(MachineOptions, ProgressOptions):
 
     track: list[str] | None = option(
         None,
-        f"log the metrics to {', '.join(TRACKERS[:-1])} or {TRACKERS[-1]}, one or more; each is a package to install",
+        f"log the metrics to one or more of {', '.join(TRACKERS[:-1])} and {TRACKERS[-1]}; each is a package to"
+        " install",
         group="tracking",
         default_text="nothing leaves the output folder",
     )
@@ -268,19 +273,19 @@ class RunOptions(MachineOptions, ProgressOptions):
 
     token_budget: int | None = option(
         None,
-        "tokens of a micro-batch",
+        "tokens per micro-batch",
         group="machine",
         default_text="estimated from memory, then measured",
         at_least=1,
     )
     gradient_checkpointing: bool | Literal["auto"] = option(
         "auto",
-        "recompute activations in the backward pass: less memory, about a third slower, the same result; auto: where"
-        " too few tokens fit without",
+        "recompute activations in the backward pass: less memory, about a third slower, the same result; auto:"
+        " where too few tokens fit without it",
     )
     offload: list[str] | None = option(
         None,
-        "keep in host memory, of one GPU: optimizer (float32 weights, gradients and optimiser state), activations"
+        "keep in host memory, with one GPU: optimizer (float32 weights, gradients and optimiser state), activations"
         " (between forward and backward pass), or both",
         default_text="everything stays on the device",
     )
@@ -294,11 +299,11 @@ class RunOptions(MachineOptions, ProgressOptions):
     )
     shard: Literal["auto", "none", "full", "hybrid"] = option(
         "auto",
-        "of several processes (prefopt launch, torchrun): none, every one has the whole model; full, each has a part of"
-        " every weight; hybrid, each node has the whole model between its processes; auto: by memory",
+        "sharding over several processes (prefopt launch, torchrun): none, each has the whole model; full, each"
+        " has a part of every weight; hybrid, the processes of each node share the model; auto: by memory",
     )
     seed: int = option(0, "seed of order, held-out split, dropout and new adapters", at_least=0, at_most=2**32 - 1)
-    deterministic: bool = option(False, "deterministic kernels on a GPU, so that a resumed run is bit-identical")
+    deterministic: bool = option(False, "use deterministic kernels on a GPU, so that a resumed run is bit-identical")
 
     def offloads(self, what: str) -> bool:
         """Whether ``optimizer`` or ``activations`` are in host memory."""
@@ -367,8 +372,8 @@ class TrainingOptions(RouterOptions, RunOptions, LoraOptions):
     def check(self) -> None:
         if self.quantises and self.shard in ("full", "hybrid"):
             raise ConfigError(
-                f"--shard {self.shard} cuts weights into parts, which --quantise {self.quantise} has packed: leave one"
-                " of them out"
+                f"--shard {self.shard} cuts weights into parts, which --quantise {self.quantise} packs: leave"
+                " one of them out"
             )
         if self.compile == "on" and self.reads_routers:
             asked = "aux" if self.router_aux_loss_coef is not None else "z"

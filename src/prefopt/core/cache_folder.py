@@ -5,7 +5,6 @@ Entries are reference log-probabilities (12 hex digits), tokenised data (16) and
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from prefopt.core.files import expanded, replace_file
+from prefopt.core.files import FULL, expanded, replace_file
 from prefopt.errors import CacheError, ModelError, UserError
 
 log = logging.getLogger(__name__)
@@ -88,8 +87,7 @@ def cache_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "free some space" if full else "make it accessible"
+        remedy = "free some space" if error.errno in FULL else "make it accessible"
         raise CacheError(
             f"cache {path}: {error.strerror or error}; existing entries are kept; {remedy} or set"
             " PREFOPT_CACHE to another folder"

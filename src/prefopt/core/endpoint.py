@@ -84,8 +84,8 @@ class Endpoint:
                 raise ConfigError(f"{key_flag} {key_variable}: there is no such environment variable, or it is empty")
             if not all("!" <= character <= "~" for character in key):
                 raise ConfigError(
-                    f"{key_flag} {key_variable}: the key in this environment variable has a space, a line break or a"
-                    " letter beyond ASCII in it, which no server takes; set it again"
+                    f"{key_flag} {key_variable}: the key in this environment variable contains a space, a line"
+                    " break or a character outside ASCII, which no server accepts; set it again"
                 )
             self.headers["Authorization"] = f"Bearer {key}"
 
@@ -160,16 +160,16 @@ def base_url(url: str, flag: str = "--url") -> str:
             host = str(parts.hostname).encode("idna").decode() + ("" if parts.port is None else f":{parts.port}")
         valid = parts.hostname is not None and (parts.port is None or parts.port > 0)
     except ValueError:  # a port that is no number, half an IPv6 address, a name that cannot be one
-        raise ConfigError(f"{said} is no address of a server; give one such as {EXAMPLE}") from None
+        raise ConfigError(f"{said} is not the address of a server; give one such as {EXAMPLE}") from None
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ConfigError(f"{said} should begin with http:// or https://, such as {EXAMPLE}")
     if named:
         raise ConfigError(
-            f"{flag}: there is a name or a password before the @ of the address; leave them out, since a key is read"
+            f"{flag}: the address contains a user name or password before the @; leave them out: the key is read"
             " from an environment variable"
         )
     if not valid:
-        raise ConfigError(f"{said} is no address of a server; give one such as {EXAMPLE}")
+        raise ConfigError(f"{said} is not the address of a server; give one such as {EXAMPLE}")
     path = urllib.parse.quote(parts.path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
     for ending in ("/chat/completions", "/completions"):
         path = path.removesuffix(ending)

@@ -61,6 +61,18 @@ def is_path(name: str) -> bool:
     return name.startswith((".", "/", "~", SHIPPED)) or name.count("/") > 1
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def making_room(error: Exception) -> str:
+    """The first half of a remedy where a disk is full, or may be; else nothing.
+
+    >>> making_room(OSError(errno.ENOSPC, "No space left on device")), making_room(PermissionError(errno.EACCES, "no"))
+    ('free some space, or ', '')
+    """
+    return "" if isinstance(error, OSError) and error.errno not in FULL else "free some space, or "
+
+
 @contextmanager
 def output_errors(path: Path) -> Iterator[None]:
     """Turn an error about a full or read-only disk into a one-line ``RunError``."""
@@ -68,11 +80,11 @@ def output_errors(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise RunError(f"{path}: cannot be written ({reason}); make room or choose another --output") from error
+        raise RunError(f"{path}: cannot be written ({reason}); {making_room(error)}name another --output") from error
 
 
 OVERWRITE = "name another file, or add --overwrite"
-RESUME = "go on with it by --resume, or name another file"
+RESUME = "continue it with --resume, or name another file"
 
 
 def refuse_existing(path: Path, remedy: str, *, unless: bool) -> None:

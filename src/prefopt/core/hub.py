@@ -85,9 +85,9 @@ def why_not_read(error: BaseException, name: str) -> str | None:
     if "RepositoryNotFoundError" in kinds or status == 404:
         return f"no such folder here, and none on the Hub; check the spelling (a private one needs: {LOG_IN})"
     if status in (401, 403):
-        return f"the Hub does not let you read it ({status}); log in with: {LOG_IN}"
+        return f"the Hub denies access to it ({status}); log in with: {LOG_IN}"
     if "HFValidationError" in kinds:
-        return "no such folder here, and no name that the Hub knows; give a folder, or OWNER/NAME"
+        return "no such folder here, and not a valid name on the Hub; give a folder, or OWNER/NAME"
     if kinds & _NETWORK:
         return f"no such folder here, and the Hub cannot be asked{_offline()}; check the name, or download it first"
     return f"the Hub answered {status}; try again later" if status else None
@@ -97,17 +97,17 @@ def why_not_written(error: BaseException, repo: str) -> str | None:
     """Why ``repo`` could not be written, with the remedy; None for other errors."""
     kinds, status = _kinds(error), _status(error)
     if status == 401 or "LocalTokenNotFoundError" in kinds:
-        return f"the Hub does not know you (401); log in with: {LOG_IN}, or set HF_TOKEN to a token that may write"
+        return f"not logged in to the Hub (401); log in with: {LOG_IN}, or set HF_TOKEN to a token with write access"
     if status == 403:
-        return f"your token may not write there (403); take one that may from {TOKENS}, or name another --repo"
+        return f"your token has no write access there (403); make one that has at {TOKENS}, or name another --repo"
     if status == 404:
         owner = repo.partition("/")[0]
         return f"the Hub knows no {owner!r}, or your token may not see it (404); check the name before the slash"
     if "HFValidationError" in kinds:
-        return "no name for a repository; give OWNER/NAME, of letters, digits, dashes, dots and underscores"
+        return "not a repository name; give OWNER/NAME, of letters, digits, dashes, dots and underscores"
     if kinds & _NETWORK:
-        return f"the Hub cannot be reached{_offline()}; try again, what was sent is not sent twice"
-    return f"the Hub answered {status}; try again, what was sent is not sent twice" if status else None
+        return f"the Hub cannot be reached{_offline()}; try again: files already sent are not sent twice"
+    return f"the Hub answered {status}; try again: files already sent are not sent twice" if status else None
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -164,8 +164,8 @@ def _vet_adapter(folder: Path) -> None:
             # PEFT itself writes .*\.NAME for the weights of experts, which goes back over a name only once.
             if isinstance(word, str) and _REPEATS.search(word.removeprefix(r".*\.")):
                 raise ModelError(
-                    f"{path}: {field} has the pattern {word[:60]!r}, which can take forever to match; write the"
-                    " names of the modules instead"
+                    f"{path}: {field} has the pattern {word[:60]!r}, which can take very long to match; write"
+                    " the names of the modules instead"
                 )
     weights = folder / ADAPTER_WEIGHTS
     held = held_by([weights] if weights.exists() else [])
@@ -205,8 +205,8 @@ def weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
         return files
     if any(file for pattern in _PICKLES for file in folder.glob(pattern)):
         raise ModelError(
-            f"{folder}: the weights are pickles, which can run code and are not opened; convert them to safetensors"
-            " (model.save_pretrained) if you trust them"
+            f"{folder}: the weights are pickles, which can run code and are not opened; if you trust them,"
+            " convert them to safetensors (model.save_pretrained)"
         )
     raise ModelError(f"{folder}: no {_SINGLE} or {_INDEX}; download or copy the model again")
 

@@ -333,7 +333,7 @@ def _quoted(value: object) -> str:
     try:
         text = repr(value)
     except ValueError:  # Python spells no number of more than 4300 digits
-        text = "a number beyond all measure"
+        text = "a number of over 4300 digits"
     return text if len(text) <= QUOTED else f"{text[:QUOTED]}..."
 
 

@@ -38,7 +38,7 @@ OTHER_NAMES: dict[str, tuple[str, str]] = {
     "max-completion-length": ("max-new-tokens", ""),
     "max-prompt-length": ("max-length", "tokens of prompt and response together"),
     "max-seq-length": ("max-length", ""),
-    "mini-batch-size": ("token-budget", "tokens of a micro-batch"),
+    "mini-batch-size": ("token-budget", "tokens per micro-batch"),
     "model-name": ("model", ""),
     "model-name-or-path": ("model", ""),
     "num-epochs": ("epochs", ""),

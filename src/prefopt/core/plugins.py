@@ -61,7 +61,7 @@ def load_function(name: str, place: str, known: Sequence[str] = ()) -> Callable[
     """The same for a function."""
     function: Callable[..., Any] = load_object(name, place, known)
     if not callable(function):
-        raise ConfigError(f"{place}: {name.partition(':')[2]} is no function but of type {type(function).__name__}")
+        raise ConfigError(f"{place}: {name.partition(':')[2]} is not a function but of type {type(function).__name__}")
     return function
 
 

@@ -1,7 +1,7 @@
 """Messages of the command line in the words of Python: the names of keyword arguments.
 
->>> to_python("holds an unfinished run; go on with it by --resume, or name another folder", {"resume": ()})
-'holds an unfinished run; go on with it by resume=True, or name another folder'
+>>> to_python("holds an unfinished run; continue it with --resume, or name another folder", {"resume": ()})
+'holds an unfinished run; continue it with resume=True, or name another folder'
 >>> to_python("lower --learning-rate, or try --dtype float32", {"dtype": ("float32", "bfloat16")})
 "lower learning_rate, or try dtype='float32'"
 >>> to_python("run prefopt launch --gpus 2, or leave --shard out", {})

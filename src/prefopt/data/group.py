@@ -77,7 +77,7 @@ class Continuation:
     """What one response adds to the shared prefix: ``ids`` and ``trained``, both [R], and its pictures.
 
     A response of several turns may be several *steps*, laid end to end: sequences that each follow the shared prefix
-    and do not see one another, because the chat template shows an earlier turn otherwise than it was generated.
+    and do not see one another, because the chat template shows an earlier turn differently from how it was generated.
     ``starts`` are the places in ``ids`` where the second step and the later ones begin. It has no pictures then.
     """
 

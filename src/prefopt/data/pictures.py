@@ -158,7 +158,7 @@ def bytes_of(picture: Picture) -> bytes:
     try:
         data = Path(picture.source).read_bytes()
     except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror}); put the picture back", file=picture.source) from None
+        raise DataError(f"cannot be read ({error.strerror}); restore the picture", file=picture.source) from None
     if digest_of(data) != picture.digest:
         raise DataError("this picture has changed since the data were read; run the command again", file=picture.source)
     return data
@@ -218,7 +218,7 @@ def _opened(data: bytes) -> Iterator[Any]:
     except (BadPicture, DataError):
         raise
     except UnidentifiedImageError:
-        raise BadPicture(f"is no picture of a kind that is read ({', '.join(FORMATS)})") from None
+        raise BadPicture(f"is not a picture in a supported format ({', '.join(FORMATS)})") from None
     except Exception as error:  # of any class: the file caused it
         raise BadPicture(f"the picture is damaged ({first_line(error)})") from None
 

@@ -213,7 +213,7 @@ def check_files(
         raise Damaged(str(error)) from error
     for name, digest in zip(files, found, strict=True):
         if digest != files[name]["sha256"]:
-            raise Damaged(f"the bytes of {name} do not give the checksum written with them")
+            raise Damaged(f"the checksum of {name} does not match its contents")
 
 
 def open_part(folder: Path, manifest: Mapping[str, Any], *, source: int = 0) -> Part:
@@ -270,7 +270,7 @@ class TokenCache:
                 try:
                     found = self._open(folder, file, source)
                 except Damaged as damage:
-                    log.warning("token cache %s is damaged (%s): the tokens of %s are made again", folder, damage, file)
+                    log.warning("token cache %s is damaged (%s): %s is tokenised again", folder, damage, file)
                     remove(folder)
                 if found is None:
                     self._make(folder, key, make)

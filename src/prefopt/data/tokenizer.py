@@ -90,7 +90,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         processor: Any = importlib.import_module("sentencepiece").SentencePieceProcessor
         pieces = processor(model_file=str(model)).encode(PROBE, out_type=str)
         if tokenizer.convert_ids_to_tokens(tokenizer(PROBE, add_special_tokens=False)["input_ids"]) != pieces:
-            what = "transformers and SentencePiece read it differently, for no tokenizer_config.json names its class"
+            what = "transformers and SentencePiece read it differently, since no tokenizer_config.json names its class"
             remedy = "add one (tokenizer_class: LlamaTokenizer, say), or tokenizer.json"
             raise ModelError(f"{source}: {model.name}: {what}; {remedy}")
     return tokenizer

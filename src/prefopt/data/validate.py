@@ -182,7 +182,7 @@ def _content_problems(c: Comparison, kind: DataKind) -> Iterator[tuple[str, str]
     try:
         "".join([*(text for m in messages for text in texts_of(m)), *c.tools]).encode()
     except UnicodeEncodeError:
-        yield "broken text", "holds half of a surrogate pair, which is no character"
+        yield "broken text", "holds half of a surrogate pair, which is not a character"
     if not c.text and not any(m.content.strip() for m in c.prompt if m.role != "system"):
         yield "empty prompt", "the prompt is empty"
     elif not c.text and c.prompt[-1].role == "assistant":

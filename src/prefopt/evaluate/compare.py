@@ -29,6 +29,7 @@ from prefopt.evaluate.samples import (
     by_prompt,
     check_same_prompts,
     kl_to_reference,
+    lines_of,
     load_samples,
     perplexity,
     prompt_numbers,
@@ -65,7 +66,8 @@ def run(config: CompareConfig, inputs: CompareInputs | None = None) -> CompareRe
         torch.set_num_threads(config.threads)
     names, task_scorer = config.models, _task_scorer(config, inputs)
     reporter = Reporter("none" if config.json else config.progress)
-    samples = {name: load_samples(config, name, inputs, reporter) for name in names}
+    lines = lines_of(config, inputs)
+    samples = {name: load_samples(config, name, inputs, reporter, lines) for name in names}
     check_same_prompts(samples)
     answers, notes = prompt_rows(config, inputs) if config.judge == "gsm8k" else ({}, [])
     prompts = prompt_numbers(row.prompt_key for row in samples[names[0]])
@@ -82,6 +84,8 @@ def run(config: CompareConfig, inputs: CompareInputs | None = None) -> CompareRe
         judged += [_judged_row(q, v, pair, judge) for q, v in zip(questions, votes, strict=True)]
     output = None if config.output is None else Path(config.output)
     digest = "" if output is None else write_pairs(output, judged)
+    if lines == "user":
+        notes.append("lines of --prompts are the user's turns for all models, since some have a chat template")
     if (different := len(set(prompts.tolist()))) < len(prompts):
         asked = f"{len(prompts)} rows ask {different} different prompt{'s' * (different > 1)}"
         notes.append(f"{asked}: rows that ask the same count as samples of one prompt")
@@ -167,7 +171,7 @@ def _sample_stats(config: CompareConfig, name: str, rows: Rows, notes: list[str]
         reference = inputs.load(config.reference, config, scores=True)
         policy = sampling_model(Path(name), config) if is_file(name) else inputs.load(name, config, scores=True)
         if policy is None:
-            what = "its KL is by the log-probabilities in the file, which sampling rounded otherwise than scoring does"
+            what = "its KL is by the log-probabilities in the file, which sampling rounds differently from scoring"
             notes.append(f"{name}: the model that drew it was not found: {what}")
         elif policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
             raise ModelError(f"--reference {config.reference}: its tokenizer is not that of {name}: no KL is defined")
@@ -199,8 +203,8 @@ def _strengths(
     if len(groups := connected_groups(wins)) > 1:
         listed = "; ".join(", ".join(names[i] for i in group) for group in groups)
         notes.append(
-            f"no strengths: between the groups {listed} no model both won and lost, or none met, so that no number of"
-            " comparisons says how far apart they are"
+            f"no strengths: between the groups {listed} no model both won and lost, or they were never compared,"
+            " so their distance cannot be estimated"
         )
         return {}
     return dict(zip(names, bradley_terry(wins), strict=True))

@@ -63,7 +63,7 @@ class PairResult:
         if self.empty:
             yield f"  {self.empty} decided without the judge: one response was empty"
         if r.rate is None:
-            yield f"  {r.prompts} prompts are too few for a win rate; give at least {MIN_PROMPTS}, better 100"
+            yield f"  {r.prompts} prompts are too few for a win rate; give at least {MIN_PROMPTS}, and better 100"
         else:
             yield f"  win rate {_percent(r.rate)}, a tie counting half; {test_words(r)}"
             if (equal := self.equal_length) is not None:
@@ -151,7 +151,9 @@ def test_words(r: WinRate) -> str:
 
 def _difference(first: str, r: WinRate) -> str:
     assert r.rate is not None
-    unsure = "" if r.rate.excludes(0.5) else "; the interval reaches 50 % as it allows for outcomes that none had"
+    unsure = (
+        "" if r.rate.excludes(0.5) else "; the interval reaches 50 %, since it allows for outcomes that no prompt had"
+    )
     return f"{first} is {r.verdict} by this judge{unsure}"
 
 
@@ -246,7 +248,7 @@ def _length_exploited(v: PairResult, models: Mapping[str, SampleStats]) -> Itera
         return
     equal = v.equal_length.rate
     if equal is None:
-        at_equal = "as they are in every comparison, its win rate at equal length is unknown"
+        at_equal = "since they are longer in every comparison, its win rate at equal length is unknown"
     elif equal.low <= 0.5:
         at_equal = f"at equal length it wins {_percent(equal)}, which shows no gain"
     else:
@@ -255,7 +257,8 @@ def _length_exploited(v: PairResult, models: Mapping[str, SampleStats]) -> Itera
         "length exploited",
         f"{v.first} wins {_percent(v.rate.rate)} against {v.second}, but its responses are longer by"
         f" {v.longer.mean:.0f} characters [{v.longer.low:.0f}, {v.longer.high:.0f}], and {at_equal}: it may have learnt"
-        " length alone. Check with a judge that ignores length; train on pairs of like length, or with --loss r_dpo or"
+        " length alone. Check with a judge that ignores length; train on pairs of similar length, or with --loss"
+        " r_dpo or"
         " ld_dpo",
         look=True,
     )

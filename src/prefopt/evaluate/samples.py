@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -72,15 +72,34 @@ class CompareInputs:
         return self.load(name, config).generation_digest()
 
 
-def load_samples(config: CompareConfig, name: str, inputs: CompareInputs, reporter: Reporter) -> Rows:
-    """The samples of a model, a row for each prompt: drawn, cached, or read from the file ``name``."""
+def lines_of(config: CompareConfig, inputs: CompareInputs) -> Literal["auto", "user"]:
+    """What the lines of .txt prompts are for all models: each model's own default where these agree, else user turns,
+    since samples of different prompts cannot be compared."""
+    sampled = [name for name in config.models if not is_file(name)]
+    if inputs.rows is not None or len(sampled) < 2:
+        return "auto"
+    if not any(source.suffix == ".txt" for source in find_sources(config.prompts or [])):
+        return "auto"
+    chats = {inputs.load(name, config).tokenizer.chat_template is not None for name in sampled}
+    return "auto" if len(chats) == 1 else "user"
+
+
+def load_samples(
+    config: CompareConfig,
+    name: str,
+    inputs: CompareInputs,
+    reporter: Reporter,
+    lines: Literal["auto", "user"] = "auto",
+) -> Rows:
+    """The samples of a model, a row for each prompt: drawn, cached, or read from the file ``name``. ``lines``: those of
+    .txt prompts, see :func:`lines_of`."""
     if is_file(name):
         return _read(Path(name), PictureFolder.of(config.picture_folder) if config.picture_folder else None)
     model, own = inputs.load(name, config), inputs.models.get(name)
     options = {n: getattr(config, n) for n in ("num", "max_new_tokens", "temperature", "seed", *READING, "on_bad_row")}
     if own is None:
         options |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
-    options |= {"model": name, "prompts": config.prompts or []}
+    options |= {"model": name, "prompts": config.prompts or []} | ({} if lines == "auto" else {"lines": lines})
     folder = samples_folder() / _key(options, model.generation_digest(), inputs.rows)
     path = folder / SAMPLES
     lock = space_lock(folder)
@@ -154,7 +173,7 @@ def check_same_prompts(samples: Mapping[str, Rows]) -> None:
                 what = f"its prompt differs from that of {first}: compare samples of the same prompts"
                 raise DataError(what, file=name, row=b.row)
             if len(a.responses) != len(b.responses):
-                what = f"has {len(b.responses)} samples, and {first} {len(a.responses)}: draw equally many"
+                what = f"has {len(b.responses)} samples, and {first} {len(a.responses)}: draw the same number"
                 raise DataError(what, file=name, row=b.row)
 
 

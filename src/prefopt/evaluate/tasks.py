@@ -129,7 +129,7 @@ def read_task_results(path: str) -> list[TaskScore]:
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror}); name a results_*.json of lm-eval", file=path) from None
     except ValueError:
-        raise DataError("is no JSON; name a results_*.json of lm-eval", file=path) from None
+        raise DataError("is not JSON; name a results_*.json of lm-eval", file=path) from None
     return task_scores(found, path)
 
 

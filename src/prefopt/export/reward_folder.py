@@ -53,7 +53,7 @@ def reload(output: Path) -> Any:
     kind: Any = AutoModelForSequenceClassification
     named = json.loads((output / "config.json").read_text("utf-8")).get("architectures") or ["no class"]
     if not str(named[0]).endswith("ForSequenceClassification"):
-        raise ModelError(f"{output} names {named[0]}, which is no sequence classifier; report this")
+        raise ModelError(f"{output} names {named[0]}, which is not a sequence classifier; please report this")
     with quiet_loading():
         found: torch.nn.Module = kind.from_pretrained(output, dtype=torch.float32, trust_remote_code=False)
     return found.eval()

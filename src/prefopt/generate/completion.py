@@ -76,7 +76,7 @@ def read_completion(
     """Token ids [R], log-probabilities [R], and whether a stop token ended them. Raises :class:`ServerFailed`."""
     choices = body.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        raise flawed("incomplete", "an answer without the one response asked for")
+        raise flawed("incomplete", "an answer without the response that was asked for")
     choice = choices[0]
     if "token_ids" not in choice or "prompt_token_ids" not in choice:
         raise flawed("incomplete", NO_IDS)
@@ -87,7 +87,7 @@ def read_completion(
     if ids is None or logps is None or len(ids) != len(logps) or not len(ids):
         raise flawed("incomplete", "a response without a log-probability for each of its tokens")
     if len(ids) > wanted.max_tokens:
-        raise flawed("misdirected", f"{len(ids)} tokens where {wanted.max_tokens} are the most")
+        raise flawed("misdirected", f"{len(ids)} tokens, more than the {wanted.max_tokens} asked for")
     if not (np.isfinite(logps).all() and float(logps.max()) <= HIGHEST_LOGP):
         raise flawed("incomplete", f"log-probabilities of up to {logps.max():.4g}")
     ends = np.flatnonzero(np.isin(ids, params.stop))
@@ -105,7 +105,7 @@ def flawed(kind: str, what: str) -> ServerFailed:
     return ServerFailed(what, kind)
 
 
-NO_IDS = "its answers lack token ids (return_token_ids), and text is never tokenised again: take vLLM 0.10.2 or newer"
+NO_IDS = "its answers lack token ids (return_token_ids), which this needs; use vLLM 0.10.2 or newer"
 
 
 def _integers(value: Any) -> IntArray | None:

@@ -209,7 +209,8 @@ def _refuse_repeated(wanted: Sequence[Wanted], completions: Sequence[Completion]
         key = (w.prompt, c.ids.tobytes())
         if key in known and float(c.reported.sum()) < UNLIKELY:
             raise RunError(
-                f"{FLAG} {c.place}: it gave the same {len(c.ids)} tokens for different seeds, which no two draws have"
-                f" in common (log-probability {c.reported.sum():.0f}); does something before it cache answers?"
+                f"{FLAG} {c.place}: it gave the same {len(c.ids)} tokens for different seeds, which two"
+                f" independent draws do not share (log-probability {c.reported.sum():.0f}); does a proxy cache"
+                " its answers?"
             )
         known.add(key)

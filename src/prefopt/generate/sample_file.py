@@ -72,10 +72,10 @@ class SampleFile:
             before = self.record["options"]
             if changed := [n for n in options if n not in FREE and before.get(n) != options[n]]:
                 listed = ", ".join(f"{flag(n)} was {before.get(n)!r} and is {options[n]!r}" for n in changed)
-                what = f"--resume goes on with the same run, but {listed}"
-                raise RunError(f"{what}; put it back, or name another --output")
+                what = f"--resume continues the same run, but {listed}"
+                raise RunError(f"{what}; restore it, or name another --output")
             if wrong := _altered(path, self.record):
-                raise RunError(f"--resume: {path} {wrong}; put it back, or name another --output")
+                raise RunError(f"--resume: {path} {wrong}; restore it, or name another --output")
             if WRITTEN not in self.record:
                 self.notes.append(f"{path} is of an earlier version, which kept no digests: its rows cannot be checked")
 
@@ -88,7 +88,7 @@ class SampleFile:
         """Record ``value`` at the first start; refuse another one at a resume."""
         before = self.record.setdefault(name, value)
         if before != value:
-            raise RunError(f"--resume: {what} changed since {self.path} was begun; put it back, or name another file")
+            raise RunError(f"--resume: {what} changed since {self.path} was started; restore it, or name another file")
 
     def open(self, origins: Sequence[PromptOrigin]) -> None:
         """Lock the file, drop a partial last line, and count the rows. Raises :class:`RunError`."""
@@ -204,7 +204,7 @@ def read_record(path: Path) -> dict[str, Any]:
         dict(found["options"])
         rows = found.get("rows", 1)
         if not isinstance(rows, int) or not 0 < rows < 2**53:  # "in range" would iterate for other types
-            raise ValueError("rows is no number of rows")
+            raise ValueError("its number of rows is not valid")
         return found
 
     return read_json(_record_path(path), check, "name another --output")

@@ -124,7 +124,7 @@ def _chosen(text: str) -> list[tuple[Loss, float]]:
         name = words[0] if words[0].replace("-", "_") in LOSSES or words[0] in plugins(GROUP) else ":".join(words[:2])
         rest = words[len(name.split(":")) :]
         if len(rest) > 1:
-            raise ConfigError(f"--loss {text}: {part.strip()} is no NAME:WEIGHT and no module:function:WEIGHT")
+            raise ConfigError(f"--loss {text}: {part.strip()} is neither NAME:WEIGHT nor module:function:WEIGHT")
         loss, weight = (
             find_loss(name),
             positive(rest[0], f"--loss {part}: the weight is {rest[0]!r}; it") if rest else 1.0,

@@ -132,13 +132,13 @@ def _check_model(name: str | None) -> None:
         return
     path = expanded(name)
     if path.is_dir() and not any((path / file).exists() for file in CONFIGS):
-        raise ModelError(f"{name} holds no {' and no '.join(CONFIGS)}: it is no model{one_below(path)}")
+        raise ModelError(f"{name} holds no {' and no '.join(CONFIGS)}: it is not a model{one_below(path)}")
     if path.exists():
         return
     if name.endswith(".jsonl"):
         raise DataError("no such file; check the path", file=name)
     if is_path(name):
-        raise ModelError(f"{name}: no such folder")
+        raise ModelError(f"{name}: no such folder; check the path")
     no_telemetry()
     from huggingface_hub import HfApi, try_to_load_from_cache
 

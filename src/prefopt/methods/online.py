@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from prefopt.config.online import OnlineConfig
+from prefopt.core.phases import phase
 from prefopt.core.terminal import size
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ConfigError, DataError
@@ -136,7 +137,8 @@ def _losses(config: OnlineConfig) -> tuple[OnlineConfig, Losses | None]:
     for option, kinds in (("labels", "pairs"), ("desirable_above", "labels")):
         if getattr(config, option) is not None and kind != kinds:
             raise ConfigError(
-                f"--{option.replace('_', '-')} is of losses on {kinds}, and {names[0]} is on {kind}: leave it out"
+                f"--{option.replace('_', '-')} applies to losses on {kinds}, and {names[0]} is a loss on {kind}:"
+                " leave it out"
             )
     if config.temperature != 1 and _is_live(terms):
         raise ConfigError(
@@ -146,7 +148,7 @@ def _losses(config: OnlineConfig) -> tuple[OnlineConfig, Losses | None]:
     sorting = [term.loss.name for term in terms if not term.loss.per_row]
     if sorting and (config.labels == "soft" or (config.num > 2 and config.pairs == "all")):
         raise ConfigError(
-            f"--loss {sorting[0]} sorts the pairs of a round, so that all must weigh the same: give --pairs best-worst"
+            f"--loss {sorting[0]} sorts the pairs of a round, so all need equal weight: give --pairs best-worst"
             " or --num 2, and leave --labels soft out"
         )
     if config.judge is not None and any(term.loss.needs_scores for term in terms):
@@ -238,6 +240,7 @@ def _objective(config: OnlineConfig, terms: Losses | None, device: torch.device)
     return PolicyGradient(config, device=device) if config.gradient else TemperedLikelihood(config, device=device)
 
 
+@phase("training")
 def _train(
     run: Run,
     models: PpoModels,
@@ -340,12 +343,14 @@ def _finish(run: Run, policy: Policy, models: PpoModels, prompts: PromptSet, sta
     found = []
     if config.judge is None:
         ends = [f"{line['objective/scores']:.3f}" for line in (first, last)]
-        found.append(f"score {ends[0]} in the first round, {ends[1]} in the last ones, by what it learned from")
+        found.append(f"score {ends[0]} in the first round and {ends[1]} in the last, by the reward it was trained on")
     if config.ref_model_sync_steps is None:  # of a reference that moves it says nothing
         found.append(f"{last['objective/kl']:.3g} nats from the reference")
     closing = f"{', at '.join(found) or 'trained'}; compare with prefopt compare, and look at samples"
     if idle := sum(line["round/skipped"] == line["round/prompts"] for line in history.training):
-        closing = f"{idle} of {steps} rounds taught nothing: the judge preferred no response in them; {closing}"
+        closing = (
+            f"{idle} of {steps} rounds had nothing to learn from: the judge preferred no response in them; {closing}"
+        )
     judge = f"The judge: {models.judge.words}." if config.judge else f"The reward is {reward_in_words(config)}."
     files = ", ".join(f"`{Path(d).name}`" for d in config.prompts)
     run.finish(

@@ -10,6 +10,7 @@ from typing import Any
 
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.rewards import WATCH_TIMES
+from prefopt.core.phases import phase
 from prefopt.core.terminal import size
 from prefopt.data.group import Group
 from prefopt.data.tokenizer import Tokenizer
@@ -175,6 +176,7 @@ def _sampler_of(scorer: Scorer) -> LocalSampler:
         return LocalSampler(scorer)
 
 
+@phase("training")
 def _train(
     run: Run, models: PpoModels, rounds: PpoRounds, token_budget: int, tokenizer: Tokenizer, ends: Sequence[int]
 ) -> TrainerState:
@@ -244,14 +246,15 @@ def _finish(run: Run, models: PpoModels, prompts: PromptSet, steps: int, seconds
     if steps > 1:
         over = "the last" if since == steps else f"the last {steps - since + 1}"
         closing = (
-            f"score {first['objective/scores']:.3f} in the first step, {last['objective/scores']:.3f} in {over},"
-            f" at {last['objective/kl']:.3g} nats from the reference; by the reward that was trained on: look at"
-            " samples"
+            f"score {first['objective/scores']:.3f} in the first step and {last['objective/scores']:.3f} in {over}, by"
+            f" the reward it was trained on, at {last['objective/kl']:.3g} nats from the reference; compare with"
+            " prefopt"
+            " compare, and look at samples"
         )
     else:
         closing = (
-            f"score {first['objective/scores']:.3f} before the only step; what came of it was not measured:"
-            " prefopt compare does, and --epochs makes more steps"
+            f"score {first['objective/scores']:.3f} before the only step, whose effect was not measured; compare with"
+            " prefopt compare, or give more --epochs"
         )
     files = ", ".join(f"`{Path(d).name}`" for d in config.prompts)
     run.finish(

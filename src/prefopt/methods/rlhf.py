@@ -73,7 +73,9 @@ def started_again() -> Iterator[None]:
         yield
     except Interrupted as stop:
         where = str(stop).partition(";")[0]
-        raise Interrupted(f"{where}; what was computed is kept: the same command continues", stop.signal) from None
+        raise Interrupted(
+            f"{where}; what was computed is kept; run the same command again to continue", stop.signal
+        ) from None
 
 
 @dataclass(frozen=True, slots=True, repr=False)

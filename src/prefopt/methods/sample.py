@@ -156,7 +156,7 @@ class _SampleRun:
         )
         self.longest = max(map(len, self.prompts.ids)) + config.max_new_tokens
         names = ", ".join(map(str, model.tokenizer.convert_ids_to_tokens(list(stop_ids))))
-        reporter.say(f"samples end at {names or 'no token, for the tokenizer names none'}")
+        reporter.say(f"samples end at {names or 'no token: the tokenizer names none'}")
         context, most = model.context, config.max_new_tokens
         if context and (short := sum(len(ids) + most > context for ids in self.prompts.ids)):
             what = f"leave room for fewer than {most} tokens in the model's context of {context}"
@@ -233,7 +233,7 @@ class _SampleRun:
             return
         sampler = TransformersSampler(model.scorer)
         sampler.rows = record.setdefault("rows", self.config.batch_size or sampler.estimate_rows(self.longest))
-        self.reporter.say(f"sampling: {sampler.rows} side by side ({sampler.decoder_name}, {dtype}, {model.device})")
+        self.reporter.say(f"sampling: at most {sampler.rows} at once ({sampler.decoder_name}, {dtype}, {model.device})")
         if sampler.note:
             self.reporter.say(f"sampling: {sampler.note}")
         yield sampler, max(1, BATCHES * sampler.rows // self.drawn)
@@ -311,7 +311,10 @@ class _SampleRun:
         if self.file is not None:
             gaps = None if mismatch is None else asdict(mismatch)
             self.file.finish({"prompts": len(prompts.rows), "sampler_scorer_difference": gaps})
-            say(f"written: {self.file.path} ({len(prompts.rows)} prompts with {self.config.num} samples each)")
+            say(
+                f"written: {self.file.path} ({len(prompts.rows)} prompts with {self.config.num}"
+                f" sample{'s' * (self.config.num > 1)} each)"
+            )
         return mismatch
 
 

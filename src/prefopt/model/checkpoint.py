@@ -66,7 +66,7 @@ class StoredTensor:
                 found = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
                 return cast(torch.Tensor, found)
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"{self.file}: {name} cannot be read ({error}); put the model back") from error
+            raise ModelError(f"{self.file}: {name} cannot be read ({error}); restore the model") from error
 
 
 @dataclass(frozen=True, slots=True)

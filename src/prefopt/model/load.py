@@ -254,7 +254,8 @@ def _check_language_model(name: str, model: PreTrainedModel, origin: ModelOrigin
     if any("Classification" in a for a in classes) or not own & origin.covered:
         raise ModelError(
             f"{name} holds the head of a reward model ({head.weight}; config.json names"
-            f" {', '.join(classes) or 'no class'}): it is no language model; give the model that it was made from, or"
+            f" {', '.join(classes) or 'no class'}): so it is not a language model; give the model that it was"
+            " made from, or"
             " this one as --reward, or to prefopt reward"
         )
 

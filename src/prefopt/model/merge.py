@@ -83,8 +83,8 @@ class MergeReport(ShownLines):
         if self.untied:
             lines.append("the head shared the embedding's weights, and the adapter changes one: it has its own now")
         lines.append(
-            f"logits: {self.difference:.0e} of their size from the model with its adapter, which is"
-            f" {self.effect:.0e} from the model without it"
+            f"logits differ from those of the model with its adapter by {self.difference:.0e} of their size; the"
+            f" adapter changes them by {self.effect:.0e}"
         )
         lines += [self.quantised] if self.quantised else []
         if self.kept is not None:
@@ -92,7 +92,10 @@ class MergeReport(ShownLines):
         if self.effect == 0:
             lines.append("the adapter changes nothing: was it trained?")
         lines += [self.ends] if self.ends else []
-        lines.append(f"loaded again: the same logits, its {self.tensors} tensors under the same names: {self.output}")
+        lines.append(
+            f"written: {self.output}; loaded again, it has the same logits, and its {self.tensors} tensors have"
+            " the same names"
+        )
         return lines
 
 

@@ -232,8 +232,8 @@ def check_packed(model: torch.nn.Module, dtype: torch.dtype) -> None:
         square = float(moved_TO.square().sum())
         if not abs(float((grad_TI.double() * step_TI.double()).sum()) - square) <= GRADIENT_TOLERANCE * square:
             raise ModelError(
-                f"{name} ({type(layer).__name__}): the gradient through its packed weights is wrong or missing, so that"
-                " what is before it cannot train; give the model it was quantised from"
+                f"{name} ({type(layer).__name__}): the gradient through its packed weights is wrong or missing,"
+                " so layers before it cannot train; give the model it was quantised from"
             )
 
 

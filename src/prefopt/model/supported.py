@@ -244,7 +244,7 @@ def _explain(name: str, error: Exception) -> str:
             return f"{name} holds no model of its own{below}"
         return f"{name}: no config.json in this folder; it should hold a model saved by save_pretrained"
     if "size mismatch" in text:
-        return f"{name}: its weights have other shapes than those of the model: it belongs to another one"
+        return f"{name}: its weights do not have the shapes of the model's: it belongs to another model"
     if isinstance(error, SafetensorError) or ("safetensors" in text and "deserial" in text):
         return f"{name}: the weight file is damaged ({first_line(error)}); copy it again"
     if not list(folder.glob("*.safetensors")):

@@ -59,7 +59,7 @@ def run_here(command: Sequence[str]) -> int:
     except ChildFailedError as error:  # torchrun would print a traceback of its own
         rank, failure = error.get_first_failure()
         if failure.exitcode not in (2, 130, 143):  # then the process has said why
-            complain(f"prefopt: rank {rank} {_how(failure.exitcode)}; the others were stopped. Go on with --resume")
+            complain(f"prefopt: rank {rank} {_how(failure.exitcode)}; the others were stopped; continue with --resume")
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     finally:  # torchrun leaves its own handlers behind
         for number, handler in before.items():

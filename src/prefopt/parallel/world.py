@@ -238,8 +238,8 @@ def peer_errors() -> Iterator[None]:
 def peer_failed() -> PeerFailed:
     """The error that says so."""
     return PeerFailed(
-        "another process of this run has ended, or stopped answering; its own message, or the launcher's, says why. Go"
-        " on with --resume"
+        "another process of this run has ended, or stopped answering; its own message, or the launcher's, says"
+        " why; continue with --resume"
     )
 
 

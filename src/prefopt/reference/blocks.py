@@ -62,7 +62,7 @@ def read_sealed(path: Path, space: str) -> Arrays:
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise Damaged("truncated or unreadable") from error
     if checksum != _checksum(arrays, space):
-        raise Damaged("its bytes do not give the checksum written with them")
+        raise Damaged("its checksum does not match its contents")
     return arrays
 
 

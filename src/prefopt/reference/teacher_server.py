@@ -96,7 +96,7 @@ class TeacherServer:
             if token not in known or len(best) < many:
                 raise ServerFailed(f"{len(known)} log-probabilities of a token where {many} were asked for")
             if not all(math.isfinite(x) and x <= 1e-3 for x in known.values()):
-                raise ServerFailed("log-probabilities that are none")
+                raise ServerFailed("values that are not log-probabilities")
             if max(known) >= self.vocabulary:
                 raise ModelError(
                     f"{FLAG} {self.endpoint.url}: it gives token {max(known)}, but the model's vocabulary has"
@@ -124,7 +124,7 @@ class TeacherServer:
                 if confirmed:
                     return "its tokenizer was not compared (--same-tokenizer)"
                 raise ConfigError(
-                    f"{FLAG} {self.endpoint.url}: it does not tokenise (/tokenize), so that its tokenizer cannot be"
+                    f"{FLAG} {self.endpoint.url}: it does not tokenise (/tokenize), so its tokenizer cannot be"
                     " compared with the model's; give --same-tokenizer if you know that they are the same"
                 ) from error
             if theirs != own:

@@ -23,7 +23,7 @@ SHOWN = 3
 """Pairs of samples of each kind on a page."""
 LONGEST = 4000
 """Characters of a text on a page; longer ones end in an ellipsis."""
-RANKED = "the judge puts the first furthest behind"
+RANKED = "where the judge prefers the other model most"
 NO_SAMPLES = "no samples are shown: prefopt compare keeps the judged pairs where --output names a file for them"
 
 Json = Mapping[str, Any]

@@ -153,8 +153,8 @@ class PeopleComparer:
                     return found
                 if seen is None:
                     self._say(
-                        f"{name}: {left} prompts wait for votes; serve them with prefopt collect serve {self._path}, or"
-                        " stop here and go on with --resume"
+                        f"{name}: {left} prompts wait for votes; serve them with prefopt collect serve"
+                        f" {self._path}, or stop here and continue with --resume"
                     )
                 seen = revision
             pause()

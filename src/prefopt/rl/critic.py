@@ -140,7 +140,7 @@ def build_critic(
         return _head_critic(actor.scorer, seed=config.seed)
     if kind == "reward" and rewards.first_model is None:
         raise ModelError(
-            f"--critic reward: --reward {config.reward_words} is no model to start from; take --critic actor"
+            f"--critic reward: --reward {config.reward_words} is not a model to start from; use --critic actor"
         )
     if kind == "actor" and not source and base is None:
         raise ConfigError(
@@ -204,7 +204,7 @@ def _network_critic(
     if config.gradient_checkpointing is True:
         checkpoint_activations(model)
     weights = masters_of(model, config, dtype, actor.device)
-    what = "an adapter on a network of its own" if config.lora else "a network of its own"
+    what = "an adapter on a separate network" if config.lora else "a separate network"
     if base is not None:
         what = f"an adapter on the {kind}{' model' * (kind == 'reward')}'s own base"
     scorer = ScalarScorer(model, attention=actor.scorer.attention, pictures=actor.pictures)
@@ -218,7 +218,7 @@ def _network_critic(
 
         blueprint = blueprint_of(scorer, actor.device, dtype)
         weights, apart = shard_like(actor.masters, scorer, weights, world)
-    return Critic(f"{what}, started from the {kind} model", weights, scorer, apart, blueprint)
+    return Critic(f"{what}, initialised from the {kind} model", weights, scorer, apart, blueprint)
 
 
 def _critic_of_its_own(config: PpoConfig, kind: str, name: str, actor: Policy, tokenizer: Tokenizer) -> torch.nn.Module:

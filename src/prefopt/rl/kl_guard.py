@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from prefopt.config.dpo import DpoConfig
+from prefopt.core.phases import phase
 from prefopt.data.chat.ends import trained_ends
 from prefopt.errors import ConfigError, Diverged
 from prefopt.generate.model_io import PromptSet
@@ -52,6 +53,7 @@ class KlGuard:
     good_step: int | None = None
     """The step whose weights are kept."""
 
+    @phase("KL")
     def measure(self, trainer: Trainer, step: int) -> Record:
         """The KL of the weights after ``step``, with its standard error. Raises :class:`Diverged` where it is more than
         ``--max-kl``."""

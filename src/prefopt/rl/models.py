@@ -74,7 +74,7 @@ class PpoModels:
         """Lines of the log."""
         memory = {name: size(of) for name, of in self.memory().items() if of}
         shared = self.is_start
-        reference = "the actor's model as it was" if shared else "a separate model"
+        reference = "the actor's model before training" if shared else "a separate model"
         critic = self.critic.words if self.critic is not None else "none"
         return [
             f"actor: {memory['actor']}",

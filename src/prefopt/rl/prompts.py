@@ -76,11 +76,11 @@ def read_rollout_prompts(
     if start.pictures:
         _refuse_blind(config)
     if repeated := len(prompts.ids) - len({ids.tobytes() for ids in prompts.ids}):
-        reporter.say(f"prompts: {repeated} repeat others, whose responses count more for it")
+        reporter.say(f"prompts: {repeated} duplicate{'s' * (repeated > 1)}, whose responses have more weight")
     if config.chat_template:
         start.tokenizer.chat_template = read_template(config.chat_template)
     if not stop:
-        reporter.say("responses end at no token, for the tokenizer names none: all are cut off")
+        reporter.say("the tokenizer names no end token: all responses are cut off at --max-new-tokens")
     drawn: dict[str, Any] = {"temperature": config.temperature, "seed": config.seed, "never": start.never_drawn}
     return prompts, SamplingParams(config.max_new_tokens, stop, **drawn)
 
@@ -105,9 +105,9 @@ def read_held_out(config: PpoConfig, start: SampledModel, prompts: PromptSet, re
     trained = {ids.tobytes() for ids in prompts.ids}
     known = sum(ids.tobytes() in trained for ids in found.ids)
     if known == len(found.ids):
-        raise DataError("all of --eval-prompts are among --prompts; hold some out, by prefopt data split")
+        raise DataError("all of --eval-prompts are among --prompts; hold some out with prefopt data split")
     if known:
-        reporter.say(f"held-out prompts: {known} of {len(found.ids)} are trained on, too")
+        reporter.say(f"held-out prompts: {known} of {len(found.ids)} are also trained on")
     return found
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from prefopt.core.dispatch import ServersLost
+from prefopt.core.phases import phase
 from prefopt.data.sampler import BatchSampler
 from prefopt.errors import Diverged
 from prefopt.losses.rl import k1, per_response
@@ -99,6 +100,7 @@ class Rounds(BatchSource):
             self._refuse_far(step, self.round.rollouts)
         return self.round
 
+    @phase("rollouts")
     def draw(self, trainer: Trainer) -> Round:
         """The round of the step at hand, as the collector's reward scored it."""
         step = trainer.state.step
@@ -112,7 +114,7 @@ class Rounds(BatchSource):
             limit = "" if most is None else f", more than --max-kl {most:g}"
             raise Diverged(
                 f"step {step + 1}: the divergence from the reference is {kl:.4g} nats per response{limit}: the policy"
-                " has run away from its reference"
+                " has diverged from its reference"
             )
 
     def learn_from(self, batch: Batch) -> None:

@@ -82,7 +82,7 @@ class ServedSampler:
             )
             what = "an adapter" if adapter else "the whole model"
             self.run.say(
-                f"sampling: {len(servers)} rollout server{'s' * (len(servers) > 1)}, handed {what} every step by"
+                f"sampling: {len(servers)} rollout server{'s' * (len(servers) > 1)}, sent {what} every step through"
                 f" {self._base}"
             )
         return self._servers

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from prefopt.core.phases import phase
 from prefopt.generate.rewards import RewardScorer, WeightedRewards
 from prefopt.losses.rl import k1, per_response
 from prefopt.rl.collect import collect
@@ -83,6 +84,7 @@ class Watch:
                     self.said.append(finding.name)
                     trainer.reporter.say(f"step {step}: {finding.text}")
 
+    @phase("evaluation")
     def _measure(self, trainer: Trainer, *, pauses: bool = True) -> Record:
         assert self.held_out is not None
         prompts = range(len(self.held_out.prompts.ids))

@@ -228,8 +228,8 @@ def _clipped(run: History) -> Iterator[Finding]:
         return
     text = (
         f"gradients were clipped in each of {len(norms)} steps (norms {min(norms):.3g} to {max(norms):.3g},"
-        f" --max-grad-norm {limit:g}): AdamW makes up for a constant factor, but batches with large gradients count no"
-        f" more than others; --max-grad-norm {2 * statistics.median(norms):.2g} clips only outliers"
+        f" --max-grad-norm {limit:g}): AdamW makes up for a constant factor, but batches with large gradients"
+        f" get no more weight than others; --max-grad-norm {2 * statistics.median(norms):.2g} clips only outliers"
     )
     yield Finding("always clipped", text)  # usual for sums over many tokens: nothing to worry about
 
@@ -288,4 +288,4 @@ CHECKS = (
 
 def _rate(run: History) -> str:
     rate = run.options.get("learning_rate")
-    return f" ({rate:.2g})" if isinstance(rate, (int, float)) else ""
+    return f" (now {rate:.2g})" if isinstance(rate, (int, float)) else ""

@@ -182,7 +182,7 @@ def check_output(path: Path, *, resume: bool, overwrite: bool = False) -> dict[s
         before = read_record(path, "name another --output")
         finished = before.get("status") == "finished"
         if not resume:
-            what = "a finished run;" if finished else "an unfinished run; go on with it by --resume, or"
+            what = "a finished run;" if finished else "an unfinished run; continue it with --resume, or"
             raise RunError(f"--output {path} holds {what} name another folder, or replace it by --overwrite")
         if finished:
             _tidy(path, before)

@@ -109,7 +109,7 @@ def _check_line(values: Any) -> Line:
 
 
 def _short(value: Any) -> str:
-    text = repr(value) if not isinstance(value, int) or abs(value) < LARGEST_COUNT else "a number without end"
+    text = repr(value) if not isinstance(value, int) or abs(value) < LARGEST_COUNT else "a number that is too large"
     return text if len(text) <= 40 else f"{text[:39]}…"
 
 

@@ -37,7 +37,7 @@ def invite(study: Study, name: str, *, lead: bool = False, days: float = 30.0) -
     """
     name = " ".join(name.split())
     if not name or len(name) > LONGEST_NAME or not name.isprintable():
-        raise StudyError(f"{name!r} is no name for an annotator; give 1 to {LONGEST_NAME} printable characters")
+        raise StudyError(f"{name!r} is not a name for an annotator; give 1 to {LONGEST_NAME} printable characters")
     with study.writing() as connection:
         found = _by_name(connection, name)
         if found is None:

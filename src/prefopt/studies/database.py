@@ -161,7 +161,7 @@ def check_row(table: str, row: sqlite3.Row) -> None:
     """Raises :class:`DamagedRow` where the digest does not match. Studies of older versions have no digests."""
     if "seal" in row.keys() and row["seal"] != seal(table, dict(row)):  # noqa: SIM118, a Row iterates over values
         name = row["name"] if table == "setting" else row["id"]
-        raise DamagedRow(f"{table} {name} is not what was written")
+        raise DamagedRow(f"{table} {name} was changed after it was written")
 
 
 def check_complete(connection: sqlite3.Connection, table: str) -> None:

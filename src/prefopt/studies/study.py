@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from prefopt import __version__
-from prefopt.core.files import aside_of, sync_folder
+from prefopt.core.files import aside_of, making_room, sync_folder
 from prefopt.errors import StudyError
 from prefopt.studies.database import (
     APPLICATION_ID,
@@ -180,7 +180,7 @@ def backup(path: Path, output: Path) -> int:
             copy.row_factory = sqlite3.Row
             found = list(problems(copy))
         if found:
-            remedy = f"list all damage with prefopt collect check {path}; go back to an earlier backup"
+            remedy = f"list all damage with prefopt collect check {path}; restore an earlier backup"
             raise StudyError(f"{path}: is damaged ({found[0]}); {remedy}")
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
@@ -222,7 +222,7 @@ def check_file(path: Path) -> None:
     except OSError as error:
         raise StudyError(f"{path}: cannot be opened ({error.strerror})") from error
     if not header.startswith(MAGIC):
-        what = "is no SQLite file" if header else "is empty"
+        what = "is not an SQLite file" if header else "is empty"
     elif header[68:72] != APPLICATION_ID.to_bytes(4, "big"):
         what = "is an SQLite file, but not a study"
     else:
@@ -253,12 +253,12 @@ def errors_of(path: Path) -> Iterator[None]:
     try:
         yield
     except DamagedRow as error:
-        remedy = f"list all damage with prefopt collect check {path}; go back to a copy made by prefopt collect backup"
+        remedy = f"list all damage with prefopt collect check {path}; restore a copy made by prefopt collect backup"
         raise StudyError(f"{path}: is damaged: {error}; {remedy}") from error
     except sqlite3.Error as error:
         code, message = getattr(error, "sqlite_errorname", "") or "", str(error)
         if code.startswith("SQLITE_FULL") or "full" in message:
-            what = "the disk is full, so nothing was stored; make room and try again"
+            what = "the disk is full, so nothing was stored; free some space and try again"
         elif code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
             what = f"another process has been writing for {BUSY_SECONDS:.0f} seconds; try again"
         elif code.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
@@ -268,7 +268,7 @@ def errors_of(path: Path) -> Iterator[None]:
         elif isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError):
             raise  # a bug, not damage
         else:
-            what = f"is damaged ({message}); go back to a copy made by prefopt collect backup"
+            what = f"is damaged ({message}); restore a copy made by prefopt collect backup"
         raise StudyError(f"{path}: {what}") from error
 
 
@@ -294,6 +294,8 @@ def _new_file(path: Path) -> Iterator[Path]:
     except FileExistsError:
         raise StudyError(f"{path}: exists; name another file") from None
     except OSError as error:
-        raise StudyError(f"{path}: cannot be written ({error.strerror}); make room or name another file") from error
+        raise StudyError(
+            f"{path}: cannot be written ({error.strerror}); {making_room(error)}name another file"
+        ) from error
     finally:
         aside.unlink(missing_ok=True)

@@ -318,4 +318,4 @@ def _write_once(path: Path, rows: Iterable[Comparison], what: str) -> None:
         with output_errors(path):
             replace_file(path, data)
     elif path.read_bytes() != data:
-        raise RunError(f"{what} are not those that {path} was made from: put them back, or name another --output")
+        raise RunError(f"{what} are not those that {path} was made from: restore them, or name another --output")

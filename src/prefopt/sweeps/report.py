@@ -22,9 +22,10 @@ from prefopt.sweeps.points import FILE, Frontier, Point, dominated, frontier, re
 HEAD = ("method", "setting", "", "reward (95 %)", "KL", "tokens", "training", "included")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 CAVEATS = (
-    "dominance compares the numbers as they are, and identical methods dominate one another by chance",
-    "intervals at fixed KL are over prompts, for these trainings; only several seeds say what another would give",
-    "a sweep holds for these settings, this data and this reward: a method that is tuned better may do better",
+    "dominance compares the numbers without their errors: identical methods also dominate one another by chance",
+    "intervals at fixed KL are over prompts, for these trainings; only several seeds show how much another seed"
+    " changes them",
+    "a sweep holds for these settings, this data and this reward: better tuning may change it",
 )
 
 

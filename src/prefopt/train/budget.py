@@ -107,7 +107,7 @@ def smaller_budget(error: MemoryFailure, tokens: int, what: str, largest: int, d
 def fatal_in_shards(what: str, tokens: int) -> RunError:
     """The error of ``what`` running out of memory on a rank with shards of the others' weights: it cannot repeat it."""
     return RunError(
-        f"{what}: out of memory with the model in shards, where a rank repeats nothing by itself; start again with"
+        f"{what}: out of memory with the model in shards, where a rank cannot repeat a step by itself; start again with"
         f" --token-budget {max(1, tokens // 2)}, or with --gradient-checkpointing"
     )
 
@@ -217,7 +217,9 @@ def prepare_machine(options: RunOptions, dtype: torch.dtype, device: torch.devic
     if slow := slow_dtype(dtype, device):
         reporter.say(slow)
     if options.offload and device.type != "cuda":
-        raise ConfigError(f"--offload {options.offload[0]}: the {device.type} computes in host memory; leave it out")
+        raise ConfigError(
+            f"--offload {options.offload[0]}: the {device.type} computes in host memory already; leave it out"
+        )
     if options.optimizer != "adamw":
         refuse_8bit(options.optimizer, device, dtype)
     if device.type == "mps" and dtype == torch.float64:

@@ -14,6 +14,7 @@ from prefopt.config.data import DataOptions
 from prefopt.config.evaluation import HELD_OUT, LEAST_HELD_OUT, LEAST_PROMPTS, default_fraction
 from prefopt.config.training import MethodOptions
 from prefopt.core.options import flag
+from prefopt.core.phases import phase
 from prefopt.core.terminal import Reporter, StopRequest
 from prefopt.data.chat.template import Rendering
 from prefopt.data.comparisons import parse_comparisons
@@ -115,6 +116,7 @@ class DataBatches(BatchSource):
         return Batch(some, known)
 
 
+@phase("data")
 def load_data(
     config: MethodOptions,
     start: ModelStart,
@@ -200,7 +202,7 @@ def _held_out(
     if more is None:
         return groups, range(len(groups)), ()
     if both := len(np.intersect1d(groups.prompt_key_G, more.groups.prompt_key_G)):
-        reporter.say(f"evaluation data: {both} prompts are in the training data too")
+        reporter.say(f"evaluation data: {both} prompts are also in the training data")
     return groups + more.groups, range(len(groups)), range(len(groups), len(groups) + len(more.groups))
 
 
@@ -212,7 +214,7 @@ def _fraction(config: MethodOptions, groups: GroupTable, reporter: Reporter) -> 
     prompts = len(np.unique(groups.prompt_key_G))
     if fraction := default_fraction(prompts, read=_rows_read(config, groups)):
         return fraction
-    few = f"{prompts} prompts are fewer than the {LEAST_PROMPTS} from which on some are held out by default"
+    few = f"{prompts} prompts are fewer than the {LEAST_PROMPTS} from which some are held out by default"
     for name in ("eval_every", "early_stopping", "eval_dtype", "samples", "find_learning_rate"):
         if hasattr(config, name) and config.is_given(name) and getattr(config, name):
             raise ConfigError(
@@ -246,7 +248,7 @@ def _shares(config: DataOptions, groups: GroupTable, train: Sequence[int]) -> li
         if not share.size:
             least = 1 / len(share.groups)
             raise ConfigError(
-                f"--data-weights {share.weight:g} takes none of the {len(share.groups)} rows of {name} in an epoch;"
+                f"--data-weights {share.weight:g} selects none of the {len(share.groups)} rows of {name} in an epoch;"
                 f" give at least {least:.2g}, or leave {name} out"
             )
     return shares

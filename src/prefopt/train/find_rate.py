@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from prefopt.core.phases import phase
 from prefopt.core.terminal import Reporter
 from prefopt.errors import ConfigError, Diverged
 from prefopt.runs.callbacks import Callbacks
@@ -98,6 +99,7 @@ class Branches:
             run.stop.check(" while learning rates were tried")
 
 
+@phase("learning rates")
 def find_rate(offline: OfflineRun, objective: Objective, source: DataBatches, plan: Plan) -> bool:
     """Try rates, print a table, and set the run's to the best one. Returns whether to go on with training.
 

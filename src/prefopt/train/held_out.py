@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from prefopt.core.phases import phase
 from prefopt.data.table import GroupTable
 from prefopt.errors import RunError
 from prefopt.model.costs import MEMORY_ERRORS, free_memory, halved, out_of_memory
@@ -80,6 +81,7 @@ class HeldOutPrecision:
     _most_tokens: int | None = field(default=None, init=False)
     """At once in float32, after a larger number did not fit."""
 
+    @phase("evaluation")
     def sums(self, differentiator: Differentiator, narrow: Batch, token_budget: int) -> Sums:
         """The sums of an evaluation; ``narrow`` is the batch with the reference's values in the run's dtype.
 

@@ -34,7 +34,7 @@ def losses_of(config: AnyLossOptions) -> tuple[AnyLossOptions, Losses]:
                 raise ConfigError(f"{flag(name)}: {names_of(losses)} uses no reference; leave it out")
     paired = losses[0].loss.kind == "pairs"
     if not paired and config.pairs is not None:
-        raise ConfigError(f"--pairs: {names_of(losses)} is no loss on pairs; leave it out")
+        raise ConfigError(f"--pairs: {names_of(losses)} is not a loss on pairs; leave it out")
     filled: dict[str, Any] = {}
     for name in OF_LOSSES:  # the value that all losses with this option share, else None
         values = {options[name] for options in map(read_by, losses) if name in options}

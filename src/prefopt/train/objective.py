@@ -202,8 +202,8 @@ def check_rows(terms: Sequence[WeightedLoss], groups: Sequence[Group], which: st
             check_scores([group], f"--loss {scoring[0]} needs a finite score of every response")
         if sorting and len(weights) > 1:
             raise DataError(
-                f"--loss {sorting[0]} sorts the pairs of a batch, so that all must weigh the same, but this row has"
-                " more or fewer of them than those before; give --pairs best-worst, or another loss",
+                f"--loss {sorting[0]} sorts the pairs of a batch, so all need equal weight, but this row has"
+                " more or fewer pairs than those before; give --pairs best-worst, or another loss",
                 row=group.row,
             )
 
@@ -247,7 +247,7 @@ def inspect_first(
         if record.get("rewards/accuracies") == 1.0 and len(batch) >= MANY:
             return (
                 "step 1: accuracy is 1.0 before any weight moved: the policy has seen these preferences and the"
-                " reference has not. Is --reference the model that training should be judged from?"
+                " reference has not; is --reference the right model?"
             )
         return None
     expected, allowed = _loss_at_reference(objective, check, batch, values)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from prefopt.core.phases import phase
 from prefopt.core.terminal import duration, size
 from prefopt.data.chat.ends import trained_ends
 from prefopt.data.group import show
@@ -74,6 +75,7 @@ class OfflineRun:
         self.steps = steps_of(config, self.sampler.steps_per_epoch)
         self.samples = HeldOutSamples(self.run, self.start, self.policy, self.data)
 
+    @phase("checks")
     def check(self, check: Callable[..., CheckReport]) -> CheckReport:
         """Check that scoring is exact for this model and these data."""
         model = causal_model(self.policy.scorer.model)
@@ -105,6 +107,7 @@ class OfflineRun:
         found = np.unique(np.concatenate([*drawn, np.asarray(self.data.held_out, np.int64)]))
         return found if len(found) < len(self.data.groups) else None
 
+    @phase("training")
     def fit(
         self,
         objective: Objective,

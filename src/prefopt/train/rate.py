@@ -30,7 +30,7 @@ def settle_rate(run: Run, scorer: PackedModel, *, updates: int) -> None:
     of = f"{weights / 1e6:,.3g} million weights in {updates} updates"
     if weights >= LARGE:
         of = f"{weights / 1e9:,.3g} billion weights"
-    usual = f"that of models of billions is {config.published_rate:g}"
+    usual = f"models of billions of weights use {config.published_rate:g}"
     if known is not None:
         run.say(f"learning rate: {known:g}, as at the first start")
         set_rate(run, float(known))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from prefopt.config.dpo import DpoConfig
+from prefopt.core.phases import phase
 from prefopt.core.terminal import Bar, duration
 from prefopt.data.group import Group
 from prefopt.data.table import GroupTable, IndexArray, Selection, ranges
@@ -124,6 +125,7 @@ class ReferenceRun:
         self.token_values = token_values
         self._scorer: Scorer | None = start if choice.is_start else None
 
+    @phase("reference")
     def values(
         self, groups: GroupTable, token_budget: int, read: IndexArray | None = None
     ) -> tuple[ReferenceValues, FillReport]:
@@ -377,7 +379,7 @@ class ReferencePlan:
         tokens = max(1, self.run.folder.record["scoring_budget"] // 2)  # numbers of twice the size
         values, report = self.reference.values(self.groups, tokens, self.held_out)
         if report.scored_responses:
-            self.run.say(f"reference: {report.scored_responses} held-out responses scored in float32, too")
+            self.run.say(f"reference: {report.scored_responses} held-out responses also scored in float32")
         return values
 
     def in_memory(self, policy: Trained[Any]) -> InMemoryColumns | None:

@@ -12,6 +12,7 @@ from prefopt.config.distil import DistilConfig
 from prefopt.core.cache_folder import Damaged
 from prefopt.core.endpoint import Endpoint
 from prefopt.core.files import output_errors, replace_file
+from prefopt.core.phases import phase
 from prefopt.data.group import Group
 from prefopt.data.table import Array, GroupTable, IndexArray, KeyArray
 from prefopt.data.tokenizer import Tokenizer
@@ -99,6 +100,7 @@ class RemoteTeacher:
 
         self.run.world.on_first(found)
 
+    @phase("teacher")
     def ask(self, groups: GroupTable) -> None:
         """Ask about the data, or read the cache, and say so. All ranks call this, after :meth:`recognise`."""
         self._known = [self._learned(groups, said=True)]

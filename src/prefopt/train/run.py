@@ -28,6 +28,7 @@ from prefopt.config.online import OnlineConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.training import MethodOptions
 from prefopt.core.files import output_errors
+from prefopt.core.phases import PhaseClock, clocked
 from prefopt.core.ranks import check_ranks, ranks_in, restarted
 from prefopt.core.terminal import Reporter, StopRequest, duration, size
 from prefopt.core.yaml_file import write_document
@@ -81,6 +82,7 @@ class Run:
     callbacks: Callbacks
     world: World = ALONE
     loaded: list[Trained[Any]] = field(default_factory=list)
+    clock: PhaseClock = field(default_factory=PhaseClock)
 
     def say(self, line: str | None) -> None:
         """Print a line, unless it is None."""
@@ -112,7 +114,9 @@ class Run:
         """Print the options that are set, in a line."""
         found = set_values(method_of(self.config) or "", self.config.to_dict())
         said = " ".join(f"{name}={shown(value)}" for name, value in found.items())
-        self.say(f"options set: {said or 'none'} (--print-config prints all)")
+        self.say(
+            f"options set: {said or 'none'} (given, or set by the loss or the model's size; --print-config prints all)"
+        )
 
     def say_example(self, title: str, text: str) -> None:
         """Print an example of the data, cut to :data:`EXAMPLE_LINES` lines."""
@@ -228,7 +232,8 @@ class Run:
             for line in closing():
                 self.say(line)
         self.world.barrier()  # whoever reads the folder next, on any rank, finds it finished
-        self.say(f"done in {duration(seconds)}: {self.folder.path}")
+        since = " since it was resumed" if self.config.resume else ""
+        self.say(f"done in {self.clock.in_words()}{since}: {self.folder.path}")
 
     def _data_names(self) -> list[str]:
         """The names of all data that the run read."""
@@ -246,7 +251,7 @@ def open_run(config: Options, *, model: Any = None, callbacks: Sequence[Any] = (
 
     Raises :class:`prefopt.errors.UserError` where the options do not fit this machine or the folder.
     """
-    with StopRequest() as stop:
+    with StopRequest() as stop, clocked() as clock:
         check_ranks(config, method_of(config), ranks_in())
         world = open_world()
         # Of several machines, torchrun counts the restart only on the one where a process failed.
@@ -280,7 +285,7 @@ def open_run(config: Options, *, model: Any = None, callbacks: Sequence[Any] = (
         if not world.alone:
             reporter.say(f"processes: {world.size}, {world.ranks.local_size} on each machine")
         with spending(folder, device, world) as costs:
-            run = Run(config, model, reporter, stop, folder, device, dtype, costs, told, world)
+            run = Run(config, model, reporter, stop, folder, device, dtype, costs, told, world, clock=clock)
             try:
                 yield run
             except RuntimeError as error:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from prefopt.core.files import replace_file
+from prefopt.core.phases import phase
 from prefopt.core.terminal import duration, visible
 from prefopt.data.chat.ends import trained_ends
 from prefopt.data.group import IntArray
@@ -103,6 +104,7 @@ class HeldOutSamples:
         rows = read_samples(self.run.folder.path)
         return rows if [row["prompt"] for row in rows] == [self._text(p) for p in self.prompts] else None
 
+    @phase("samples")
     def _add(self, known: Sequence[Row]) -> None:
         """Draw, and write the samples after those before training that ``known`` holds."""
         started = time.monotonic()

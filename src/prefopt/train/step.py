@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from prefopt.core.phases import phase
 from prefopt.data.table import GroupTable, IndexArray
 from prefopt.model.kernels.head import Distributions
 from prefopt.model.packing import PackedBatch, pack
@@ -99,6 +100,7 @@ class Differentiator:
             return self._one_pass(parts, normaliser, scale)
         return self._two_passes(batch, dealt, parts if self.world.alone else micro, normaliser, scale)
 
+    @phase("evaluation")
     @torch.no_grad()
     def evaluate(self, batch: Batch, token_budget: int) -> Sums:
         """The sums of a batch, without gradients. Unless the loss is of the whole batch, values are not kept.

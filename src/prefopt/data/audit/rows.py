@@ -337,7 +337,7 @@ class _Checker:
             *((finding, finding, where) for finding, where in chunk.warnings.items() if where),
             ("truncated", f"is longer than {rendering.max_length} tokens", sorted(truncated)),
             ("no end of turn", "a response does not end with an end-of-turn token", endless),
-            ("broken off", "a response was broken off at a limit; it is trained to its last word", sorted(cut_off)),
+            ("broken off", "a response was cut off at a length limit; it is trained to its last word", sorted(cut_off)),
         ]
         warnings += [Problem(kind, row, what, file) for kind, what, where in found for row in where]
         return chunk.problems

@@ -86,7 +86,7 @@ class PictureProcessor:
             raise
         except Exception as error:  # of any class: sizes that it cannot take, among others
             sizes = ", ".join(picture.size for picture in pictures)
-            raise BadPicture(f"the processor refuses a picture of {sizes} pixels: {first_line(error)}") from None
+            raise BadPicture(f"the processor rejects a picture of {sizes} pixels: {first_line(error)}") from None
 
 
 def parts_of(content: str) -> list[dict[str, str]]:

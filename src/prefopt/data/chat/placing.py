@@ -55,7 +55,7 @@ def expanded(rendered: RenderedText, pictures: Sequence[Picture], processor: Pic
             f" messages, and {processor.token} not in their words"
         )
     if any(start <= at < end for at in places for start, end in rendered.spans):
-        raise BadPicture("a picture in an answer, which no model here writes")
+        raise BadPicture("a picture in an answer; no supported model writes pictures")
     pieces, runs, moves, last, length = [], [], [], 0, 0
     for at, picture in zip(places, pictures, strict=True):
         whole = processor.expansion(picture)

@@ -65,7 +65,7 @@ TURN_CUT = "longer than --max-length: a turn loses its first words (a system tur
 STEPS_DROPPED = "longer than --max-length: the last steps of a response do not fit and are not trained"
 WINDOWS = "texts longer than --max-length, each cut into several rows"
 APART = "the tokenizer would join the end of the prompt to the answer: they are tokenized apart, as in sampling"
-JOINED = "the tokenizer joins the end of the prompt to the answer, which sampling never sees"
+JOINED = "the tokenizer joins the end of the prompt to the answer, which never happens in sampling"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -246,7 +246,9 @@ class Renderer:
         for steps, response in zip(texts, c.responses, strict=True):
             last = _cut_off(steps[-1], response) if response.cut else steps[-1]
             if last is None:
-                what = "a response was cut off at a limit, and the chat template does not show where its words end"
+                what = (
+                    "a response was cut off at a length limit, and the chat template does not show where its text ends"
+                )
                 return Problem("cut answer", c.row, what, c.file)
             found += (*steps[:-1], last)
         if any(text.eos for text in found):  # the template ends no answer

@@ -37,7 +37,7 @@ SHAPES = 4096  # conversation shapes whose omissions are remembered
 CHANGED = "the chat template changes the words of the answer"
 STEPS = "the chat template changes earlier turns of a response: it is trained in steps, each as it was generated"
 SHOWN = (
-    "the chat template shows its own marks around earlier answers otherwise than they were generated, such as without"
+    "the chat template marks earlier answers differently from how they were generated, such as without"
     " an empty reasoning block: trained as the finished conversation shows them"
 )
 NO_REASONING = "the template does not show the reasoning of the answer"

@@ -21,8 +21,8 @@ Row = Callable[..., str]  # a conversation of one row as text; each is rendered 
 
 REMEMBERED = 8  # frames of one template; most have one
 LONGEST_TAG = 32  # characters
-NO_END = "the template does not end an answer with anything that could be told from its words"
-ELSEWHERE = "the chat template shows the answer behind something else than its generation prompt"
+NO_END = "the template does not end an answer with anything that can be told from its words"
+ELSEWHERE = "the chat template puts something other than its generation prompt before the answer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class SpanFinder:
         find = self._end_of_calls if turn.tool_calls else self._end_of_words
         end, frame = find(row, turns, j, full, probe)
         if start >= end - frame.close:
-            raise Unrenderable("the template leaves no text of an answer that could be told from its prompt")
+            raise Unrenderable("the template leaves no text of an answer that can be told from its prompt")
         if simple and len(self._frames) < REMEMBERED:
             framed = full[start : end - frame.close]
             known = replace(frame, lead=framed.removesuffix(turn.content))
@@ -142,7 +142,7 @@ def _probe(texts: Sequence[str]) -> str:
 
 
 def behind_cue(row: Row, turns: Turns, full: str, before: str) -> int:
-    """Where the answer of the last turn starts in ``full``, which shows earlier turns otherwise than ``before`` does
+    """Where the answer of the last turn starts in ``full``, which shows earlier turns differently from ``before``
     (gpt-oss drops the reasoning of a chain of calls once the answer is there): behind the same generation prompt. 0
     where that is not found."""
     finished = row(turns[:-1])

@@ -309,7 +309,7 @@ def _type_of(value: object, loose: bool) -> Any:
             fields = {name: _type_of(inner, loose) for name, inner in value.items()}
             whole = fields and None not in fields.values() and not any(map(SURROGATE.search, fields))
             return pa.struct(fields.items()) if whole else None
-    raise TypeError(f"{type(value).__name__} is no value of JSON")
+    raise TypeError(f"{type(value).__name__} is not a JSON value")
 
 
 def _merged(a: Any, b: Any, loose: bool) -> Any:

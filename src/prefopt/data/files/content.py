@@ -147,11 +147,11 @@ def lines_of(handle: io.BufferedReader) -> Iterator[tuple[bytes, bool]]:
 
 
 def too_long(where: str = "") -> str:
-    return f"the row{where} is longer than {ROW_BYTES >> 20} MiB, which no row may be; shorten it, or leave it out"
+    return f"the row{where} is longer than {ROW_BYTES >> 20} MiB, the limit of a row; shorten it, or leave it out"
 
 
 def too_large() -> str:
-    return f"comes to more than {TIMES} times its size when it is unpacked, which rows do not; unpack it first"
+    return f"comes to more than {TIMES} times its size when unpacked; if you trust the file, unpack it first"
 
 
 class _Parts(io.RawIOBase):

@@ -63,7 +63,7 @@ def saved_split(folder: Path, split: str | None) -> SavedSplit:
     if not files:
         raise DataError("names no data files; save the data set again", file=str(folder / STATE))
     if state.get("_indices_data_files"):
-        what = "selects rows by a table of indices, as old versions of datasets saved it; save the data set again"
+        what = "selects rows by a table of indices, as old versions of datasets saved them; save the data set again"
         raise DataError(what, file=str(folder / STATE))
     if missing := [file.name for file in files if not file.is_file()]:
         raise DataError(f"lacks {missing[0]}; copy the whole folder", file=str(folder))
@@ -144,7 +144,7 @@ def _load(wanted: HubSplit) -> Any:
         builder = datasets.load_dataset_builder(wanted.repo, wanted.config, revision=wanted.revision)
         if builder.repo_id is None and "/" not in wanted.repo:
             # "json" and the like are readers of the library, which take any file in the current folder.
-            raise DataError("is no file or folder here, and names no data set; check the spelling", file=wanted.name)
+            raise DataError("is not a file or folder here, and names no data set; check the spelling", file=wanted.name)
         if wanted.config is None and len(builder.builder_configs) > 1:
             raise DataError(_which_config(wanted, list(builder.builder_configs)), file=wanted.name)
         if wanted.revision and type(builder).__module__.endswith(".cache.cache"):
@@ -173,7 +173,7 @@ def _explain(error: Exception, wanted: HubSplit) -> str:
     """One line for an error of the library: cause and remedy."""
     message, near = reason(error), nearest(wanted.repo)
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    absent = f"is no file or folder here{f' (did you mean {near}?)' if near else ''}"
+    absent = f"is not a file or folder here{f' (did you mean {near}?)' if near else ''}"
     if isinstance(error, ValueError) and (configs := re.search(r"(?:Available|configs): (\[.*\])", message)):
         return _which_config(wanted, re.findall(r"'([^']*)'", configs[1]))
     if re.search(r"\bgated\b", message) or "GatedRepoError" in kinds:
@@ -189,7 +189,7 @@ def _explain(error: Exception, wanted: HubSplit) -> str:
         offline = "; HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0") else ""
         return f"{absent}, and the Hub cannot be asked ({message}{offline}); check path and network"
     if "scripts are no longer supported" in message:
-        return "is made by a script of its author, which is not run; use a copy of it in parquet or JSON"
+        return "is made by its author's script, which is not run; use a copy of it in parquet or JSON"
     if isinstance(error, OSError) and error.errno is not None:
         return f"cannot be loaded: {message}; the library keeps its files below HF_HOME, or ~/.cache/huggingface"
     cause = f": {reason(error.__cause__)}" if error.__cause__ is not None else ""

@@ -154,7 +154,7 @@ def _options(name: str) -> tuple[str, dict[str, str]]:
         key, value = (word.strip() for word in part.split("=", 1))
         if key not in OPTIONS:
             hint = f"known are {', '.join(OPTIONS)}{did_you_mean(key, OPTIONS)}"
-            raise ConfigError(f"{name}: {key}= is no option of a data set; {hint}")
+            raise ConfigError(f"{name}: {key}= is not an option of a data set; {hint}")
         if key in options or not value:
             raise ConfigError(f"{name}: {key}= {'is given twice' if key in options else 'has no value'}")
         options[key] = value
@@ -263,7 +263,7 @@ def _reader(content: Content, header: bool) -> Iterator[object]:
     else:
         what = "is of no known kind; name it by what it holds: .jsonl, .json, .csv, .tsv, .parquet or .arrow"
         if (suffix := data_suffix(content.path)) in TABLE_NAMES:
-            what = f"is no {suffix[1:]} file, in spite of its name; download or copy it again"
+            what = f"is not a {suffix[1:]} file, despite its name; download or copy it again"
         raise DataError(what, file=str(content.path))
 
 

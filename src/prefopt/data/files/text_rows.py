@@ -250,7 +250,7 @@ def read_csv(content: Content, *, header: bool = True) -> Iterator[object]:
                 try:
                     row[name] = _structure(cell) if cell.strip() else cell
                 except (ValueError, RecursionError) as error:
-                    problem = problem or f"the cell of column {name!r} at line {line} is no JSON ({error})"
+                    problem = problem or f"the cell of column {name!r} at line {line} is not JSON ({error})"
             yield DataError(problem, file=file, row=number) if problem else row
     if not number:
         raise DataError("names its columns and holds no rows; if its line is a row, give --header none", file=file)
@@ -304,7 +304,9 @@ def _records(handle: BufferedReader, content: Content, header: bool) -> Iterator
 def _names(cells: list[str], file: str) -> list[str]:
     names = [cell.strip() or f"column {at}" for at, cell in enumerate(cells, 1)]
     if long := next((name for name in names if len(name) > NAME_LIMIT or "\n" in name), None):
-        what = f"the first line should name the columns, and {long[:30]!r}... is no name; add a line with names"
+        what = (
+            f"the first line should name the columns, and {long[:30]!r}... is not a column name; add a line with names"
+        )
         raise DataError(what, file=file)
     if twice := _twice(names):
         raise DataError(f"two columns are named {twice!r}; rename one of them", file=file)

@@ -67,7 +67,7 @@ def named_layout(name: str) -> Layout:
         if plain in REPLACED:
             raise ConfigError(f"there is no layout {plain} any more; {REPLACED[plain]}")
         guess = nearest(plain, list(known)) or f"; there are {', '.join(known)}, and module:function for your own"
-        raise ConfigError(f"{name!r} is no layout{guess}")
+        raise ConfigError(f"{name!r} is not a layout{guess}")
     return known[plain]
 
 

@@ -168,7 +168,7 @@ def _unknown(survey: _Survey, file: str, why: str) -> DataError:
     hint = f"{near.name} needs {', '.join(lacks[near.name])} as well" if near else "prefopt data layouts lists them all"
     remedy = f"{why}; --format names another layout" if why else "--columns NAME=COLUMN names columns"
     columns = listed([str(name) for name in row]) or "no fields"
-    what = f"unknown layout: no row has all fields of one; row {number} has {columns}; {hint}; {remedy}"
+    what = f"unknown layout: no row has all fields of a known layout; row {number} has {columns}; {hint}; {remedy}"
     return DataError(what, file=file)
 
 

@@ -94,7 +94,7 @@ def shared_attention(
     :func:`prefopt.model.kernels.shared.segments_tensor`. Tokens of a block of ``prefix_blocks`` see each other. Raises
     :class:`NotCausalError`, and :class:`UnshareableError` for arguments that would otherwise be ignored."""
     if prefix_segments is None:
-        raise UnshareableError(f"{type(module).__name__} does not hand its keyword arguments to its attention")
+        raise UnshareableError(f"{type(module).__name__} does not pass its keyword arguments to its attention")
     refuse_foreign(module, attention_mask, dropout, others)
     if prefix_kernel == TRIAL:
         raise HookReached

@@ -164,7 +164,7 @@ def _run(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     if isinstance(mask := kwargs.get("attention_mask"), RowMask):
         segments, kwargs["attention_mask"] = mask.segments, None
     if segments is None:
-        raise UnshareableError(f"{kind.__name__} is not handed the keyword arguments of its model")
+        raise UnshareableError(f"{kind.__name__} does not get the keyword arguments of its model")
     if kwargs.get("attention_mask") is not None or kwargs.get("cache_params") is not None:
         raise UnshareableError(f"{kind.__name__} is given a mask or a cache, which shared prefixes do not support")
     rest = {name: value for name, value in kwargs.items() if not name.startswith("prefix_")}
