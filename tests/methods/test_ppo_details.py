@@ -72,7 +72,7 @@ def test_values_are_those_before_each_token(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_metrics_are_those_of_the_guide(tmp_path: Path) -> None:
-    table = re.findall(r"^\| (`[a-z].*?) \|", GUIDE.read_text("utf-8").partition("## Reading the metrics")[2], re.M)
+    table = re.findall(r"^\| (`[a-z].*?) \|", GUIDE.read_text("utf-8").partition("\n## Metrics\n")[2], re.M)
     told = {name for cell in table for name in re.findall(r"`(\S+?)`", cell)}
     file = tmp_path / "kept.jsonl"
     file.write_text('{"text": "abc"}\n')

@@ -264,7 +264,9 @@ REFERENCES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", list(REFERENCES))
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if c in ("start", "other") else ()) for c in REFERENCES]
+)
 def test_the_cache_is_filled_in_shards_as_by_one_process(case: str, tmp_path: Path) -> None:
     model, file = prepared(tmp_path, "pairs")
     options = dict(REFERENCES[case])

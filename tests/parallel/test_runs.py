@@ -149,12 +149,12 @@ def test_replicas_train_as_one_process_does(case: str, tmp_path: Path) -> None:
     check(case, [3], ["none"], tmp_path)
 
 
-@pytest.mark.parametrize("case", ["dpo", "tr-dpo"])
+@pytest.mark.parametrize("case", ["tr-dpo", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_shards_train_as_one_process_does(case: str, tmp_path: Path) -> None:
     check(case, [3], ["full"], tmp_path)
 
 
-@pytest.mark.parametrize("case", ["dpo", "aot"])
+@pytest.mark.parametrize("case", ["aot", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_replicas_of_shards_on_two_nodes_train_as_one_process_does(case: str, tmp_path: Path) -> None:
     """With two micro-batches a rank, whose gradients the replicas sum once."""
     method, data, options = CASES[case]
