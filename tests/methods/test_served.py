@@ -216,6 +216,36 @@ def test_a_student_learns_from_what_servers_draw(small: str, tmp_path: Path) -> 
     assert weights_are_the_same(tmp_path / "1", tmp_path / "parts")
 
 
+def test_a_student_keeps_what_servers_draw_after_a_resume(small: str, tmp_path: Path) -> None:
+    """A run that resumes from the end of a step, and is killed before the update of the next."""
+    teacher = world.write_world(tmp_path / "teacher", seed=3)
+    rows = [{"prompt": world.PROMPT[: 1 + n % 3], "completion": "ab"} for n in range(8)]
+    options: dict[str, Any] = {"on_policy": 1.0, "max_new_tokens": 3, "batch_size": 4, "save_every": 1}
+    options |= {"device": "cpu", "dtype": "float64", "progress": "none", "learning_rate": 1e-2}
+
+    class Killed(BaseException):
+        pass
+
+    def dies(self: Trainer, batch: Any) -> Any:
+        raise Killed
+
+    drawn = []
+    with servers(small) as fakes:
+        options |= {"teacher": teacher, "output": tmp_path / "out", "rollout_server": [fakes[0].url]}
+        with pytest.MonkeyPatch.context() as patch:
+            stop_after(1, patch)
+            with pytest.raises(Interrupted):
+                prefopt.distil(small, rows, **options)
+        for _ in range(2):
+            before = fakes[0].answered
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Trainer, "_update", dies)
+                with pytest.raises(Killed):
+                    prefopt.distil(small, rows, resume=True, **options)
+            drawn.append(fakes[0].answered - before)
+    assert drawn[0] >= 4 and drawn[1] <= 1, drawn
+
+
 def test_options_that_do_nothing_are_refused() -> None:
     given: dict[str, Any] = {"model": "m", "prompts": "p", "reward": "vader", "output": "o"}
     served = {"rollout_server": ["http://here:1"]}
