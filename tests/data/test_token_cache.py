@@ -294,7 +294,7 @@ def test_the_commands_know_what_is_tokenised(tmp_path: Path, capsys: pytest.Capt
         handle.write(b"\xff")
     capsys.readouterr()
     assert main(["cache", "verify"]) == 1
-    assert f"{entries[0]}: the bytes of ids_T.bin" in capsys.readouterr().out
+    assert f"{entries[0]}: the checksum of ids_T.bin does not match" in capsys.readouterr().out
     assert main(["cache", "verify", "--repair"]) == 0 and main(["cache", "verify"]) == 0
     assert [p for p in cache_folder.tokens_folder().iterdir() if p.is_dir()] == [entries[1]]
     capsys.readouterr()

@@ -165,8 +165,8 @@ def test_what_else_decides_answers_is_part_of_the_model(
 ) -> None:
     """Weights and config.json stay as they were: the same folder answers otherwise, and is drawn from again."""
     a, b, _ = models
-    prompts = Path(b).parent / "prompts.txt"  # a line is what a user says, where there is a template
-    prompts.write_text("".join(f"k{i}\n" for i in range(12)))
+    turns = [{"prompt": [{"role": "user", "content": f"k{i}"}]} for i in range(12)]
+    prompts = write_rows(Path(b).parent / "turns.jsonl", turns)
     before = prefopt.compare(a, b, prompts, judge=length, **QUICK)
     calls = drawn(monkeypatch)
     change(Path(b))

@@ -97,7 +97,7 @@ def test_where_no_answer_comes_the_message_is_taken_back() -> None:
             yield "  "
 
     found, shown = chat("one\n", Silent("m"))
-    assert history(found) == [] and "taken back" in shown
+    assert history(found) == [] and "the message is removed" in shown
 
 
 def test_a_mistake_is_an_error_line_and_ends_nothing() -> None:
@@ -136,7 +136,7 @@ def test_saved_conversations_are_what_the_data_room_reads(tmp_path: Path) -> Non
     for text in ('{"prompt": "x"}\n', '{"messages": []}', "hello\n"):
         other.write_text(text)
         _, shown = chat(f"one\n/save {other}\n", Echo("m"))
-        assert "holds something else" in shown and other.read_text() == text
+        assert "holds other rows" in shown and other.read_text() == text
 
 
 def test_two_models_keep_a_conversation_each(tmp_path: Path) -> None:
@@ -201,10 +201,10 @@ def test_equal_and_empty_answers_get_no_vote(tmp_path: Path) -> None:
 def test_votes_are_never_added_to_a_file_of_something_else(tmp_path: Path) -> None:
     path = tmp_path / "v.jsonl"
     path.write_text('{"prompt": "x", "chosen": "a", "rejected": "b"}\n')
-    with pytest.raises(RunError, match="holds something else"):
+    with pytest.raises(RunError, match="holds other rows"):
         VoteFile(path, ["one", "two"])
     path.write_text('{"responses": ["a", "b"]')
-    with pytest.raises(RunError, match="holds something else"):
+    with pytest.raises(RunError, match="holds other rows"):
         VoteFile(path, ["one", "two"])
     with pytest.raises(RunError, match="is a folder"):
         VoteFile(tmp_path, ["one", "two"])

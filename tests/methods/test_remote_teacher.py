@@ -250,7 +250,7 @@ def test_options_of_a_server_are_for_one() -> None:
     given: dict[str, Any] = {"model": "m", "data": "d", "output": "o"}
     for teacher, more, line in (
         ("m2", {"teacher_top_k": 5}, "--teacher-top-k is for a teacher on a server"),
-        ("m2", {"same_tokenizer": True}, "--same-tokenizer is about"),
+        ("m2", {"same_tokenizer": True}, "--same-tokenizer is for a teacher on a server"),
         ("http://here:1", {"teacher_adapter": "a"}, "--teacher-adapter: a server has its own"),
         ("m2", {"rollout_server": ["http://here:1"]}, "--rollout-server draws responses: give --on-policy"),
     ):

@@ -25,7 +25,6 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "i
         ("modernbert", "ModernBertForMaskedLM", "is an encoder; prefopt trains causal"),
         ("bart", "BartForConditionalGeneration", "is an encoder-decoder; prefopt trains causal"),
         ("t5", "T5ForConditionalGeneration", "is an encoder-decoder; prefopt trains causal"),
-        ("mistral3", "Mistral3ForConditionalGeneration", "its language model by itself, saved as Mistral"),
         ("voxtral", "VoxtralForConditionalGeneration", "saved as LlamaForCausalLM"),
         ("llava_next", "LlavaNextForConditionalGeneration", "saved as LlamaForCausalLM"),
         ("aya_vision", "AyaVisionForConditionalGeneration", "saved as Cohere2ForCausalLM"),

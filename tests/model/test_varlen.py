@@ -141,6 +141,9 @@ def test_operators_keep_their_contracts(stand_in: pytest.MonkeyPatch) -> None:
         "prefopt::attention": (*(x.clone().requires_grad_() for x in (*row, sinks)), *asked),
         "prefopt::attention_backward": (out * 2, *row, sinks, out, lse, *asked),
     }
+    if torch.backends.mkldnn.is_available():
+        weight = torch.randn(6, 8)
+        samples["prefopt::packed_linear"] = (torch.randn(4, 8), weight.to_mkldnn(), torch.randn(6), 6)
     own = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("prefopt::")}
     assert own <= samples.keys(), "an operator without a sample here"
     for name, arguments in samples.items():

@@ -340,7 +340,7 @@ class RunOptions(MachineOptions, ProgressOptions):
         for o in options(type(self)):
             value = getattr(self, o.name)
             names = [] if o.name == "output" else value if isinstance(value, list) else [value]
-            for name in (n for n in names if isinstance(n, str)):
+            for name in (n for n in names if isinstance(n, str) and "\0" not in n):  # which no path can hold
                 for found in map(Path, map(os.path.realpath, _read_by(name))):
                     if folder in (found, *found.parents) and os.access(found, os.F_OK):
                         what = name if found == Path(os.path.realpath(expanded(name))) else f"{found} ({name})"

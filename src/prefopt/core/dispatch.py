@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ ATTEMPTS = 4
 PAUSE = 0.5
 """Seconds before the second attempt, doubled before every other."""
 LOOK_EVERY = 0.2
+DRAIN = 30.0
 """Seconds between two looks at whether to stop, where no answer comes."""
 
 
@@ -105,13 +107,15 @@ class Dispatch(Generic[Server, Answer]):
         self.concurrency, self.pause, self.count = concurrency, pause, count
         self._waiting = deque(range(number))
         self._left = number
+        self._asking = 0  # requests that threads are at
         self._changed = threading.Condition()
         self._over = threading.Event()
         self._answers: queue.Queue[tuple[int, Answer] | BaseException] = queue.Queue()
 
     def run(self, progress: Callable[[Answer | None], None] = lambda answer: None) -> list[Answer]:
         """All answers, in the order of the requests. ``progress`` is called with each as it comes, and with None now
-        and then; what it raises ends the whole. Raises :class:`ServersLost`."""
+        and then; what it raises ends the whole. After an error, answers on their way are still waited for, at most
+        :data:`DRAIN` seconds: they may be paid for. Raises :class:`ServersLost`."""
         found: dict[int, Answer] = {}
         try:
             for server in self.servers:
@@ -120,6 +124,7 @@ class Dispatch(Generic[Server, Answer]):
             while len(found) < self.number:
                 answer = self._next_answer()
                 if isinstance(answer, BaseException):
+                    self._drain(progress)
                     raise answer
                 if answer is not None:
                     found[answer[0]] = answer[1]
@@ -129,6 +134,15 @@ class Dispatch(Generic[Server, Answer]):
             with self._changed:
                 self._changed.notify_all()
         return [found[n] for n in range(self.number)]
+
+    def _drain(self, progress: Callable[[Answer | None], None]) -> None:
+        """Ask nothing more, and wait for the answers on their way, which ``ask`` may keep."""
+        self._over.set()
+        until = time.monotonic() + DRAIN
+        with self._changed:
+            while self._asking and time.monotonic() < until:
+                self._changed.wait(LOOK_EVERY)
+                progress(None)
 
     def _next_answer(self) -> tuple[int, Answer] | BaseException | None:
         lost = all(server.lost for server in self.servers)  # before the look: who is lost gives no further answer
@@ -144,9 +158,12 @@ class Dispatch(Generic[Server, Answer]):
             try:
                 answer = self._tried(server, n)
             except BaseException as error:  # told by the thread that waits
+                with self._changed:
+                    self._asking -= 1
                 self._answers.put(error)
                 return
             with self._changed:
+                self._asking -= 1
                 if answer is None:
                     self._waiting.appendleft(n)
                 else:
@@ -161,6 +178,7 @@ class Dispatch(Generic[Server, Answer]):
                 self._changed.wait()
             if self._over.is_set() or server.lost or not self._waiting:
                 return None
+            self._asking += 1
             return self._waiting.popleft()
 
     def _tried(self, server: Server, n: int) -> tuple[Answer] | None:
