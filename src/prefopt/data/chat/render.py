@@ -244,7 +244,7 @@ class Renderer:
             return Problem("chat template", c.row, str(error), c.file)
         found: list[RenderedText] = []
         for steps, response in zip(texts, c.responses, strict=True):
-            last = _cut_off(steps[-1], response) if response.cut else steps[-1]
+            last = _cut_off(steps[-1], response) if response.cut and not self._only_ends(response) else steps[-1]
             if last is None:
                 what = (
                     "a response was cut off at a length limit, and the chat template does not show where its text ends"
@@ -255,9 +255,15 @@ class Renderer:
             self._report(EOS_ADDED if self.rendering.add_eos else EOS_MISSING, once=True)
         return [replace(text, eos=text.eos and self.rendering.add_eos) for text in found]
 
+    def _only_ends(self, response: Response) -> bool:
+        """Whether a response to be scored is empty: its end token is then all that can be scored, cut off or not."""
+        last = response.messages[-1]
+        return self.scored and not last.content.strip() and not last.tool_calls
+
     def _plain_text(self, prompt: str, response: Response) -> RenderedText:
-        text = prompt + "".join(m.content for m in response.messages)
-        eos = not response.cut and self.rendering.add_eos
+        answer = "".join(m.content for m in response.messages)
+        text = prompt + answer
+        eos = self.rendering.add_eos and (not response.cut or (self.scored and not answer))
         eos = eos and not text.endswith(str(self.tokenizer.convert_ids_to_tokens(self._eos)))
         return RenderedText(text, ((len(prompt), len(text)),), bos=True, eos=eos)
 
