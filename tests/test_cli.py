@@ -341,6 +341,13 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     assert result.returncode in (0, 141)
 
 
+def test_no_help_shows_code() -> None:
+    """A text that was meant to be filled in."""
+    shown = [(name, o.name, o.help, o.default_text) for name, verb in cli.VERBS.items() for o in options(verb.config)]
+    assert len(shown) > 300
+    assert not [entry for entry in shown if re.search(r"\{[^}]*[(.'\[]|\{[A-Z_]+\}", f"{entry[2]} {entry[3]}")]
+
+
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"prefopt {prefopt.__version__}\n"

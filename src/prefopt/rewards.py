@@ -56,7 +56,7 @@ class Reward:
         """A digest of the code, to detect changes: of the file of the function's module; of the function alone where
         that is a script or a notebook. None for a rule of prefopt, and for code that is in no file.
         """
-        if self.name in RULES:
+        if getattr(self.function, "__module__", None) == __name__:
             return None
         function: Any = inspect.unwrap(getattr(self.function, "func", self.function))  # a partial has its function
         code: Any = function if hasattr(function, "__code__") else type(function)

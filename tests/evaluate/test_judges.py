@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import prefopt
 from generate.fake_server import serving
 from prefopt.config.compare import CompareConfig
 from prefopt.core.cache_folder import cache_root
@@ -205,7 +207,9 @@ def test_a_judge_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPa
 def test_a_judge_that_refuses_is_not_asked_again_and_one_that_fails_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prefopt.generate.judged.PAUSE", 0.0)
     for status, tries, said in (
-        (401, 1, "^--judge-url http.* answers 401 .wrong key."),
+        (401, 1, "^--judge-url http.* answers 401 .wrong key.; check --judge-key, the environment variable"),
+        (403, 1, "answers 403 .wrong key.; check --judge-key"),
+        (404, 1, "answers 404 .wrong key.; check --judge-model, and the path in --judge-url"),
         (503, 4, "^no server of --judge-url is left .* 503 .*; start it again and repeat the command"),
     ):
         with serving(status=status, message="wrong key") as server:
@@ -252,3 +256,14 @@ def test_a_planted_preference_is_seen_by_the_implied_reward(model: str, tmp_path
     implicit = judge(f"implicit:{trained},{model}", dtype="float32", device="cpu")
     asked = [question(r["chosen"], r["rejected"], r["prompt"]) for r in pairs(12, seed=9)]
     assert sum(tier_outcome(v.tiers) for v in implicit(asked)) >= 10
+
+
+def test_a_function_judges_whatever_its_name(tmp_path: Path) -> None:
+    def llm(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        return [float(len(text)) for text in responses]
+
+    llm.__qualname__ = "llm"
+    for name, text in (("a", "long"), ("b", "s")):
+        write_rows(tmp_path / f"{name}.jsonl", [{"prompt": p, "responses": [text], "models": [name]} for p in "pqr"])
+    found = prefopt.compare(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), judge=llm)
+    assert "llm()" in str(found)

@@ -10,7 +10,7 @@ import pytest
 
 from generate.fake_server import serving
 from prefopt import errors
-from prefopt.core.endpoint import Endpoint, ServerRefusal, base_url
+from prefopt.core.endpoint import Endpoint, ServerRefusal, Unreachable, base_url
 from prefopt.errors import ConfigError, RunError
 from prefopt.generate.chat_model import ContextLengthError, Messages, RemoteChatModel
 from prefopt.generate.judged import CachedJudge
@@ -155,6 +155,23 @@ def test_a_judge_names_its_own_options(monkeypatch: pytest.MonkeyPatch) -> None:
         CachedJudge("localhost:8000", "m", key_variable=None, **given)
     with serving(models=["a", "b"]) as server, pytest.raises(ConfigError, match=r"^--judge-model is missing"):
         CachedJudge(server.url, None, key_variable=None, **given)
+
+
+def test_a_judge_counts_questions_that_were_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the attempts to ask one."""
+    replies = iter([False, False, True, True])
+
+    def answer(self: RemoteChatModel, messages: Any, attempt: int) -> Any:
+        if not next(replies):
+            raise Unreachable("http://localhost cannot be reached")
+        yield "yes"
+
+    monkeypatch.setattr(RemoteChatModel, "answer", answer)
+    given: dict[str, Any] = {"key_variable": None, "instructions": "", "valid": bool, "pause": 0.0}
+    judge = CachedJudge("http://localhost", "counted", **given)
+    assert judge.answers(["one", "two", "one"], at_once=1) == ["yes"] * 3
+    assert judge.answers(["one"]) == ["yes"]
+    assert (judge.asked, judge.cached) == (2, 1)
 
 
 def test_errors_reach_other_processes_as_they_are() -> None:

@@ -353,15 +353,16 @@ def test_a_language_model_judges_in_both_orders(small: str, tmp_path: Path, monk
     options: dict[str, Any] = {"reward": "llm", "judge_url": "http://localhost:1/v1", "judge_model": "big", "num": 3}
     online(small, tmp_path / "out", batch_size=8, beta=0.5, **options)
     (line,) = metrics(tmp_path / "out")
-    ties = 0
+    ties = every = 0
     for row in rounds(tmp_path / "out"):
+        every += len(row["outcomes"])
         size = [len(text) for text in row["responses"]]
         for i, k, x in row["outcomes"]:
             assert x == 0.5 + 0.5 * np.sign(size[i] - size[k])
             ties += x == 0.5
         assert all(size[i] > size[k] and w == 1 for i, k, w in row.get("votes", ()))
         assert len(row.get("votes", ())) == sum(x != 0.5 for *_, x in row["outcomes"])
-    assert line["round/ties"] == ties > 0 and line["round/undecided"] == 0
+    assert line["round/ties"] == ties / every > 0 and line["round/undecided"] == 0
     assert "objective/scores" not in line  # what one wins another loses
     online(small, tmp_path / "gradient", loss="rloo", **options)
     assert metrics(tmp_path / "gradient")[-1]["grad_norm"] > 0
@@ -396,12 +397,50 @@ def test_a_judge_that_is_lost_leaves_a_checkpoint(small: str, tmp_path: Path, mo
     asked.clear()
     with pytest.raises(ServersLost, match=r"no server of --judge-url is left .*refused.* continue with --resume"):
         online(small, tmp_path / "parts", judge_parallel=1, **options)
-    assert len(metrics(tmp_path / "parts")) == 1 and list((tmp_path / "parts" / "checkpoints").glob("step-*"))
+    assert len(metrics(tmp_path / "parts")) == 1
+    assert (tmp_path / "parts" / "checkpoints" / "step-00000001" / "rollouts.safetensors").exists()
     most[0] = 10**9
     asked.clear()
     online(small, tmp_path / "parts", judge_parallel=1, resume=True, **options)
     assert len(asked) == 2 < whole, "what was answered is not asked again"
     assert same_bits(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_stop_is_followed_while_a_judge_is_silent(
+    small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent, asked, answered = threading.Event(), threading.Event(), threading.Event()
+
+    def answer(self: Any, messages: Any, attempt: int) -> Any:
+        if not asked.is_set():
+            asked.set()
+            signal.raise_signal(signal.SIGTERM)
+        if not silent.wait(10):
+            answered.set()
+        yield "[[tie]]"
+
+    monkeypatch.setattr(RemoteChatModel, "answer", answer)
+    options: dict[str, Any] = {"reward": "llm", "judge_url": "http://localhost:1/v1", "judge_model": "big"}
+    try:
+        with pytest.raises(Interrupted, match=r"after step 0 of \d+;"):
+            online(small, tmp_path / "out", **options)
+        assert asked.is_set() and not answered.is_set(), "nothing was answered when the run stopped"
+        assert (tmp_path / "out" / "checkpoints" / "step-00000000" / "rollouts.safetensors").exists()
+    finally:
+        silent.set()
+
+
+@pytest.mark.parametrize("name", ["llm", "people"])
+def test_a_function_is_called_whatever_its_name(name: str, small: str, tmp_path: Path) -> None:
+    def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        called.append(len(responses))
+        return world.reward(prompts, responses)
+
+    called: list[int] = []
+    reward.__qualname__ = name
+    online(small, tmp_path / "out", reward=reward, max_steps=1)
+    assert sum(called) == sum(len(row["judge_scores"]) for row in rounds(tmp_path / "out")) > 0
+    assert f"{name}()" in (tmp_path / "out" / "README.md").read_text()
 
 
 def vote_on_all(path: Path, done: threading.Event, prefer: Callable[[list[str]], int]) -> None:

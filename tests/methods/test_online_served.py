@@ -128,6 +128,7 @@ def test_a_run_whose_servers_are_lost_goes_on_with_others_to_the_same_bits(small
     with servers(small, dies_after=1 + 8 + 3) as fakes, lost:  # in the second round
         online(small, tmp_path / "parts", **by(fakes))
     assert len(metrics(tmp_path / "parts")) == 1
+    assert (tmp_path / "parts" / "checkpoints" / "step-00000001").exists(), "of the moment when the server was lost"
     with servers(small, 2) as fakes:
         online(small, tmp_path / "parts", resume=True, **by(fakes))
         assert sum(fake.answered for fake in fakes) == 8 + 2, "no round is drawn again"
@@ -339,3 +340,33 @@ def test_a_component_is_resumed_to_the_same_bits(own: None, small: str, tmp_path
     assert same_bits(tmp_path / "parts", tmp_path / "whole") and rounds(tmp_path / "parts") == rounds(
         tmp_path / "whole"
     )
+
+
+def test_what_is_drawn_after_a_resume_is_kept_too(small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run resumes from a checkpoint without a round, which is of the same step."""
+
+    class Killed(BaseException):
+        pass
+
+    def judged(self: Any, name: str, answered: Any, pause: Any) -> Any:
+        if name == "round 2":
+            raise Killed
+        return [a.outcomes({}) for a in answered]
+
+    monkeypatch.setattr(LanguageComparer, "__call__", judged)
+    options: dict[str, Any] = {"reward": "llm", "judge_url": "http://localhost:1/v1", "judge_model": "big"}
+    drawn = []
+    with servers(small) as fakes:
+        with pytest.MonkeyPatch.context() as patch:
+            stops(lambda t: t.state.step == 1 and t.state.done == 0, patch)
+            with pytest.raises(Interrupted):
+                online(small, tmp_path / "out", **by(fakes, **options))
+        kept = tmp_path / "out" / "checkpoints" / "step-00000001"
+        assert kept.exists() and not (kept / "rollouts.safetensors").exists()
+        for _ in range(2):
+            before = fakes[0].answered
+            with pytest.raises(Killed):
+                online(small, tmp_path / "out", resume=True, **by(fakes, **options))
+            drawn.append(fakes[0].answered - before)
+    assert (kept / "rollouts.safetensors").exists()
+    assert drawn[0] > drawn[1] <= 1, "the second time at most the server's first look is drawn"

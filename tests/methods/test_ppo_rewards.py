@@ -21,6 +21,7 @@ from methods import small_world as world
 from methods.test_ppo import ROWS, kept_rollouts, metrics, ppo, same_bits, stopped
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.rewards import RewardTerm, reward_terms
+from prefopt.core.dispatch import ServersLost
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.errors import ConfigError, DataError, Interrupted, RunError
 from prefopt.generate import judged
@@ -34,7 +35,7 @@ from prefopt.rl.objective import PpoObjective, distinct
 from prefopt.rl.ppo import PpoRounds
 from prefopt.rl.rollouts import Collector, Rollouts, completed, in_order
 from prefopt.rl.scores import ScoreScale
-from prefopt.rl.watch import NO_STEP
+from prefopt.rl.watch import NO_STEP, Watch
 from prefopt.runs.diagnose import diagnose
 from prefopt.runs.history import read_history
 from prefopt.train.trainer import Trainer
@@ -416,7 +417,7 @@ def test_a_reward_that_is_exploited_is_told_while_it_happens_and_by_diagnose(
 
 
 def test_a_stop_wherever_something_is_drawn_is_resumed_to_the_same_bits(small: str, tmp_path: Path) -> None:
-    """Also while held-out prompts are answered, when the step is over and not counted yet."""
+    """Also while held-out prompts are answered, before the responses of the next step are drawn."""
     (tmp_path / "held_out.txt").write_text("ab\ndc\n")
     options: dict[str, Any] = {"eval_prompts": [str(tmp_path / "held_out.txt")], "eval_every": 1, "kl_target": 1.0}
     options |= {"normalise_scores": "running", "num": 1, "batch_size": 4, "ppo_epochs": 2}
@@ -449,6 +450,34 @@ def test_a_stop_wherever_something_is_drawn_is_resumed_to_the_same_bits(small: s
             drawn(tmp_path / str(n), n)
         ppo(small, tmp_path / str(n), resume=True, **options)
         assert same_bits(tmp_path / str(n), tmp_path / "whole"), n
+
+
+def test_a_judge_that_is_lost_in_an_evaluation_leaves_a_checkpoint(
+    small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a run and at its end. The evaluation is made when the run goes on, and once."""
+    (tmp_path / "held_out.txt").write_text("ab\ndc\n")
+    lost_at: list[int] = []
+    measure = Watch._measure
+
+    def measured(self: Watch, trainer: Trainer) -> Any:
+        if trainer.state.step in lost_at:
+            raise ServersLost("no server of --judge-url is left; start one again and continue with --resume")
+        return measure(self, trainer)
+
+    monkeypatch.setattr(Watch, "_measure", measured)
+    options: dict[str, Any] = {"eval_prompts": [str(tmp_path / "held_out.txt")], "eval_every": 1, "ppo_epochs": 1}
+    ppo(small, tmp_path / "whole", **options)
+    for step in (1, 2):
+        output, lost_at[:] = tmp_path / str(step), [step]
+        with pytest.raises(ServersLost):
+            ppo(small, output, **options)
+        assert sorted((output / "checkpoints").glob("step-*"))[-1].name == f"step-{step:08d}"
+        lost_at.clear()
+        ppo(small, output, resume=True, **options)
+        assert same_bits(output, tmp_path / "whole")
+    lines = [(line["step"], "loss/policy_avg" in line) for line in metrics(tmp_path / "whole")]
+    assert lines == [(n, trained) for n in (1, 2) for trained in (True, False)]
 
 
 def test_the_true_reward_may_have_a_name_and_a_weight(own: None, small: str, tmp_path: Path) -> None:

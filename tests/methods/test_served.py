@@ -15,6 +15,7 @@ import torch
 import prefopt
 from generate.fake_rollout_server import FakeRollouts, serving
 from methods import small_world as world
+from methods.test_online import stops
 from methods.test_ppo import metrics, ppo, stopped
 from prefopt.config.ppo import PpoConfig
 from prefopt.core.dispatch import ServersLost
@@ -24,6 +25,7 @@ from prefopt.generate.rollout_servers import RolloutServers
 from prefopt.losses.rl import truncated_importance
 from prefopt.rl import objective
 from prefopt.rl.rollouts import Rollouts
+from prefopt.train.trainer import Trainer
 from train.small import steps, weights
 from train.test_resume import stop_after
 
@@ -98,10 +100,38 @@ def test_a_run_whose_servers_are_lost_goes_on_with_others(small: str, tmp_path: 
     with servers(small, dies_after=1 + 8 + 3) as fakes, lost:  # in the second step
         ppo(small, tmp_path / "parts", **by(fakes))
     assert len(metrics(tmp_path / "parts")) == 1
+    assert (tmp_path / "parts" / "checkpoints" / "step-00000001").exists(), "of the moment when the server was lost"
     with servers(small, 2) as fakes:
         ppo(small, tmp_path / "parts", resume=True, **by(fakes))
         assert sum(fake.answered for fake in fakes) == 8 + 2  # no step is drawn again
     assert weights_are_the_same(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_checkpoints_after_a_resume_hold_the_responses(small: str, tmp_path: Path) -> None:
+    """A run that resumes from the end of a step, and is killed between two updates of the next."""
+
+    class Killed(BaseException):
+        pass
+
+    def dies(self: Trainer, batch: Any) -> Any:
+        if self.state.step == 1 and self.state.done == 1:
+            raise Killed
+        return update(self, batch)
+
+    update, drawn = Trainer._update, []
+    with servers(small) as fakes:
+        with pytest.MonkeyPatch.context() as patch:
+            stops(lambda t: t.state.step == 1 and t.state.done == 0, patch)
+            with pytest.raises(Interrupted):
+                ppo(small, tmp_path / "out", save_every=1, **by(fakes))
+        for _ in range(2):
+            before = fakes[0].answered
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Trainer, "_update", dies)
+                with pytest.raises(Killed):
+                    ppo(small, tmp_path / "out", resume=True, save_every=1, **by(fakes))
+            drawn.append(fakes[0].answered - before)
+    assert drawn[0] >= 8 and drawn[1] <= 1, drawn
 
 
 def test_a_server_with_other_weights_stops_the_run(small: str, tmp_path: Path) -> None:
@@ -184,6 +214,36 @@ def test_a_student_learns_from_what_servers_draw(small: str, tmp_path: Path) -> 
     with servers(small) as fakes:
         distil("parts", fakes, resume=True)
     assert weights_are_the_same(tmp_path / "1", tmp_path / "parts")
+
+
+def test_a_student_keeps_what_servers_draw_after_a_resume(small: str, tmp_path: Path) -> None:
+    """A run that resumes from the end of a step, and is killed before the update of the next."""
+    teacher = world.write_world(tmp_path / "teacher", seed=3)
+    rows = [{"prompt": world.PROMPT[: 1 + n % 3], "completion": "ab"} for n in range(8)]
+    options: dict[str, Any] = {"on_policy": 1.0, "max_new_tokens": 3, "batch_size": 4, "save_every": 1}
+    options |= {"device": "cpu", "dtype": "float64", "progress": "none", "learning_rate": 1e-2}
+
+    class Killed(BaseException):
+        pass
+
+    def dies(self: Trainer, batch: Any) -> Any:
+        raise Killed
+
+    drawn = []
+    with servers(small) as fakes:
+        options |= {"teacher": teacher, "output": tmp_path / "out", "rollout_server": [fakes[0].url]}
+        with pytest.MonkeyPatch.context() as patch:
+            stop_after(1, patch)
+            with pytest.raises(Interrupted):
+                prefopt.distil(small, rows, **options)
+        for _ in range(2):
+            before = fakes[0].answered
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Trainer, "_update", dies)
+                with pytest.raises(Killed):
+                    prefopt.distil(small, rows, resume=True, **options)
+            drawn.append(fakes[0].answered - before)
+    assert drawn[0] >= 4 and drawn[1] <= 1, drawn
 
 
 def test_options_that_do_nothing_are_refused() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefopt.api.functions import public
 from prefopt.api.objects import NAME, check_tokenizer, function_name, name_of, names_or_rows, plain, refuse
+from prefopt.config.judges import COMPARERS
 from prefopt.config.methods import METHODS, STAGES, Method, RlhfConfig
 from prefopt.core.signature import WIDTH
 from prefopt.errors import ConfigError
@@ -62,7 +63,7 @@ def method_function(name: str) -> Callable[..., Any]:
         functions = {"reward": options["reward"]} if callable(options.get("reward")) else {}
         values = {
             **{option: plain(value) for option, value in options.items()},
-            **{option: function_name(value) for option, value in functions.items()},
+            **{option: function_name(value, COMPARERS) for option, value in functions.items()},
             "model": model if named else name_of(model),
             method.rows: names,
             "output": output,

@@ -10,6 +10,7 @@ from prefopt.api.functions import Command, command_function, public
 from prefopt.api.objects import NAME, check_tokenizer, function_name, labelled, name_of, names_or_rows, refuse
 from prefopt.config.compare import CompareConfig
 from prefopt.config.export import ExportConfig
+from prefopt.config.judges import LLM
 from prefopt.config.reward_bench import RewardBenchConfig
 from prefopt.config.sample import SampleConfig
 from prefopt.config.tools import MergeConfig, PushConfig, ScoreConfig
@@ -104,7 +105,7 @@ def compare(
         "others": [labels[name] for name in labels if name.startswith("others")] or None,
         "reference": labels.get("reference"),
         "prompts": names,
-        "judge": function_name(judge) if callable(judge) else judge,
+        "judge": function_name(judge, (LLM, "gsm8k")) if callable(judge) else judge,
         **options,
     }
     config = CompareConfig.from_dict({name: value for name, value in values.items() if value is not None})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from prefopt.errors import ConfigError
@@ -44,8 +44,11 @@ def refuse(options: Mapping[str, Any], *names: str) -> None:
             raise ConfigError(f"{name} is for a model named by its folder; this one is an object, used as it is")
 
 
-def function_name(function: Any) -> str:
-    return str(getattr(function, "__qualname__", "function given in Python"))
+def function_name(function: Any, taken: Collection[str]) -> str:
+    """The name of a function in a configuration: ``name()`` where the option means another thing by ``name``, one of
+    those that are ``taken``."""
+    name = str(getattr(function, "__qualname__", "function given in Python"))
+    return f"{name}()" if name in taken else name
 
 
 def name_of(model: object) -> str:

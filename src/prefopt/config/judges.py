@@ -10,6 +10,8 @@ from prefopt.errors import ConfigError
 
 LLM = "llm"
 """What the judge is called that ``--judge-url`` stands for."""
+COMPARERS = (LLM, "people")
+"""What ``prefopt online`` calls judges that compare responses instead of scoring each."""
 
 
 @dataclass(frozen=True, kw_only=True)

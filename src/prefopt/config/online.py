@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from prefopt.config import dpo, sft
 from prefopt.config.data import PromptOptions, RowOptions, TemplateOptions
 from prefopt.config.dpo import LossOptions
-from prefopt.config.judges import LLM, JudgeServerOptions
+from prefopt.config.judges import COMPARERS, LLM, JudgeServerOptions
 from prefopt.config.rates import AUTO, SMALL_RATE
 from prefopt.config.rewards import ComponentOptions, RewardTerm, reward_terms
 from prefopt.config.rollouts import StaleOptions
@@ -49,8 +49,6 @@ NUM, NUM_OF_GRADIENTS, NUM_OF_BEST = 2, 8, 4
 MAX_KL = 100.0
 PARALLEL = 8
 MOST_FOR_PEOPLE = 9
-COMPARERS = (LLM, "people")
-"""Rewards that compare responses instead of scoring each."""
 
 OF_PREFERENCES = ("loss_options", "label_smoothing", "divergence", "divergence_alpha", "weighting", "pairs", "labels")
 OF_GRADIENTS = ("clip", "clip_high", "advantage_std", "kl", "dynamic_sampling", "overlong_buffer")
@@ -155,7 +153,7 @@ class OnlineConfig(
     loss: str = option(
         "dpo",
         "loss on the responses of a round: one that prefopt losses lists, a weighted sum of them, or your own as"
-        " module:function; {', '.join(GRADIENTS)}, policy gradients; or {BEST_OF}, SFT on the best response of each"
+        f" module:function; {', '.join(GRADIENTS)}, policy gradients; or {BEST_OF}, SFT on the best response of each"
         " prompt",
         group="loss",
     )

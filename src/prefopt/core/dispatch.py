@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Generic, Protocol, TypeVar
 
-from prefopt.core.endpoint import ServerRefusal, Unreachable
+from prefopt.core.endpoint import Flags, ServerRefusal, Unreachable
 from prefopt.errors import RunError
 
 ATTEMPTS = 4
@@ -60,9 +60,9 @@ def refuse_none_left(servers: Sequence[Losable], flag: str, remedy: str = AGAIN)
 
 
 @contextmanager
-def failures(flag: str, advice: Callable[[str], str] = lambda what: "") -> Iterator[None]:
+def failures(flags: Flags, advice: Callable[[str], str] = lambda what: "") -> Iterator[None]:
     """In this block errors of an endpoint are :class:`ServerFailed` where another attempt may help, and else a
-    :class:`RunError` that names ``flag``, with ``advice`` on what the server said."""
+    :class:`RunError` that names the option with its URL, with ``advice`` on what the server said, or on its status."""
     try:
         yield
     except Unreachable as error:
@@ -70,7 +70,14 @@ def failures(flag: str, advice: Callable[[str], str] = lambda what: "") -> Itera
     except ServerRefusal as error:
         if error.status >= 500 or error.status in BUSY:
             raise ServerFailed(str(error)) from error
-        raise RunError(f"{flag} {error}{advice(error.what)}") from error
+        raise RunError(f"{flags.url} {error}{advice(error.what) or _on_status(error.status, flags)}") from error
+
+
+def _on_status(status: int, flags: Flags) -> str:
+    """What to do about a refusal by its HTTP status, as the end of a line."""
+    if status in (401, 403):
+        return f"; check {flags.key}, the environment variable with the key"
+    return f"; check {flags.model}, and the path in {flags.url}" if status == 404 else ""
 
 
 class Dispatch(Generic[Server, Answer]):

@@ -41,8 +41,8 @@ SCORE_PROMPT = (
 
 class CachedJudge:
     """Asks a model questions under fixed instructions. Answers that are ``valid`` are kept on disk, so that a question
-    is paid for once. ``asked`` counts questions sent, ``cached`` those found on disk. It is the one server of a
-    :class:`prefopt.core.dispatch.Dispatch`."""
+    is paid for once. ``asked`` counts questions that the server answered, ``cached`` those found on disk. It is the
+    one server of a :class:`prefopt.core.dispatch.Dispatch`."""
 
     def __init__(
         self,
@@ -69,7 +69,8 @@ class CachedJudge:
     def answers(
         self, questions: Sequence[str], *, at_once: int | None = None, pause: Callable[[], None] = lambda: None
     ) -> list[str]:
-        """The answers, equal questions asked once. ``pause`` is called now and then, and may raise. Raises
+        """The answers, equal questions asked once. ``pause`` is called several times a second, also while the server is
+        silent, and may raise: questions that wait then are given up. Raises
         :class:`prefopt.core.dispatch.ServersLost` where the server fails, and :class:`RunError` where it refuses."""
         self.lost = ""
         at_once = AT_ONCE if at_once is None else at_once
@@ -86,8 +87,7 @@ class CachedJudge:
                 pause=self._pause,
                 remedy=self._remedy,
             )
-            found |= dict(zip(part, requests.run(), strict=True))
-            pause()
+            found |= dict(zip(part, requests.run(lambda answer: pause()), strict=True))
         return [found[question] for question in questions]
 
     def __call__(self, question: str) -> str:
@@ -101,22 +101,26 @@ class CachedJudge:
         except Exception:  # absent or damaged: ask again
             answer = None
         known = answer is not None and self._valid(answer)  # what is valid may have changed since
-        with self._turn:
-            self.cached += known
-            self.asked += not known
         if answer is not None and known:
+            self._count(cached=1)
             return answer
         answer = self._ask(question)
+        self._count(asked=1)
         if self._valid(answer):
             write_json(path, {"judge": self.name, "answer": answer})
         return answer
+
+    def _count(self, *, asked: int = 0, cached: int = 0) -> None:
+        with self._turn:
+            self.asked += asked
+            self.cached += cached
 
     def _ask(self, question: str) -> str:
         messages = (Message("system", self._instructions), Message("user", question))
         answer = ""
         for attempt in range(ATTEMPTS):
             try:
-                with failures(FLAGS.url):
+                with failures(FLAGS):
                     answer = "".join(self._model.answer(messages, attempt))
             except ContextLengthError as error:
                 return f"no verdict: {error}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from prefopt.core.dispatch import AGAIN
 from prefopt.generate.judged import CachedJudge
@@ -45,11 +45,17 @@ class LanguageJudge:
         asked, cached = self._judge.asked, self._judge.cached
         return f"{asked} questions were asked of {self.name}, {cached} answers came from the cache"
 
-    def votes(self, asked: Sequence[tuple[str, str, str]], *, at_once: int | None = None) -> list[Vote]:
+    def votes(
+        self,
+        asked: Sequence[tuple[str, str, str]],
+        *,
+        at_once: int | None = None,
+        pause: Callable[[], None] = lambda: None,
+    ) -> list[Vote]:
         """The votes on prompts with two responses each, skipped where the judge gives no verdict; ``at_once``:
-        questions that wait for the server at the same time. Raises as :meth:`CachedJudge.answers`."""
+        questions that wait for the server at the same time. ``pause`` and errors: as :meth:`CachedJudge.answers`."""
         questions = [_question(*one) for p, first, second in asked for one in ((p, first, second), (p, second, first))]
-        answers = self._judge.answers(questions, at_once=at_once)
+        answers = self._judge.answers(questions, at_once=at_once, pause=pause)
         return [_vote(*both) for both in zip(answers[::2], answers[1::2], strict=True)]
 
 

@@ -21,12 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from prefopt.core.dispatch import ServerFailed, failures
-from prefopt.core.endpoint import Endpoint, Reply, ServerRefusal, Unreachable
+from prefopt.core.endpoint import Endpoint, Flags, Reply, ServerRefusal, Unreachable
 from prefopt.errors import ConfigError, RunError
 from prefopt.generate.completion import Completion, Wanted, flawed, read_completion
 from prefopt.generate.sampler import SamplingParams
 
-FLAG = "--rollout-server"
+FLAGS = Flags("--rollout-server", "--rollout-key", "--rollout-model")
+FLAG = FLAGS.url
 VERSION_HEADER = "x-weight-version"
 ABSENT = ("not found", "method not allowed", "not implemented", "")
 """What servers say of a path that they do not have; of a folder or model they say more."""
@@ -137,7 +138,7 @@ class RolloutServer:
                 ) from error
 
     def _ask(self, wanted: Wanted, model: str, params: SamplingParams, name: str) -> Reply:
-        with failures(FLAG):
+        with failures(FLAGS):
             try:
                 return self.endpoint.ask("completions", wanted.request(model, params, name), timeout=self.timeout)
             except ServerRefusal as error:

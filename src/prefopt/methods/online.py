@@ -174,7 +174,7 @@ def _comparer(run: Run) -> Comparer | None:
     config, world = run.config, run.world
     if config.judge == "llm":
         judge = LanguageJudge(config.judge_url, config.judge_model, key_variable=config.judge_key)
-        return LanguageComparer(judge, world, config.judge_parallel)
+        return LanguageComparer(judge, world, config.judge_parallel, run.stop)
     if config.judge == "people":
         path, title = Path(config.study), f"Responses of {Path(config.output).name}"
         if path.exists():  # another file of that name is refused here

@@ -195,7 +195,9 @@ def _train(
         token_budget=token_budget,
         inspect=partial(rounds.inspect, run.reporter),
     )
-    return train(run, trainer, policy, tokenizer, ends)
+    state = train(run, trainer, policy, tokenizer, ends)
+    rounds.watch.after(trainer, state.step)  # the last checkpoint is there: a run whose judge is lost goes on from it
+    return state
 
 
 def _more_to_stay(held_out: PromptSet | None, ptx: PtxTerm | None) -> dict[str, tuple[Any, str]]:

@@ -15,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from prefopt.core.dispatch import ServerFailed, failures
-from prefopt.core.endpoint import Endpoint, ServerRefusal
+from prefopt.core.endpoint import Endpoint, Flags, ServerRefusal
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ConfigError, ModelError
 
-FLAG = "--teacher"
+FLAGS = Flags("--teacher", "--teacher-key", "--teacher-model")
+FLAG = FLAGS.url
 TIMEOUT = 600.0
 MOST_MASS = 1 + 1e-3
 """What probabilities may add up to, with the rounding of their logarithms."""
@@ -73,7 +74,7 @@ class TeacherServer:
             "add_special_tokens": False,
             "stream": False,
         }
-        with failures(FLAG, _remedy):
+        with failures(FLAGS, _remedy):
             answer = self.endpoint.ask("completions", body, timeout=self.timeout).body
         return self._read(answer, body["prompt"])
 

@@ -13,15 +13,13 @@ if TYPE_CHECKING:
 
 
 def collect(
-    trainer: Trainer, collector: Collector, step: int, prompts: Sequence[int], *, pauses: bool = True
+    trainer: Trainer, collector: Collector, step: int, prompts: Sequence[int]
 ) -> tuple[Rollouts, dict[str, float]]:
-    """Rollouts, and the seconds of each phase. Where memory runs out, with half the token budget. ``pauses``: a stop
-    request is followed while they are drawn, with a checkpoint: not where a step is half over. Raises as
-    :meth:`Collector.collect`."""
+    """Rollouts, and the seconds of each phase. Where memory runs out, with half the token budget. A stop request is
+    followed while they are drawn, with a checkpoint. Raises as :meth:`Collector.collect`."""
 
     def progress(ended: int, drawn: int) -> None:
-        if pauses:
-            trainer.pause()
+        trainer.pause()
 
     while True:
         try:

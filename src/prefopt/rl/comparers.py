@@ -12,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Protocol
 
+from prefopt.core.terminal import StopRequest
 from prefopt.data.group import Group
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.tokenizer import Tokenizer
@@ -81,11 +82,16 @@ class Unscored(TextRewardScorer):
         return [0.0 for group in groups for _ in group.continuations]
 
 
-class LanguageComparer:
-    """A language model, asked of every pair in both orders, ``parallel`` questions at once by each rank."""
+class Abandoned(Exception):
+    """Questions were given up because this rank has a stop request, which the others may not know yet."""
 
-    def __init__(self, judge: LanguageJudge, world: World, parallel: int) -> None:
-        self._judge, self._world, self._parallel = judge, world, parallel
+
+class LanguageComparer:
+    """A language model, asked of every pair in both orders, ``parallel`` questions at once by each rank, until there is
+    a ``stop`` request."""
+
+    def __init__(self, judge: LanguageJudge, world: World, parallel: int, stop: StopRequest) -> None:
+        self._judge, self._world, self._parallel, self._stop = judge, world, parallel, stop
         self.model = judge.model
         self.words = f"{judge.name}, which compares in both orders"
 
@@ -97,7 +103,11 @@ class LanguageComparer:
         found: dict[tuple[int, str, str], float] = {}
         for first in range(0, len(questions[:: world.size]), at_once):
             part = mine[first : first + at_once]
-            found |= world.together(lambda part=part: self._asked(answered, part))  # type: ignore[misc]
+            try:
+                found |= world.together(lambda part=part: self._asked(answered, part))  # type: ignore[misc]
+            except Abandoned:
+                pause()  # now all ranks know, and this raises
+                raise
             pause()
         every: list[dict[tuple[str, str], float]] = [{} for _ in answered]
         parts = world.gather(found)
@@ -116,8 +126,12 @@ class LanguageComparer:
         self, answered: Sequence[Answered], questions: Sequence[tuple[int, str, str]]
     ) -> dict[tuple[int, str, str], float]:
         asked = [(prompt_text(answered[n].prompt), first, second) for n, first, second in questions]
-        votes = self._judge.votes(asked, at_once=self._parallel)
+        votes = self._judge.votes(asked, at_once=self._parallel, pause=self._refuse_stopped)
         return dict(zip(questions, map(_outcome, votes), strict=True))
+
+    def _refuse_stopped(self) -> None:
+        if self._stop.signal is not None:
+            raise Abandoned
 
 
 def _outcome(vote: Vote) -> float:

@@ -129,8 +129,8 @@ class OnlineRounds(Rounds):
         else:  # what one response wins another loses: their mean says nothing
             found = {name: value for name, value in found.items() if name not in OF_SCORES}
             every = [x for many in final.outcomes for _, _, x in many]
-            found["round/ties"] = float(sum(x == 0.5 for x in every))
-            found["round/undecided"] = float(sum(math.isnan(x) for x in every))
+            found["round/ties"] = sum(x == 0.5 for x in every) / len(every)
+            found["round/undecided"] = sum(math.isnan(x) for x in every) / len(every)
         return found
 
 

@@ -62,7 +62,11 @@ class PpoRounds(Rounds):
         self.scale = ScoreScale() if config.normalise_scores != "none" else None
 
     def before(self, trainer: Trainer) -> None:
-        """Measure the model, and the scores of the reference."""
+        """Watch what the step before made of the policy; before the first one, measure the model and the scores of the
+        reference."""
+        if trainer.state.step:
+            self.watch.after(trainer, trainer.state.step)
+            return
         self.watch.before(trainer)
         if self.scale is not None and self.config.normalise_scores == "reference":
             self.scale = scale = reference_scale(trainer, self.reference)
@@ -111,14 +115,13 @@ class PpoRounds(Rounds):
         return AuxiliaryLoss(self.ptx.objective, self.ptx.batch(number), self.ptx.coefficient, "loss/ptx_avg")
 
     def end(self, trainer: Trainer, record: Record) -> Record:
-        """As of all rounds; the KL controller takes its step, samples are kept, and the policy is watched."""
+        """As of all rounds; the KL controller takes its step, and samples are kept."""
         assert self.round is not None
         rollouts, step = self.round.rollouts, trainer.state.step
         record = super().end(trainer, record | {"policy/updates_skipped": float(self._skipped)})
         self.kl = self.kl.after(self._measured["objective/kl"], len(rollouts.score_N))
         if trainer.world.first:
             self.samples.write(step + 1, self.order.batch(step).tolist(), rollouts)
-        self.watch.after(trainer, step + 1)
         return record
 
     def state(self) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from prefopt.reference.identity import identity_of_name
 from prefopt.rewards import Function, Reward, load_reward
 
 TRUE = "true_reward"
+GIVEN = "function given in Python"
+"""The source of a function that no name leads to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +39,11 @@ class Rewards:
 
     @classmethod
     def of(cls, config: ComponentOptions, given: Function | None = None) -> Rewards:
-        """Find the functions and ask the server of a judge. ``given`` replaces ``config.reward``. Raises
-        :class:`prefopt.errors.UserError`."""
+        """Find the functions and ask the server of a judge. ``given`` replaces ``config.reward``, whose words may be
+        the name of another reward. Raises :class:`prefopt.errors.UserError`."""
         true = config.true_term
-        terms = config.reward_terms if given is None else [RewardTerm("reward", config.reward_words)]
-        texts = {config.reward_words: Reward(config.reward_words, given)} if given is not None else {}
+        terms = config.reward_terms if given is None else [RewardTerm("reward", GIVEN)]
+        texts = {GIVEN: Reward(config.reward_words, given)} if given is not None else {}
         for term in [*terms, *([true] if true else [])]:
             if term.source not in texts and not term.is_model:
                 texts[term.source] = _llm(config) if term.source == LLM else load_reward(term.source)

@@ -298,7 +298,7 @@ class Collector:
             text = prompt_text(self.prompts.rows[prompts[n // self.num]])
             raise RunError(
                 f"the reward ({self.judge.words}) gave {scores[n]:g} for a response to {text[:60]!r}; beyond"
-                f" {LARGEST_SCORE:g} the critic's squared errors overflow: scale or bound the reward"
+                f" {LARGEST_SCORE:g} squares of scores overflow float32: scale or bound the reward"
             )
 
     @torch.no_grad()

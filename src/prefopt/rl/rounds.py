@@ -61,7 +61,7 @@ class Rounds(BatchSource):
         self._measured: Record = {}
 
     def before(self, trainer: Trainer) -> None:
-        """Called before the first responses of a run are drawn."""
+        """Called before the responses of a step are drawn."""
 
     def judge(self, trainer: Trainer, drawn: Round) -> Round:
         """The round with the judge's word; called unless a checkpoint had it."""
@@ -94,8 +94,7 @@ class Rounds(BatchSource):
         """The responses of a checkpoint, that a judge has not seen yet, or new ones."""
         step = trainer.state.step
         if self.round is None:
-            if step == 0:
-                self.before(trainer)
+            self.before(trainer)
             self.round = self.draw(trainer)
             self._refuse_far(step, self.round.rollouts)
         return self.round
@@ -149,6 +148,13 @@ class Rounds(BatchSource):
 
     def state(self) -> dict[str, Any]:
         return {"episodes": self.episodes}
+
+    @property
+    def holds(self) -> str:
+        """Whether the round of the step at hand is drawn or also judged."""
+        if self.round is None:
+            return ""
+        return "judged" if self.round.judged else "drawn"
 
     def tensors(self) -> dict[str, torch.Tensor] | None:
         """The round of the step at hand, judged or not."""

@@ -127,6 +127,12 @@ class StudentBatches(DataBatches):
         self._drawn = None
         return record
 
+    @property
+    def holds(self) -> str:
+        """Whether there are samples that a server drew, for the step at hand."""
+        remote = self._sampler is not None and self._sampler.remote
+        return "drawn" if self._restored is not None or (remote and self._drawn is not None) else ""
+
     def tensors(self) -> dict[str, torch.Tensor] | None:
         """The samples of the step at hand, if a server drew them."""
         if self._drawn is None or self._sampler is None or not self._sampler.remote:

@@ -20,7 +20,7 @@ from prefopt.rl.rollouts import Collector, Rollouts
 from prefopt.rl.scores import ScoreScale
 from prefopt.runs.findings import Finding
 from prefopt.runs.hacking import BEFORE, hacking
-from prefopt.runs.history import read_history
+from prefopt.runs.history import read_history, read_metrics
 from prefopt.runs.metrics import Record, note
 
 if TYPE_CHECKING:
@@ -72,10 +72,12 @@ class Watch:
             self.known = True
 
     def after(self, trainer: Trainer, step: int) -> None:
-        """Measure the weights after ``step`` where that is due, and say what in the metrics is a sign that the reward
-        is exploited. The trainer follows a stop request right after this, when the step is counted."""
-        if self.held_out is not None and (step % self.every == 0 or step == self.steps):
-            record = self._measure(trainer, pauses=False)
+        """Measure the weights after ``step``, which is counted, where that is due and the metrics do not have it yet;
+        say what in the metrics is a sign that the reward is exploited. Raises
+        :class:`prefopt.core.dispatch.ServersLost` where no server is left that draws or judges."""
+        due = self.held_out is not None and (step % self.every == 0 or step == self.steps)
+        if due and not trainer.world.on_first(lambda: _is_measured(trainer, step)):
+            record = self._measure(trainer)
             trainer.metrics.write({"step": step, **{f"eval_{name}": value for name, value in record.items()}})
             trainer.reporter.say(f"step {step}: held out: {', '.join(note(record))}")
         if step % self.look_every == 0 or step == self.steps:
@@ -85,11 +87,17 @@ class Watch:
                     trainer.reporter.say(f"step {step}: {finding.text}")
 
     @phase("evaluation")
-    def _measure(self, trainer: Trainer, *, pauses: bool = True) -> Record:
+    def _measure(self, trainer: Trainer) -> Record:
         assert self.held_out is not None
         prompts = range(len(self.held_out.prompts.ids))
-        rollouts, _ = collect(trainer, self.held_out, NO_STEP, prompts, pauses=pauses)
+        rollouts, _ = collect(trainer, self.held_out, NO_STEP, prompts)
         return held_out_metrics(rollouts)
+
+
+def _is_measured(trainer: Trainer, step: int) -> bool:
+    """Whether the metrics have an evaluation of the weights after ``step``: a run that was killed since is resumed."""
+    lines = read_metrics(trainer.metrics.path.parent)
+    return any(line["step"] == step and any(name.startswith("eval_") for name in line) for line in lines)
 
 
 def _findings(trainer: Trainer) -> list[Finding]:

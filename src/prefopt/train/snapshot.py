@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from prefopt.train.trainer import Trainer
 
 
+def point_of(trainer: Trainer) -> tuple[int, int, str]:
+    """Complete steps, updates made since, and what the source holds: checkpoints of the same point are equal."""
+    return trainer.state.step, trainer.state.done, trainer.source.holds
+
+
 def take(trainer: Trainer) -> Checkpoint:
     """The state of a run. Tensors are the trainer's own, which the next update moves; all else is a copy."""
     networks, movement, source = trainer.networks.items(), trainer.movement, trainer.source

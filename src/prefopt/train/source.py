@@ -63,6 +63,12 @@ class BatchSource:
         """The batch of evaluations."""
         return None
 
+    @property
+    def holds(self) -> str:
+        """What :meth:`tensors` are, empty where there are none. It changes whenever they do within an update: a
+        checkpoint is written again then."""
+        return ""
+
     def state(self) -> dict[str, Any]:
         """JSON data for a checkpoint."""
         return {}

@@ -103,7 +103,7 @@ class Trainer:
     world: World = ALONE
     lockstep: bool = False
     _stop_signal: int | None = None
-    _saved: tuple[int, int] | None = None
+    _saved: tuple[int, int, str] | None = None
     _held_out: Batch | None = None
     _said: bool = False
 
@@ -363,7 +363,7 @@ class Trainer:
     def keep(self, *, due: bool = False) -> None:
         """Write a checkpoint, unless one of this state exists, and wait until it is there. One that is ``due`` is
         written while training goes on, if it does; callbacks are called when it is there."""
-        state, now = self.state, (self.state.step, self.state.done)
+        state, now = self.state, snapshot.point_of(self)
         wait = not due or state.step == self.steps or state.stopped_early
         if self._saved != now:
             assert not state.done or state.done < self.source.updates, "a step that is over cannot be resumed"
@@ -380,7 +380,7 @@ class Trainer:
             self.saver.save(snapshot.take(self), keep_last=self.keep_last, wait=wait, then=there)
             self._saved = now
         elif due:  # a callback asked for it
-            self.callbacks.saved(state.step, checkpoint.path_of(self.saver.folder, *now))
+            self.callbacks.saved(state.step, checkpoint.path_of(self.saver.folder, *now[:2]))
         if wait:
             self.saver.settle()
 
@@ -395,6 +395,6 @@ class Trainer:
         path, saved = found
         if (line := snapshot.restore(self, saved)) is not None:
             self.reporter.say(line)
-        self._saved = (self.state.step, self.state.done)
+        self._saved = snapshot.point_of(self)
         self.metrics.forget_after(self.state.step)
         self.reporter.say(f"resumed: {path}")
