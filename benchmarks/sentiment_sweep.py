@@ -28,8 +28,8 @@ from typing import Any
 from prefopt.config.frontier import FrontierConfig
 from prefopt.core.files import expanded, write_json
 from prefopt.core.yaml_file import read_document
+from prefopt.runs.history import POINTS
 from prefopt.sweeps import frontier
-from prefopt.sweeps.finished import POINTS
 from prefopt.sweeps.points import FILE, LISTS, Frontier
 
 DIGITS = 6
@@ -72,9 +72,12 @@ def _rounded(point: Mapping[str, Any]) -> dict[str, Any]:
 
 def restore(file: Path, folder: Path, prompts: Sequence[str] | None = None) -> int:
     """Begin a sweep in an empty ``folder`` with the points of ``file``. Returns their number. ``prompts``: where the
-    files of prompts are now; without them the points can be reported alone. Raises ``SystemExit`` for other prompts."""
+    files of prompts are now; without them the points can be reported alone. Raises ``SystemExit`` where one is missing,
+    and for other prompts."""
     kept = json.loads(file.read_text("utf-8"))
     if prompts is not None:
+        if missing := [name for name in prompts if not Path(expanded(name)).is_file()]:
+            raise SystemExit(f"--prompts {missing[0]}: no such file; make it as docs/results.md says")
         if kept.get("prompts") not in (None, digest_of(prompts)):
             raise SystemExit(f"--prompts {' '.join(prompts)} are not those of the points in {file}: give these")
         kept["sweep"]["options"]["prompts"] = list(prompts)
@@ -92,7 +95,9 @@ def stages(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def report(file: Path, config: str) -> Frontier:
-    """What the points of ``file`` say, and what is missing."""
+    """What the points of ``file`` say, and what is missing. Raises ``SystemExit`` where there are none."""
+    if not file.is_file():
+        raise SystemExit(f"{file}: no points yet; run this script without --report, or give --points")
     with tempfile.TemporaryDirectory() as folder:
         restore(file, Path(folder) / "sweep")
         options = json.loads((Path(folder) / "sweep/sweep.json").read_text("utf-8"))["options"]

@@ -137,6 +137,27 @@ def test_a_reward_model_and_the_implicit_reward_score_as_plain_transformers_woul
     np.testing.assert_allclose(written(out), own, atol=1e-6)
 
 
+@pytest.mark.parametrize("text", [True, False])
+def test_an_empty_answer_that_was_cut_off_is_scored_as_one_that_ended(text: bool, tmp_path: Path) -> None:
+    """As where stop tokens are not kept: nothing else of it can be scored."""
+    model = scalar_from(tiny_llama(), small_tokenizer())
+    model.save_pretrained(tmp_path / "r")
+    small_tokenizer().save_pretrained(tmp_path / "r")
+    scorer = load_row_scorer(ScoreConfig(files=["f"], output="o", reward=str(tmp_path / "r"), dtype="float32"))
+    ended, cut = (
+        Comparison(
+            (Message("user", "abc"),),
+            tuple(Response((Message("assistant", x),), cut=c) for x in ("", "ab")),
+            (),
+            1,
+            text=text,
+        )
+        for c in (False, True)
+    )
+    (of_ended, of_cut) = scorer([ended]) + scorer([cut])
+    assert of_cut[0] == pytest.approx(of_ended[0], abs=1e-6) and of_cut[1] != pytest.approx(of_ended[1], abs=1e-3)
+
+
 def test_an_empty_answer_of_a_model_is_scored_by_its_end_token(tmp_path: Path) -> None:
     """A sample may end at once: a sweep with a reward model must not end there, too."""
     model = scalar_from(tiny_llama(), small_tokenizer())

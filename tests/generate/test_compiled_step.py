@@ -19,6 +19,8 @@ from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.model.scorer import Scorer
 
 STOP = tuple(range(7, 21))
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+"""Of a model whose linear layers are large enough to be packed."""
 
 
 @pytest.fixture(autouse=True)
@@ -84,12 +86,11 @@ def test_one_graph_for_all_steps_rows_and_calls(name: str, expected: int, monkey
 @pytest.mark.slow
 def test_packed_layers_share_the_graph_from_call_to_call() -> None:
     """Float32, whose products are packed anew in every call; also two models of one class."""
-    wide = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
-    scorer = Scorer(build("llama", torch.float32, **wide))
+    scorer = Scorer(build("llama", torch.float32, **WIDE))
     with packed_linears(scorer.model) as number:
         assert number >= 4
     compare(scorer, "eager", rounds=2, atol=1e-5)
-    other = Scorer(build("llama", torch.float32, **wide))
+    other = Scorer(build("llama", torch.float32, **WIDE))
     compare(other, "eager", rounds=1, atol=1e-5)
     assert graphs() == 1
 
@@ -119,3 +120,14 @@ def test_generated_code_draws_the_same(name: str) -> None:
     """By inductor, on the CPU: windows and soft-caps too."""
     compare(Scorer(build(name)), "inductor", rounds=2, atol=1e-6)
     assert graphs() <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # by the compiler itself
+def test_generated_code_calls_packed_products() -> None:
+    """By inductor: packed layers are one opaque operator in its graph."""
+    scorer = Scorer(build("llama", torch.float32, **WIDE))
+    with packed_linears(scorer.model) as number:
+        assert number >= 4
+    compare(scorer, "inductor", rounds=2, atol=1e-5)
+    assert graphs() == 1

@@ -143,7 +143,7 @@ def test_operators_keep_their_contracts(stand_in: pytest.MonkeyPatch) -> None:
     }
     if torch.backends.mkldnn.is_available():
         weight = torch.randn(6, 8)
-        samples["prefopt::packed_linear"] = (torch.randn(4, 8), weight.to_mkldnn(), torch.randn(6), 6)
+        samples["prefopt::packed_linear"] = (torch.randn(4, 8), torch.ops.mkldnn._reorder_linear_weight(weight), torch.randn(6), 6)
     own = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("prefopt::")}
     assert own <= samples.keys(), "an operator without a sample here"
     for name, arguments in samples.items():

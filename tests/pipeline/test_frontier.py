@@ -313,7 +313,7 @@ def test_a_sweep_that_was_stopped_goes_on_and_comes_to_the_same(at: int, place: 
             break
         except Interrupted as stop:
             stops += 1
-            assert stops < 9 and "the same command again to continue" in str(stop)
+            assert stops < 9 and "run the same command again to continue" in str(stop)
     assert stops >= 1
     assert told(again.points) == told(whole.points)
 

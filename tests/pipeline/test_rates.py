@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import prefopt
 from pipeline.sweeping import PROMPTS, REWARD, count_loads, frontier_config
 from prefopt.config.frontier import FrontierConfig
+from prefopt.core.files import write_json
 from prefopt.errors import ConfigError, DataError, RunError
 from prefopt.evaluate.choices import ChoiceTask
 from prefopt.generate.model_io import SampledModel
 from prefopt.sweeps import frontier
-from prefopt.sweeps.points import Done, Frontier, read_frontier
+from prefopt.sweeps.points import Done, Frontier, Point, read_frontier
 from train.small import write_rows
 
 METHODS = ["dpo:beta=0.1,1", "rloo-learned:kl_target=3,6", "best-of:n=2,4"]
@@ -137,11 +139,13 @@ def test_a_sweep_at_one_rate_goes_on_with_others_and_is_reported_on_the_way(
 
     questions = [{"prompt": p, "responses": ["ab", "fd"], "order": [0, 1]} for p in ("a", "b", "c", "d")]
     more = given | {"rate_factors": ["1", "2"], "task": [write_rows(tmp_path / "task.jsonl", questions)]}
+    before = (output / "sweep.json").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(frontier, "train_once", lambda c, *_: pytest.fail(f"{c.output} is trained"))
         so_far = frontier.run(frontier_config(place, output, report_only=True, **more))
     assert not so_far.finished and so_far.points == first.points == read_frontier(output).points
-    assert so_far.done == (Done("dpo", 0, 2, 1, 1), Done("best-of", 0, 0, 1, 1))
+    assert so_far.done == (Done("dpo", 1, 2, 1, 1), Done("best-of", 0, 0, 1, 1)), "a trial was kept on the way"
+    assert (output / "sweep.json").read_bytes() == before and so_far.task is None, "no policy answered it"
 
     found = frontier.run(frontier_config(place, output, **more))
     assert found.finished and (output / "dpo/beta=0.1-seed0/model.safetensors").stat().st_mtime_ns == made
@@ -156,3 +160,56 @@ def test_a_sweep_at_one_rate_goes_on_with_others_and_is_reported_on_the_way(
     write_rows(tmp_path / "task.jsonl", questions[:3])
     with pytest.raises(RunError, match="a sweep with other questions than those of --task"):
         frontier.run(frontier_config(place, output, **more))
+
+
+@pytest.mark.slow
+def test_a_task_that_comes_later_is_answered_by_what_was_trained_on_an_adapter(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--model`` is an adapter: what is trained on it is one that names the base itself."""
+    monkeypatch.setattr("prefopt.train.budget.matmul_peak", lambda *_: 1e10)
+    rows = [{"prompt": p, "chosen": "ab", "rejected": "fd"} for p in "abcdef"]
+    made = {"output": str(tmp_path / "adapter"), "lora": True, "batch_size": 3, "eval_fraction": 0.0}
+    prefopt.dpo(str(place / "m"), rows, learning_rate=3e-2, device="cpu", dtype="float32", progress="none", **made)
+    given: dict[str, Any] = {"model": str(tmp_path / "adapter"), "methods": ["dpo:beta=0.1"]}
+    frontier.run(frontier_config(place, tmp_path / "out", **given))
+    questions = [{"prompt": p, "responses": ["ab", "fd"], "order": [0, 1]} for p in "abcd"]
+    task = [write_rows(tmp_path / "task.jsonl", questions)]
+    found = frontier.run(frontier_config(place, tmp_path / "out", task=task, **given))
+    for point, folder in zip(found.points, (tmp_path / "adapter", tmp_path / "out/dpo/beta=0.1-seed0"), strict=True):
+        policy = SampledModel(str(folder), device="cpu", dtype="float32")
+        assert point.task == ChoiceTask(task, policy.tokenizer, policy.context)(policy)
+
+
+def test_questions_are_the_same_by_any_name_and_others_if_a_file_in_their_folder_changed(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, row = tmp_path / "questions", {"prompt": "a", "responses": ["ab", "fd"], "order": [0, 1]}
+    folder.mkdir()
+    file = write_rows(folder / "q.jsonl", [row])
+    given = frontier_config(place, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    for name in (file, str(folder), "questions", "questions/q.jsonl", "questions/*.jsonl"):
+        frontier.take_folder(given, frontier.MAY_GROW, task=[name])
+    write_rows(folder / "q.jsonl", [row | {"order": [1, 0]}])
+    for name in (str(folder), "questions/*.jsonl"):
+        with pytest.raises(RunError, match="a sweep with other questions than those of --task"):
+            frontier.take_folder(given, frontier.MAY_GROW, task=[name])
+
+
+@pytest.mark.parametrize("factors", [["0.5", "2"], ["2", "0.5"], ["1", "2", "0.5"]])
+def test_while_rates_are_open_a_report_shows_the_rate_that_was_trained(
+    factors: list[str], place: Path, tmp_path: Path
+) -> None:
+    """A sweep that began with 0.5 times the rate of its method."""
+    numbers: dict[str, Any] = {"interval": (0.0, 0.2), "kl_se": 0.0, "length": 20.0, "rewards": (0.0, 0.2)}
+    start = Point("reference", "", 0, 0, reward=0.1, kl=0.0, kls=(0.0, 0.0), folder="reference", **numbers)
+    name = "dpo/beta=0.1-seed0-rate0.5"
+    trained = replace(start, method="dpo", setting="beta=0.1", factor=0.5, kl=2.0, kls=(1.0, 3.0), folder=name)
+    given = frontier_config(place, tmp_path / "out", rate_factors=factors, tune=3, report_only=True)
+    frontier.take_folder(given, frontier.MAY_GROW)
+    for point in (start, trained):
+        write_json(tmp_path / "out" / point.folder / "points.json", [asdict(point)])
+    found = frontier.run(given)
+    assert [(p.method, p.factor) for p in found.points] == [("reference", 1.0), ("dpo", 0.5)]
+    assert "dpo at 0.5 times its rate" in "\n".join(found.lines())

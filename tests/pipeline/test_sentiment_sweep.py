@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,40 @@ def test_points_that_were_kept_are_those_of_the_sweep_that_goes_on(
     monkeypatch.setattr("prefopt.train.budget.matmul_peak", lambda *_: 1e10)
     more = frontier.run(replace(config, seeds=2))
     assert len(more.points) == len(second.points) + 2, "another seed of the two that train"
+
+
+def test_points_of_a_single_rate_are_kept_for_a_sweep_that_goes_on_with_several(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those of a version that kept no point of the rate: its training is made again, beside the points."""
+    given: dict[str, Any] = {"methods": ["dpo:beta=0.1", "best-of:n=2"], "tune": 3}
+    first = frontier.run(frontier_config(place, tmp_path / "first", rate_factors=["1"], **given))
+    assert first.finished and first.tuning == ()
+    assert script().save(tmp_path / "first", tmp_path / "kept.json") == len(first.points) + 2
+    trained, train = list[str](), frontier.train_once
+    monkeypatch.setattr(frontier, "train_once", lambda c, *rest: (trained.append(Path(c.output).name), train(c, *rest)))
+    several = frontier_config(place, tmp_path / "second", rate_factors=["1", "2"], **given)
+    script().restore(tmp_path / "kept.json", tmp_path / "second", [str(place / "p.txt")])
+    second = frontier.run(several)
+    assert second.finished and set(trained) == {"beta=0.1-seed0-rate2"}
+
+    old = tmp_path / "old"
+    script().restore(tmp_path / "kept.json", old, [str(place / "p.txt")])
+    shutil.rmtree(old / "tune")
+    kept = (old / "dpo/beta=0.1-seed0/points.json").read_bytes()
+    again = frontier.run(replace(several, output=str(old)))
+    assert (old / "dpo/beta=0.1-seed0/points.json").read_bytes() == kept
+    for one, two in zip(second.tuning, again.tuning, strict=True):
+        assert (one.factor, one.chosen) == (two.factor, two.chosen) and one.area == pytest.approx(two.area, abs=1e-5)
+
+
+def test_a_report_without_points_and_prompts_that_are_missing_are_said(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no points yet; run this script without --report"):
+        script().report(tmp_path / "none.json", "prefopt:recipes/frontier.yaml")
+    write_json(tmp_path / "kept.json", {"prompts": "0123", "points": {}, "sweep": {"options": {}}})
+    with pytest.raises(SystemExit, match=r"away\.txt: no such file"):
+        script().restore(tmp_path / "kept.json", tmp_path / "out", [str(tmp_path / "away.txt")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_kept_points_are_reported_with_what_is_missing_on_a_machine_without_their_prompts(tmp_path: Path) -> None:

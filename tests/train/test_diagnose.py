@@ -261,6 +261,10 @@ def test_rows_that_are_memorised_are_seen_beside_those_held_out_and_rarely_by_ch
         write(tmp_path, held_out=NONE_HELD_OUT, training={"loss": even, "epoch": PASSES})
         false += "memorised" in names(tmp_path)
     assert false <= 10, false
+    easy_first = {"loss": noisy(lambda t: LN2 + 0.2 * (round(t * (N - 1)) % 20) / 20, 0.02), "epoch": PASSES}
+    for shuffle in (True, False):  # nothing is learned; in one order the loss falls from hard rows to easy ones
+        write(tmp_path, held_out=NONE_HELD_OUT, training=easy_first, record={"options": {"shuffle": shuffle}})
+        assert ("memorised" in names(tmp_path)) == shuffle
 
 
 def test_every_sentence_is_tested_both_ways() -> None:

@@ -17,8 +17,9 @@ ATTEMPTS = 4
 PAUSE = 0.5
 """Seconds before the second attempt, doubled before every other."""
 LOOK_EVERY = 0.2
-DRAIN = 30.0
 """Seconds between two looks at whether to stop, where no answer comes."""
+DRAIN = 30.0
+"""Most seconds to wait, after an error, for answers on their way."""
 
 
 BUSY = (408, 425, 429)

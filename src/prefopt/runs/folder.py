@@ -17,7 +17,7 @@ from prefopt.core.options import flag
 from prefopt.data.group import Group, IntArray, PicturedIds
 from prefopt.data.table import GroupTable
 from prefopt.errors import RunError
-from prefopt.runs.history import RECORD, WORKING, in_use, read_metrics, read_record
+from prefopt.runs.history import POINTS, RECORD, WORKING, in_use, read_metrics, read_record
 
 FREE = frozenset(
     "resume overwrite shard progress save_every keep_last output dry_run track track_project samples".split()
@@ -188,8 +188,9 @@ def check_output(path: Path, *, resume: bool, overwrite: bool = False) -> dict[s
             _tidy(path, before)
             raise RunError(f"--resume: the run in {path} is finished; to train further, name its folder as --model")
         return before
-    if path.exists() and any(not entry.name.startswith((".run.json.", _LOCK)) for entry in path.iterdir()):
-        # (A run killed in its first moment leaves only its lock and its record, half written.)
+    if path.exists() and any(not entry.name.startswith((".run.json.", _LOCK, POINTS)) for entry in path.iterdir()):
+        # (A run killed in its first moment leaves only its lock and its record, half written; a sweep may have points
+        # of a training that was made on another machine.)
         raise RunError(f"--output {path} is not empty and holds no run of prefopt; name another folder")
     return None
 

@@ -27,6 +27,8 @@ from prefopt.core.options import RENAMED
 from prefopt.errors import RunError
 
 RECORD, METRICS = "run.json", "metrics.jsonl"
+POINTS = "points.json"
+"""What a sweep measured of a run. It may be there before the run: a sweep goes on from points made elsewhere."""
 WORKING = "working_folder"
 """The key of ``run.json`` with the folder that relative paths among the options are read from; empty: not known."""
 LARGEST_COUNT = 2**53

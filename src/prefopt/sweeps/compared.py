@@ -76,9 +76,18 @@ def _done(sweep: Frontier) -> Table:
         "Finished so far",
         ("method", "trials of rates", "trainings"),
         tuple(rows),
-        "All other tables hold what is finished. Where not all rates of a method were tried, its trainings are those at"
-        " the rate as given",
+        f"All other tables hold what is finished{_open_rates(sweep)}",
     )
+
+
+def _open_rates(sweep: Frontier) -> str:
+    """By which rate methods are shown that have others to be tried."""
+    waiting = {d.method for d in sweep.done if d.tried < d.trials}
+    shown = dict.fromkeys((p.method, p.factor) for p in sweep.points if p.method in waiting)
+    if not shown:
+        return ""
+    words = ", ".join(f"{method} at {factor:g} times its rate" for method, factor in shown)
+    return f". Methods of which not all rates were tried are shown by the first that was trained: {words}"
 
 
 def _kl(target: float) -> str:

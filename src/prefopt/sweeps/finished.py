@@ -15,12 +15,11 @@ from prefopt.config.frontier import ONLINE, TRAINED_BY, FrontierConfig, Training
 from prefopt.core.files import parsed, read_json
 from prefopt.errors import RunError
 from prefopt.model.costs import combine_costs
-from prefopt.runs.history import RECORD, History, read_history, read_record
+from prefopt.runs.history import POINTS, RECORD, History, read_history, read_record
 from prefopt.sweeps.data import made_from
 from prefopt.sweeps.fixed_kl import area_under
 from prefopt.sweeps.points import Done, Frontier, Point, Trial, plateau
 
-POINTS = "points.json"
 TUNE = "tune"
 """Folder of the policies on the prompts for choosing rates, in folders of their trainings' names."""
 SAMPLES = "samples"
@@ -29,8 +28,8 @@ SAMPLES = "samples"
 
 def finished_points(config: FrontierConfig) -> Frontier:
     """The sweep in the folder of ``config``, as far as it has come. Of a method with rates still to be tried, the
-    trainings at its given rate are the results so far. Raises :class:`RunError` where not even the reference was
-    measured, and for a damaged file."""
+    trainings at the first rate that has any are the results so far. The task is named where the reference answered it.
+    Raises :class:`RunError` where not even the reference was measured, and for a damaged file."""
     folder = Path(config.output)
     start = read_points(folder / "reference")
     if not start or start[0].reward is None:
@@ -54,7 +53,7 @@ def finished_points(config: FrontierConfig) -> Frontier:
         tuple(tuning),
         config.judge,
         config.seconds,
-        None if config.task is None else tuple(config.task),
+        tuple(config.task) if config.task is not None and start[-1].task else None,
         done,
     )
 
@@ -73,10 +72,24 @@ def tried_rates(config: FrontierConfig, trials: Sequence[Training]) -> list[Tria
 
 
 def planned(config: FrontierConfig, tuning: Sequence[Trial]) -> list[Training]:
-    """All trainings: at the chosen rates, and at the given one where none is chosen yet."""
-    given = 1.0 if 1.0 in config.factors else config.factors[0]
+    """All trainings: at the chosen rates; where none is chosen yet, at the first one that has points."""
     chosen = {trial.method: trial.factor for trial in tuning if trial.chosen}
-    return list(config.trainings({method: chosen.get(method, given) for method in TRAINED_BY}))
+    rates = {method: chosen.get(method) or _first_trained(config, method) for method in TRAINED_BY}
+    return list(config.trainings(rates))
+
+
+def _first_trained(config: FrontierConfig, method: str) -> float:
+    """The first rate at which a training of the first seed has points, the one as given before all others."""
+    factors = sorted(config.factors, key=lambda factor: factor != 1.0)
+    for factor in factors:
+        for one in config.trainings({method: factor}):
+            if (one.method, one.seed) == (method, config.seed) and _is_measured(config, one):
+                return factor
+    return factors[0]
+
+
+def _is_measured(config: FrontierConfig, one: Training) -> bool:
+    return (Path(config.output) / one.folder / POINTS).exists()
 
 
 def _points_of(config: FrontierConfig, one: Training, start: float) -> list[Point]:
@@ -93,7 +106,7 @@ def _done(config: FrontierConfig, trials: Sequence[Training], trainings: Sequenc
     found = []
     for method in dict.fromkeys(one.method for one in trainings):
         tried = [(folder / TUNE / one.folder / POINTS).exists() for one in trials if one.method == method]
-        trained = [(folder / one.folder / POINTS).exists() for one in trainings if one.method == method]
+        trained = [_is_measured(config, one) for one in trainings if one.method == method]
         found.append(Done(method, sum(tried), len(tried), sum(trained), len(trained)))
     return tuple(found)
 

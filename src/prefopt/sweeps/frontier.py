@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from prefopt.config.frontier import FrontierConfig, Training
 from prefopt.config.methods import MethodConfig
@@ -26,8 +27,9 @@ from prefopt.methods.rlhf import started_again
 from prefopt.model.load import local_folder
 from prefopt.model.precision import scoring_dtype
 from prefopt.runs.callbacks import Callback, Metrics, RunInfo
+from prefopt.runs.history import POINTS
 from prefopt.sweeps.data import Measure, Measurement, prepare_data, true_reward
-from prefopt.sweeps.finished import POINTS, SAMPLES, TUNE, finished_points, planned, read_points, tried_rates
+from prefopt.sweeps.finished import SAMPLES, TUNE, finished_points, planned, read_points, tried_rates
 from prefopt.sweeps.points import Frontier, Point
 from prefopt.sweeps.timing import TIMED, steps_within, timed
 from prefopt.sweeps.train import model_of, take_folder, train_once
@@ -55,9 +57,9 @@ def run(config: FrontierConfig) -> Frontier:
         return _FrontierSweep(config).run()
 
 
-def holds_model(name: str) -> bool:
-    """Whether a folder has weights, or the name is no folder but one on the Hub."""
-    return not Path(name).is_dir() or (Path(name) / "config.json").is_file() or is_adapter(name)
+def holds_model(folder: Path) -> bool:
+    """Whether the policy of a training is still in its folder."""
+    return (folder / "config.json").is_file() or is_adapter(folder)
 
 
 @dataclass
@@ -99,7 +101,8 @@ class _FrontierSweep:
             folder = self.folder / one.folder
             done = f", done already{self._other_steps(one, folder)}" if (folder / POINTS).exists() else ""
             self.reporter.say(f"{n} of {len(trainings)}: {one.method} {one.setting}, seed {one.seed}{done}")
-            self._once(folder, partial(self._points, one, folder))
+            self._keep_trial(one)
+            self._once(folder, partial(self._points, one, folder), one)
             self._write()
         self.reference.release()
         return self._write()
@@ -122,24 +125,34 @@ class _FrontierSweep:
         """Try every rate of every method with the first seed, equally often, on prompts that no result is reported of.
         The best one has the largest area under its settings' frontier there."""
         trials, config = list(self.config.trials()), self.config
-        if not trials:
+        if self.data.tune is None:
             return
-        assert self.data.tune is not None
-        measure = Measure(config, self.data.tune, self.reference, self.reward)
-        self._tuned("reference", lambda file: measure(config.model, file), Point("reference", "", 0, 0))
+        self._tuned("reference", partial(self._on_tune, {"name": config.model}), Point("reference", "", 0, 0))
         for n, one in enumerate(trials, 1):
             self.reporter.say(f"rate {n} of {len(trials)}: {one.method} {one.setting}, {one.factor:g} times its rate")
-            self._trial(one, measure)
+            self._trial(one)
             self._write()
         chosen = {trial.method: trial.factor for trial in tried_rates(config, trials) if trial.chosen}
         for one in trials:
             if one.factor != chosen[one.method]:
                 shutil.rmtree(self.folder / one.folder / "checkpoints", ignore_errors=True)
 
-    def _trial(self, one: Training, measure: Measure) -> None:
+    def _keep_trial(self, one: Training) -> None:
+        """With a single rate: measure a training of the first seed on the prompts for choosing rates too, while its
+        policy is there, so that the sweep may go on with several and train none of these again."""
+        folder = self.folder / one.folder
+        there = not (folder / POINTS).exists() or holds_model(folder)
+        if self.data.tune is not None and one.kind is not None and one.seed == self.config.seed and there:
+            self._trial(one)
+
+    def _trial(self, one: Training) -> None:
         """The end of a training on the prompts for choosing rates. Its checkpoints stay, since it may be chosen."""
         point = Point(one.method, one.setting, one.seed, 0, factor=one.factor)
-        self._tuned(one.folder, lambda file: measure(file=file, **model_of(self._train(one))), point)
+        self._tuned(one.folder, lambda file: self._on_tune(model_of(self._train(one)), file), point)
+
+    def _on_tune(self, policy: dict[str, Any], file: Path) -> Measurement:
+        assert self.data.tune is not None
+        return Measure(self.config, self.data.tune, self.reference, self.reward)(file=file, **policy)
 
     def _tuned(self, name: str, make: Callable[[Path], Measurement], point: Point) -> None:
         folder = self.folder / TUNE / name
@@ -193,25 +206,26 @@ class _FrontierSweep:
         self.reporter.say(f"equal cost: {config.seconds:g} processor seconds are {words}")
         return found
 
-    def _once(self, folder: Path, make: Callable[[], list[Point]]) -> None:
+    def _once(self, folder: Path, make: Callable[[], list[Point]], one: Training | None = None) -> None:
+        """The points of training ``one``, or of the reference, unless they are there."""
         place = str(folder.relative_to(self.folder))
         if not (folder / POINTS).exists():
             write_json(folder / POINTS, [asdict(p) | {"folder": place} for p in make()])
-        elif (points := self._with_task(folder)) is not None:
+        elif (points := self._with_task(folder, one)) is not None:
             write_json(folder / POINTS, [asdict(p) | {"folder": place} for p in points])
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only now: until here they were still to be measured
 
-    def _with_task(self, folder: Path) -> list[Point] | None:
+    def _with_task(self, folder: Path, one: Training | None) -> list[Point] | None:
         """The points of a training that was measured before ``--task`` was given, where its last policy is still
         there."""
         points = read_points(folder)
-        name = self.config.model if points[-1].method == "reference" else str(folder)
-        if self.measure.task is None or points[-1].task or not points[-1].kls or not holds_model(name):
+        if self.measure.task is None or points[-1].task or not points[-1].kls:
+            return None
+        if one is not None and not holds_model(folder):
             return None
         self.reporter.say(f"task: {folder.relative_to(self.folder)} is measured now")
-        adapter = name if is_adapter(name) and name != self.config.model else None
-        answers = self.measure.answers(self.config.model if adapter else name, adapter)
-        return [*points[:-1], replace(points[-1], task=answers)]
+        policy = {"name": self.config.model, "adapter": None} if one is None else model_of(self._config_of(one))
+        return [*points[:-1], replace(points[-1], task=self.measure.answers(**policy))]
 
     # -- one training ------------------------------------------------------------------------------------------
 

@@ -13,10 +13,11 @@ from typing import Any
 from prefopt.config.methods import METHODS, MethodConfig, method_of, read_options
 from prefopt.config.scoring import is_model_reward
 from prefopt.config.sweeps import SweepOptions
-from prefopt.core.files import expanded, output_errors, read_json, write_json
+from prefopt.core.files import output_errors, read_json, write_json
 from prefopt.core.model_folder import is_adapter
 from prefopt.core.options import flag
 from prefopt.core.terminal import StopRequest
+from prefopt.data.files.sources import find_sources
 from prefopt.errors import Diverged, Interrupted, RunError, UserError
 from prefopt.methods.rlhf import contents_of_name, status_of
 from prefopt.rewards import load_reward
@@ -33,7 +34,8 @@ def take_folder(
     """Start a sweep in its output folder, or continue one with the same options (apart from ``may_grow``), model,
     reward, ``judge`` and ``task``. What no method of it has read so far is not compared, and recorded once one does, as
     is a task that it begins without. Raises
-    :class:`RunError` for another sweep, or other content, and with ``begun`` where there is none yet."""
+    :class:`RunError` for another sweep, or other content, and with ``begun`` where there is none yet; then nothing is
+    written."""
     folder = Path(config.output)
     file = folder / "sweep.json"
     options = {name: value for name, value in config.to_dict().items() if name not in {*may_grow, *config.unread}}
@@ -41,7 +43,7 @@ def take_folder(
     if judge is not None:
         made_of["judge"] = _reward_of(judge)
     if task is not None:
-        made_of["task"] = _contents_of_files(task)
+        made_of["task"] = _contents_of_questions(task)
     now = {"command": type(config).__name__, "options": options, **made_of}
     if folder.exists() and not folder.is_dir():
         raise RunError(f"--output {folder} is a file; name a folder")
@@ -78,7 +80,7 @@ def take_folder(
         what = f"a sweep with other questions than those of --task {' '.join(task or ())}"
     else:
         kept = {**before, "options": {**old, **options}, "task": made_of.get("task") or before["task"]}
-        if kept != before:
+        if kept != before and not begun:
             write_json(file, kept)
         return
     raise RunError(f"--output {folder} holds {what}{'' if changed else ';'} name another folder")
@@ -89,12 +91,13 @@ def _reward_of(name: str) -> str | None:
     return contents_of_name(name) if is_model_reward(name) else load_reward(name).digest()
 
 
-def _contents_of_files(names: Sequence[str]) -> str:
-    """A digest of files, of the name of what is none."""
+def _contents_of_questions(names: Sequence[str]) -> str:
+    """A digest of the contents of all files of ``names``, by whatever names. Raises :class:`DataError` as
+    :func:`prefopt.data.files.sources.find_sources` does."""
     found = hashlib.sha256()
-    for name in names:
-        path = Path(expanded(name))
-        found.update(path.read_bytes() if path.is_file() else name.encode())
+    for source in find_sources(names):
+        path = source.path
+        found.update(path.read_bytes() if path is not None and path.is_file() else source.digest().encode())
     return found.hexdigest()
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from prefopt.data.chat.encoding import Encoded, Encoder, RenderedText
 from prefopt.data.chat.pictures import PictureProcessor, processor_digest, token_of_pictures
 from prefopt.data.chat.placing import all_but, expanded, pictures_of, placed_in, whole_pictures
-from prefopt.data.chat.responses import ResponseRenderer
+from prefopt.data.chat.responses import ResponseRenderer, cut_off
 from prefopt.data.chat.template import (
     ChatTemplate,
     Rendering,
@@ -244,7 +244,7 @@ class Renderer:
             return Problem("chat template", c.row, str(error), c.file)
         found: list[RenderedText] = []
         for steps, response in zip(texts, c.responses, strict=True):
-            last = _cut_off(steps[-1], response) if response.cut else steps[-1]
+            last = cut_off(steps[-1], response) if response.cut and not self._only_ends(response) else steps[-1]
             if last is None:
                 what = (
                     "a response was cut off at a length limit, and the chat template does not show where its text ends"
@@ -255,9 +255,15 @@ class Renderer:
             self._report(EOS_ADDED if self.rendering.add_eos else EOS_MISSING, once=True)
         return [replace(text, eos=text.eos and self.rendering.add_eos) for text in found]
 
+    def _only_ends(self, response: Response) -> bool:
+        """Whether a response to be scored is empty: its end token is then all that can be scored, cut off or not."""
+        last = response.messages[-1]
+        return self.scored and not last.content.strip() and not last.tool_calls
+
     def _plain_text(self, prompt: str, response: Response) -> RenderedText:
-        text = prompt + "".join(m.content for m in response.messages)
-        eos = not response.cut and self.rendering.add_eos
+        answer = "".join(m.content for m in response.messages)
+        text = prompt + answer
+        eos = self.rendering.add_eos and (not response.cut or (self.scored and not answer))
         eos = eos and not text.endswith(str(self.tokenizer.convert_ids_to_tokens(self._eos)))
         return RenderedText(text, ((len(prompt), len(text)),), bos=True, eos=eos)
 
@@ -385,18 +391,3 @@ class Renderer:
         counts = map(len, by_response(shorter))
         responses = (n + sum(islice(of_steps, count)) for n, count in zip(lost, counts, strict=True))
         return shorter, cut.prompt, tuple(responses)
-
-
-def _cut_off(text: RenderedText, response: Response) -> RenderedText | None:
-    """The text up to the end of its last words, without what the template puts behind them.
-
-    None where the last turn is not shown with its words as they are, or holds more than words.
-    """
-    last, (start, end) = response.messages[-1], text.spans[-1]
-    shown = text.text[start : end - text.close].rstrip()
-    # Its reasoning may stand behind a generation prompt that opens the block, without the tag that the words have.
-    words = next((w for m in (last, strip_reasoning(last)) if shown.endswith(w := m.content.strip())), "")
-    if not words or last.tool_calls:
-        return None
-    end = start + len(shown)
-    return replace(text, text=text.text[:end], spans=(*text.spans[:-1], (start, end)), eos=False, close=0)

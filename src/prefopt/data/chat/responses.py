@@ -31,7 +31,7 @@ from prefopt.data.chat.template import (
     split_reasoning,
     strip_reasoning,
 )
-from prefopt.records import Message
+from prefopt.records import Message, Response
 
 SHAPES = 4096  # conversation shapes whose omissions are remembered
 CHANGED = "the chat template changes the words of the answer"
@@ -293,3 +293,18 @@ def _answers(prompt: Turns, response: Turns) -> list[int]:
 def _reasoning(turn: Message) -> str:
     """The reasoning of a turn, in its field or at the start of its words; empty where it has none."""
     return (turn.reasoning or split_reasoning(turn.content)[0]).strip()
+
+
+def cut_off(text: RenderedText, response: Response) -> RenderedText | None:
+    """The text up to the end of its last words, without what the template puts behind them.
+
+    None where the last turn is not shown with its words as they are, or holds more than words.
+    """
+    last, (start, end) = response.messages[-1], text.spans[-1]
+    shown = text.text[start : end - text.close].rstrip()
+    # Its reasoning may stand behind a generation prompt that opens the block, without the tag that the words have.
+    words = next((w for m in (last, strip_reasoning(last)) if shown.endswith(w := m.content.strip())), "")
+    if not words or last.tool_calls:
+        return None
+    end = start + len(shown)
+    return replace(text, text=text.text[:end], spans=(*text.spans[:-1], (start, end)), eos=False, close=0)
