@@ -12,8 +12,9 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from collect.site import Client, Served, served
-from prefopt.collect.import_items import items_from_files
-from prefopt.config.collect import ImportOptions
+from model.vision import write_folder
+from prefopt.collect.import_items import items_from_files, items_from_models
+from prefopt.config.collect import CollectNewConfig, ImportOptions
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.pictures import decoded
 from prefopt.studies.export import ExportOptions, export_rows
@@ -83,3 +84,16 @@ def test_votes_are_exported_with_pictures(site: Served, pixels: list[np.ndarray]
     (c,) = parse_comparisons([row], "exported").comparisons
     assert np.array_equal(np.asarray(decoded(c.pictures[0])), pixels[0])
     assert SECRET not in c.pictures[0].data and SECRET not in site.study.path.read_bytes()
+
+
+def test_drawn_prompts_keep_pictures_in_files(pixels: list[np.ndarray], tmp_path: Path) -> None:
+    """Samples lie in a folder of their own and name the pictures of the prompts' folder."""
+    model = write_folder("llava", tmp_path / "llava")
+    user = [{"role": "user", "content": "What is it?"}]
+    rows = [{"images": [name], "prompt": user} for name in ("a.png", "b.png")]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    options = {"model": [str(model)], "prompts": [str(path)], "num": 2, "max_new_tokens": 6, "temperature": 2.0}
+    config = CollectNewConfig.from_dict({"study": str(tmp_path / "s.db"), "title": "Pictures", **options})
+    found = items_from_models(config, tmp_path / "samples")
+    assert not found.problems and len(found.items) == 2

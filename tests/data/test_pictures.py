@@ -197,6 +197,23 @@ def test_links_of_a_hub_snapshot_stay_inside(tmp_path: Path) -> None:
     assert [c.row for c in reading.comparisons] == [1] and [p.row for p in reading.problems] == [2]
 
 
+def test_a_folder_that_is_called_snapshots_is_not_one_of_the_hub(tmp_path: Path) -> None:
+    rows, blobs = tmp_path / "snapshots" / "2026", tmp_path / "blobs"
+    for folder in (rows, blobs):
+        folder.mkdir(parents=True)
+    (blobs / "s.png").write_bytes(picture().data)
+    user = [{"role": "user", "content": "hm"}]
+    reading = read_comparisons(written(rows, {"images": [str(blobs / "s.png")], "prompt": user, **ANSWERS}))
+    assert not reading.comparisons and "outside" in reading.problems[0].what
+    hub = tmp_path / "snapshots" / "hub" / "models--a--b"  # a cache that lies below such a folder
+    for folder in (hub / "snapshots" / "1", hub / "blobs"):
+        folder.mkdir(parents=True)
+    (hub / "blobs" / "s").write_bytes(picture().data)
+    (hub / "snapshots" / "1" / "a.png").symlink_to(Path("../../blobs/s"))
+    held = written(hub / "snapshots" / "1", {"images": ["a.png"], "prompt": user, **ANSWERS})
+    assert len(read_comparisons(held).comparisons) == 1
+
+
 def test_the_token_cache_keeps_the_folder_of_pictures(model: Path, files: Path, tmp_path: Path) -> None:
     """The same rows in another folder have the pictures of that one."""
     row = {"images": ["a.png"], "prompt": [{"role": "user", "content": "hm"}], **ANSWERS}

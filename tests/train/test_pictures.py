@@ -25,10 +25,11 @@ from prefopt.data.group import PicturedIds, Placed
 from prefopt.data.load import load_groups
 from prefopt.data.tokenizer import load_tokenizer
 from prefopt.errors import ConfigError, DataError, ModelError
+from prefopt.evaluate.judges import LlmJudge, Question
 from prefopt.evaluate.samples import kl_to_reference
 from prefopt.generate.chat_model import LocalChatModel
 from prefopt.generate.model_io import SampledModel
-from prefopt.generate.sampler import Sample, group_of
+from prefopt.generate.sampler import Sample, group_of, key_of
 from prefopt.model.architectures import causal_model, takes_pictures
 from prefopt.model.load import load_model
 from prefopt.model.packing import pack
@@ -232,6 +233,31 @@ def test_judges_are_not_shown_pictures(model: Path, data: Path, tmp_path: Path) 
     given: dict[str, Any] = {"model": str(model), "prompts": [str(data)], "output": str(tmp_path / "out")}
     with pytest.raises(DataError, match="judges are not shown"):
         prefopt.online(reward="people", study=str(tmp_path / "study"), **given, **DRAWN)
+    judge = LlmJudge.__new__(LlmJudge)  # without a server: it is not asked
+    with pytest.raises(DataError, match="--judge llm is not shown"):
+        judge([Question(read_comparisons(data).comparisons[0])])
+
+
+def test_prompts_that_differ_in_their_picture_have_random_numbers_of_their_own(model: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(model)
+    rows = [row(0, ("a", "b")), row(3, ("a", "b"))]  # pictures of one size
+    rows[1]["prompt"][0]["content"][1] = rows[0]["prompt"][0]["content"][1]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    first, second = (g.prompt for g in load_groups([str(path)], tokenizer).groups)
+    assert np.array_equal(np.asarray(first), np.asarray(second))
+    assert key_of(0, first, 0, 0) != key_of(0, second, 0, 0)
+    assert key_of(0, first, 0, 0) == key_of(0, first, 0, 0) != key_of(0, np.asarray(first), 0, 0)
+
+
+def test_the_token_of_pictures_is_not_drawn_from_a_model_in_python(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = load_model(str(model), dtype=torch.float32, device=torch.device("cpu"), pictures=True)
+    monkeypatch.chdir(write_folder("llava", tmp_path / "llava"))  # whose config.json is of another model
+    sampled = SampledModel("given", given=given, tokenizer=load_tokenizer(model))
+    sampled.pictures = True
+    assert sampled.never_drawn == (token_of_pictures(str(model)),)
 
 
 @pytest.mark.parametrize("family", FAMILY_PARAMS)

@@ -147,7 +147,8 @@ def items_from_models(config: CollectNewConfig, folder: Path) -> ImportedItems:
             remedy = "give the same options again, or remove this folder"
             raise RunError(f"{folder}: holds samples drawn with other options ({error}); {remedy}") from error
         paths.append(str(path))
-    return items_from_files(paths, ImportOptions(on_bad_row="skip"))  # rows with too few different responses
+    # Skipped are rows with too few different responses. Pictures were bounded when the prompts were read.
+    return items_from_files(paths, ImportOptions(on_bad_row="skip", picture_folder="/"))
 
 
 def _origins(c: Comparison, source: Source, recorded: ResponseOrigin | None, several: bool) -> list[ResponseOrigin]:

@@ -50,9 +50,15 @@ class ReadOptions(Config):
         words = list(self.columns or ())
         words += [f"--label-means={word}" for word in self.label_means or ()]
         words += [f"--ignore-columns={word}" for word in self.ignore_columns or ()]
-        if self.picture_folder is not None:  # whole, as keys of the token cache need it
-            words.append(f"--picture-folder={Path(expanded(self.picture_folder)).absolute()}")
+        words += self.picture_words or ()
         return words + ["--header=none"] * (self.header == "none") or None
+
+    @property
+    def picture_words(self) -> list[str] | None:
+        """The option on pictures alone, for files that the others are not about."""
+        if self.picture_folder is None:
+            return None
+        return [f"--picture-folder={Path(expanded(self.picture_folder)).absolute()}"]  # whole, for keys of caches
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -155,7 +155,7 @@ class RlhfConfig(MachineOptions, ProgressOptions, TemplateOptions, RowOptions):
             ours["model"] = str(self.folder("tuned" if self.adapts else "sft"))
         if name == "ppo":
             if self.prompts is not None:  # --format and the like are about the data
-                ours = {n: value for n, value in ours.items() if n not in READING}
+                ours = {n: value for n, value in ours.items() if n not in READING or n == "picture_folder"}
             ours |= {"prompts": self.prompts or self.data, "reward": str(self.folder("reward"))}
         given = parse_given(name, getattr(self, name) or ())
         place = f"--{name}"

@@ -80,9 +80,8 @@ class PictureFolder:
         """
         path = (self.path / text).absolute()
         bounds = [self.path.resolve()]
-        if "snapshots" in bounds[0].parts:
-            repository = bounds[0].parts[: bounds[0].parts.index("snapshots")]
-            bounds.append(Path(*repository, "blobs"))
+        if repository := _HUB_SNAPSHOT.match(bounds[0].as_posix()):
+            bounds.append(Path(repository[1], "blobs"))
         real = path.resolve()
         if not any(real.is_relative_to(bound) for bound in bounds):
             where = f"--picture-folder {self.path}" if self.named else f"{self.path}, the folder of the rows"
@@ -91,6 +90,8 @@ class PictureFolder:
         return path
 
 
+_HUB_SNAPSHOT = re.compile(r"(.*/(?:models|datasets|spaces)--[^/]+)/snapshots/[^/]+(?:/|$)")
+"""A folder within a revision in the Hub's cache; the group is its repository."""
 ANYWHERE = PictureFolder(Path("/"))
 """No bound: of rows that this program wrote, whose paths were checked when they were read."""
 

@@ -189,5 +189,7 @@ class LlmJudge(Judge):
         return [self._judge.words]
 
     def __call__(self, questions: Sequence[Question]) -> list[Vote]:
-        """Raises :class:`RunError` where no attempt is answered."""
+        """Raises :class:`RunError` where no attempt is answered, and :class:`DataError` for prompts with pictures."""
+        if any(q.pair.pictures for q in questions):
+            raise DataError("--prompts has pictures, which --judge llm is not shown; name another --judge")
         return self._judge.votes([(prompt_text(q.pair), *q.responses) for q in questions])

@@ -17,7 +17,6 @@ from transformers import GenerationConfig
 
 from prefopt.core.model_folder import NOT_QUANTISED
 from prefopt.data.chat.ends import end_of_turn
-from prefopt.data.chat.pictures import token_of_pictures
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.template import Rendering
 from prefopt.data.comparisons import open_comparisons
@@ -30,6 +29,7 @@ from prefopt.errors import ConfigError, DataError
 from prefopt.generate.sampler import Ids
 from prefopt.model.architectures import context_length
 from prefopt.model.load import base_and_adapter, load_config, load_model
+from prefopt.model.pictures import picture_token
 from prefopt.model.precision import MasterWeights, disable_dropout, resolve_device, resolve_dtype
 from prefopt.model.quantised import check_quantisable, chosen
 from prefopt.model.save import end_tokens, ids_of
@@ -84,7 +84,7 @@ class SampledModel:
             check_quantisable(self.quantise, config, name, self.device, self.dtype)
             with suppress(Exception):  # absent, or refused by transformers: the tokenizer's EOS is enough
                 self.generation_config = GenerationConfig.from_pretrained(self.source)
-        self.context = context_length(config)
+        self.context, self._picture_token = context_length(config), picture_token(config)
 
     @classmethod
     def of(cls, config: Any, *, given: Any = None, tokenizer: Any = None) -> SampledModel:
@@ -129,8 +129,7 @@ class SampledModel:
     @property
     def never_drawn(self) -> tuple[int, ...]:
         """The token in whose place features of pictures go, where the model is given some."""
-        token = token_of_pictures(self.source) if self.pictures else None
-        return () if token is None else (token,)
+        return () if self._picture_token is None or not self.pictures else (self._picture_token,)
 
     def stop_ids(self, renderer: Renderer) -> tuple[int, ...]:
         """Every token that ends a response: EOS, those of the generation config, the template's end of turn."""

@@ -278,8 +278,11 @@ _GOLDEN, _MIX1, _MIX2 = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E
 
 
 def key_of(seed: int, prompt: Ids, stream: int, sample: int) -> int:
-    """The key (64 bits, signed) of a prompt's ``sample``-th sample; ``stream``: see :func:`occurrences`."""
+    """The key (64 bits, signed) of a prompt's ``sample``-th sample, of its ids and pictures; ``stream``: see
+    :func:`occurrences`."""
     digest = hashlib.blake2b(np.asarray(prompt, "<i4").tobytes(), digest_size=8)
+    for p in pictures_in(prompt):
+        digest.update(p.picture.digest + p.start.to_bytes(8, "little"))
     digest.update(np.array([seed, stream, sample], "<i8").tobytes())
     return int.from_bytes(digest.digest(), "little", signed=True)
 

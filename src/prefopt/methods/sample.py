@@ -209,6 +209,7 @@ class _SampleRun:
             device=model.device,
             attention="auto",
             longest=self.longest,
+            pictures=model.pictures,
         )
         self.reporter.say(
             f"best of {self.config.best_of}, by {reward.words}: at most"

@@ -241,10 +241,15 @@ def _runs(mask: np.ndarray) -> Iterator[tuple[int, int]]:
     yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
 
 
+def picture_token(config: object) -> int | None:
+    """The token in whose place a model puts features of pictures; None of a model that takes none."""
+    found = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
+    return next((token for token in found if isinstance(token, int)), None)
+
+
 def _image_token(model: PreTrainedModel) -> int:
-    for name in ("image_token_id", "image_token_index"):
-        if isinstance(found := getattr(model.config, name, None), int):
-            return found
+    if (token := picture_token(model.config)) is not None:
+        return token
     raise ModelError(f"{type(model).__name__}: its config.json names no image token; copy it again")
 
 

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from prefopt.core.terminal import size
+from prefopt.errors import ModelError
 from prefopt.model.architectures import causal_model, layers_of, towers_of
 from prefopt.model.costs import memory_of
 from prefopt.model.placeholders import take_unread
@@ -38,6 +39,8 @@ def mesh_of(world: World, device: torch.device, *, hybrid: bool) -> Mesh:
     return init_device_mesh(device.type, (nodes, world.ranks.local_size), mesh_dim_names=("replicate", "shard"))
 
 
+CASTING = ("idefics3", "mistral3", "smolvlm")
+"""Model types whose towers cast pixels to the dtype of their weights, which in shards is float32 between passes."""
 ROOM = 0.6
 """Of a device's memory, what weights may take of it: the rest is for activations."""
 
@@ -83,6 +86,15 @@ def shard(
     return ShardedWeights(scorer, weights, mesh_of(world, device, hybrid=hybrid), dtype)
 
 
+def _refuse_casting(model: PreTrainedModel) -> None:
+    """Refuse towers that would be given pixels of another dtype than their gathered weights have."""
+    if (kind := model.config.model_type) in CASTING:
+        raise ModelError(
+            f"the vision tower of {kind} cannot be trained in shards in half precision: give --dtype float32, --vision"
+            " frozen, or --shard none"
+        )
+
+
 class ShardedWeights(MasterWeights):
     """Trainable weights of which a rank holds a part. ``masters`` are DTensors, by the names of the model's parameters.
 
@@ -109,6 +121,8 @@ class ShardedWeights(MasterWeights):
         towers = towers_of(causal)
         masters = {id(p) for n, p in self.model.named_parameters() if n in weights.masters}
         scorer.cut_towers = scorer.pictures and any(id(p) in masters for t in towers for p in t.parameters())
+        if scorer.cut_towers and dtype.itemsize < 4:
+            _refuse_casting(causal)
         whole |= set() if scorer.cut_towers else {p for tower in towers for p in tower.parameters()}
         # Frozen weights have the dtype of computation already; those that train are float32 until they are gathered.
         # Inputs of layers keep their dtype: a class may add what a float32 router weighs to a residual in bfloat16.

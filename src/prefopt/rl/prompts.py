@@ -205,6 +205,7 @@ def read_ptx(
         rendering,
         kind="demonstrations",
         on_bad_row=config.on_bad_row,
+        columns=config.picture_words,
         workers=config.threads,
         reporter=reporter,
     )

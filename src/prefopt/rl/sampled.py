@@ -30,5 +30,7 @@ class SampledCollector(Collector):
         return groups, samples
 
     def _look(self, micro: Sequence[MicroBatch]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.settings.never:  # the sampler's are of the other tokens alone
+            return super()._look(micro)
         drawn = [sample.sampling_logps for sample in self._sampled]
         return torch.from_numpy(np.concatenate(drawn) if drawn else np.zeros(0)).double(), None

@@ -96,11 +96,13 @@ def parts_of(content: str) -> list[dict[str, str]]:
 
 
 def processor_file(source: str, name: str) -> Path | None:
-    """A file of a model folder or Hub name; None where it has none."""
+    """A file of a model folder or Hub name; None where it has none, or is a model given in Python, without a name."""
+    if not source:
+        return None
     path = Path(source)
     if path.is_dir():
         return path / name if (path / name).is_file() else None
-    return fetched(source, name) if source else None
+    return fetched(source, name)
 
 
 def has_processor(source: str) -> bool:
