@@ -126,6 +126,11 @@ def tried_once() -> Callable[..., tuple[int, float]]:
     return once
 
 
+def forget_trials() -> None:
+    """Make the next run try its largest batch, for tests that count its tokens."""
+    _TRIED.clear()
+
+
 def loss_of(objective: Any) -> tuple[Any, ...]:
     """What an objective computes: its class, its losses, and those around it."""
     terms = tuple(term.loss.name for term in getattr(objective, "terms", ()))

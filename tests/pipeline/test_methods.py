@@ -18,7 +18,7 @@ from prefopt.config.sweeps import MethodsConfig
 from prefopt.errors import ConfigError, Interrupted, RunError
 from prefopt.sweeps import methods
 from prefopt.sweeps.methods import MethodsTable, Outcome, Start, markdown, read_table
-from shortcuts import quick_runs_in
+from shortcuts import forget_trials, quick_runs_in
 from train.small import write_rows
 from train.test_resume import stop_after
 
@@ -87,6 +87,7 @@ def test_what_is_done_is_not_done_again_and_a_stop_changes_nothing(
     text = [str(output.with_name("text.jsonl"))]
     assert methods.run(config(place, output, perplexity=text, rate_factors=["1", "2"])) == found
     stops = 0
+    forget_trials()  # whose tokens are costs
     while True:
         try:
             with pytest.MonkeyPatch.context() as patch:
