@@ -124,12 +124,15 @@ def test_peak_memory_is_that_of_a_few_chunks(tmp_path: Path, monkeypatch: pytest
 
     def peak(count: int) -> int:
         file = write(tmp_path / f"{count}.jsonl", chat_rows(count))
+        gc.collect()
+        gc.freeze()  # in a process with many objects, of other tests, cycles are collected more rarely
         tracemalloc.start()
         try:
             assert load_groups([file], small_tokenizer(), workers=1).kept == count
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
+            gc.unfreeze()
 
     peak(200)  # what is imported and compiled once
     few, many = peak(400), peak(3000)
