@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -263,3 +263,10 @@ def serving(folder: str, **options: Any) -> Iterator[FakeRollouts]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def servers(folder: str, number: int = 1, **options: Any) -> Iterator[list[FakeRollouts]]:
+    """Several of them, running."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(serving(folder, **options)) for _ in range(number)]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from generate.fake_rollout_server import FakeRollouts, serving
+from generate.fake_rollout_server import FakeRollouts, servers
 from methods import small_world as world
 from methods.test_online import online, rounds, stops
 from methods.test_ppo import metrics, same_bits
@@ -44,12 +42,6 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> str:
     return world.write_world(tmp_path_factory.mktemp("world") / "m")
-
-
-@contextmanager
-def servers(small: str, number: int = 1, **faults: Any) -> Iterator[list[FakeRollouts]]:
-    with ExitStack() as stack:
-        yield [stack.enter_context(serving(small, **faults)) for _ in range(number)]
 
 
 def by(fakes: list[FakeRollouts], **more: Any) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import pytest
 import torch
 
 import prefopt
-from generate.fake_rollout_server import FakeRollouts, serving
+from generate.fake_rollout_server import FakeRollouts, servers
 from methods import small_world as world
 from methods.test_online import stops
 from methods.test_ppo import metrics, ppo, stopped
@@ -43,12 +41,6 @@ NUMBERS = {False: (1, 3), True: (2,)}
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> str:
     return world.write_world(tmp_path_factory.mktemp("world") / "m")
-
-
-@contextmanager
-def servers(small: str, number: int = 1, **faults: Any) -> Iterator[list[FakeRollouts]]:
-    with ExitStack() as stack:
-        yield [stack.enter_context(serving(small, **faults)) for _ in range(number)]
 
 
 def by(fakes: list[FakeRollouts], **more: Any) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def tower_names(model: PreTrainedModel) -> set[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class EncodedPictures:
     """Features of different pictures: the class's ``output`` and ``grid``, the ``tokens`` that each has in it, and the
     place of each by its digest."""
 
@@ -92,7 +92,7 @@ class VisionInputs:
         self.model = model
         self.body: Any = body_of(model)
         self.token_id, self.towers = _image_token(model), towers_of(model)
-        self._encoded: Encoded | None = None
+        self._encoded: EncodedPictures | None = None
 
     @cached_property
     def processor(self) -> PictureProcessor:
@@ -120,7 +120,7 @@ class VisionInputs:
             found["prefix_blocks"] = blocks
         return found
 
-    def encode(self, rows: Iterable[tuple[np.ndarray, Sequence[Placed]]], device: torch.device) -> Encoded:
+    def encode(self, rows: Iterable[tuple[np.ndarray, Sequence[Placed]]], device: torch.device) -> EncodedPictures:
         """Encode the pictures of rows, each with its ids [T] on the host, in one call; a picture that occurs again is
         not encoded again. Raises :class:`ModelError` where an image token stands for none of the pictures."""
         pictures: dict[bytes, Picture] = {}
@@ -136,7 +136,7 @@ class VisionInputs:
                     tokens.append(count)
         pixels = self.processor.pixels(list(pictures.values()))
         places = {digest: n for n, digest in enumerate(pictures)}
-        return Encoded(self.features(pixels, device), pixels.get("image_grid_thw"), tokens, places)
+        return EncodedPictures(self.features(pixels, device), pixels.get("image_grid_thw"), tokens, places)
 
     @contextmanager
     def encoding(self, passes: Sequence[ForwardPass], most: Callable[[int], int] | None) -> Iterator[None]:
